@@ -1,0 +1,135 @@
+"""What a projection is: the contract every kind keeps, and the registry it is found in.
+
+A projection reduces the N = H·W patches of a grid to k. It knows its grid and its k, and nothing of heads' or layers'
+sharing: who uses it, and how often, is decided by the model that owns it.
+
+B batch, M maps (1, or one per head), N patches, K projected length, C channels.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import ClassVar, Literal, Optional, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from linvit.projections.grid import GridSize
+
+ProjectionInit = Literal["pool", "jl"]
+
+
+class Projection(nn.Module):
+    """Reduces patches (B, M, N, C) to (B, M, K, C); one map serves any number of heads, and so does one x any maps.
+
+    Args:
+        k: projected length.
+        grid_size: (H, W) of the patch grid, N = H·W.
+        num_maps: number of independent matrices; 1 when all heads share one, else the number of heads.
+        init: `"pool"` starts at 2-D local averages plus a little noise, so that EX has the scale of X at every N;
+            `"jl"` at the paper's N(0, 1/k) (Theorem 2). Kinds without parameters have nothing to start.
+
+    A kind defines `forward` and `matrix`; if it has parameters, `create_parameters` and `reset_parameters`; and
+    `remap_weight` if they lie on the grid. `build_projection` makes one and checks that it fits.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        k: int,
+        grid_size: GridSize,
+        num_maps: int = 1,
+        init: ProjectionInit = "pool",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.k = k
+        self.grid_size = grid_size
+        self.num_maps = num_maps
+        self.init = init
+        self.create_parameters(device, dtype)
+        self.reset_parameters()
+
+    def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Register the kind's (still empty) parameters and buffers."""
+
+    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
+        """Project patches of `grid_size` (default: the projection's own): (B, M, N, C) → (B, M, K, C)."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """E as one dense tensor (M, K, N), differentiable in the projection's parameters."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights."""
+
+    def init_weights(self) -> None:
+        self.reset_parameters()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Projected length of each map."""
+        return [self.k] * self.num_maps
+
+    def check_grid_size(self, grid_size: GridSize) -> None:
+        """Raise ValueError where this projection would not shorten the sequence."""
+        check_shortens(self.k, grid_size)
+
+    def remap_weight(self, name: str, weight: Tensor, grid_size: GridSize) -> Tensor:
+        """Weight or buffer `name`, whatever grid it lies on, as it reads on `grid_size`."""
+        return weight
+
+    def set_grid_size(self, grid_size: GridSize) -> None:
+        """Move to another patch grid; parameters are replaced and keep `requires_grad`."""
+        self.check_grid_size(grid_size)
+        for name, weight in list(self.named_parameters(recurse=False)):
+            moved = self.remap_weight(name, weight.detach(), grid_size)
+            setattr(self, name, nn.Parameter(moved.clone(), requires_grad=weight.requires_grad))
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, self.remap_weight(name, buffer, grid_size))
+        self.grid_size = grid_size
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, grid_size={self.grid_size}, num_maps={self.num_maps}"
+
+
+def check_shortens(k: int, grid_size: GridSize) -> None:
+    """Raise ValueError, naming both numbers, unless 1 ≤ k < N."""
+    num_patches = grid_size[0] * grid_size[1]
+    if k < 1:
+        raise ValueError(f"k={k}: the projected length must be at least 1")
+    if k >= num_patches:
+        raise ValueError(
+            f"k={k} does not shorten a sequence of {num_patches} patches ({grid_size[0]}×{grid_size[1]}): choose "
+            f"k below {num_patches}, a larger image or a smaller patch, or k=None for ordinary attention"
+        )
+
+
+PROJECTIONS: dict[str, type[Projection]] = {}
+
+ProjectionType = TypeVar("ProjectionType", bound=type[Projection])
+
+
+def register_projection(kind: str) -> Callable[[ProjectionType], ProjectionType]:
+    """Class decorator that makes a kind known under its name."""
+
+    def register(cls: ProjectionType) -> ProjectionType:
+        if kind in PROJECTIONS:
+            raise ValueError(f"projection kind {kind!r} is registered already, by {PROJECTIONS[kind].__name__}")
+        cls.kind = kind
+        PROJECTIONS[kind] = cls
+        return cls
+
+    return register
+
+
+def projection_class(kind: str) -> type[Projection]:
+    """The class registered under `kind`; ValueError with the nearest name otherwise."""
+    if kind in PROJECTIONS:
+        return PROJECTIONS[kind]
+    nearest = difflib.get_close_matches(kind, PROJECTIONS, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"unknown projection {kind!r}{hint} (there are {', '.join(sorted(PROJECTIONS))})")

@@ -1,0 +1,267 @@
+"""LinformerViT: timm's VisionTransformer with Linformer attention, and who owns E and F.
+
+| share       | parameters                                        | paper (section 4)   |
+|-------------|---------------------------------------------------|---------------------|
+| `none`      | E and F for every head of every layer             | none                |
+| `headwise`  | E and F for every layer                           | headwise sharing    |
+| `kv`        | one E for every layer, for keys and values alike  | key-value sharing   |
+| `layerwise` | one E for all layers, heads, keys and values      | layerwise sharing   |
+
+E and F are exempt from weight decay: their rows start as averages over patches, and decay would shrink every key.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.layers import PatchDropout, get_device_dtype
+from timm.layers.patch_dropout import patch_dropout_forward
+from timm.models import VisionTransformer, checkpoint
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import Tensor, nn
+
+from linvit.attention import LinformerAttention, TokenLayout
+from linvit.projections import GridSize, Projection, ProjectionInit, build_projection
+
+_logger = logging.getLogger(__name__)
+
+Share = Literal["none", "headwise", "kv", "layerwise"]
+SHARES: tuple[str, ...] = ("none", "headwise", "kv", "layerwise")
+# One length; one per layer (None: ordinary attention there); or, with share="none", one per layer and head.
+ProjectedLength = int | Sequence[int | Sequence[int] | None]
+
+
+class LinformerViT(VisionTransformer):
+    """A timm `VisionTransformer` whose attention layers are Linformer projections.
+
+    Takes every keyword of timm's class except `attn_layer`, and:
+
+    Args:
+        k: projected length: an int; or one per layer, where None means ordinary attention in that layer; or, with
+            `share="none"`, one per layer and head. Must be below the number of patches.
+        projection: kind of E and F, a key of `linvit.PROJECTIONS`; `"identity"` is ordinary attention throughout.
+        share: who shares E and F, see the module's table.
+        projection_init: `"pool"` or `"jl"`, see `Projection`.
+
+    Raises ValueError where k does not shorten the sequence (here and on every change of size) and for sharings that
+    do not go together with k; TypeError for an unknown keyword.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        k: ProjectedLength = 64,
+        projection: str = "separable",
+        share: Share = "kv",
+        projection_init: ProjectionInit = "pool",
+        weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
+        **vit_kwargs: Any,
+    ) -> None:
+        if "attn_layer" in vit_kwargs:
+            raise TypeError("LinformerViT brings its own attention: choose it by projection=, not by attn_layer=")
+        super().__init__(*args, attn_layer=LinformerAttention, weight_init="skip", **vit_kwargs)
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.share = share
+        self._build_projections(k, projection, projection_init)
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def _build_projections(self, k: ProjectedLength, kind: str, init: ProjectionInit) -> None:
+        if self.share not in SHARES:
+            raise ValueError(f"unknown share {self.share!r} (there are {', '.join(SHARES)})")
+        attentions = self._attentions()
+        num_heads = attentions[0].num_heads
+        lengths = _length_per_layer(k, depth=len(attentions), share=self.share)
+
+        def build(length: int | Sequence[int], num_maps: int) -> Projection:
+            return build_projection(
+                kind,
+                k=length,
+                grid_size=self.patch_embed.grid_size,
+                num_maps=num_maps,
+                init=init,
+                **get_device_dtype(self),
+            )
+
+        self.token_projection: Projection | None = None
+        linformer_lengths = [length for length in lengths if length is not None]
+        if self.share == "layerwise" and linformer_lengths:
+            self.token_projection = build(linformer_lengths[0], 1)
+        for attention, length in zip(attentions, lengths):
+            attention.num_prefix_tokens = self.num_prefix_tokens
+            if length is None:
+                attention.set_projections(None)
+            elif self.token_projection is not None:
+                attention.borrow_projection(self.token_projection)
+            else:
+                num_maps = num_heads if self.share == "none" else 1
+                value = None if self.share == "kv" else build(length, num_maps)
+                attention.set_projections(build(length, num_maps), value)
+
+    def _attentions(self) -> list[LinformerAttention]:
+        attentions = [module for module in self.blocks.modules() if isinstance(module, LinformerAttention)]
+        if len(attentions) != len(self.blocks):
+            raise ValueError("block_fn must be a block with one `attn_layer`, such as timm's Block")
+        return attentions
+
+    def _named_projections(self) -> dict[str, Projection]:
+        """Every projection that has parameters or a grid of its own, outermost, by its name."""
+        found: dict[str, Projection] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Projection) and not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = module
+        return found
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        own = {
+            f"{name}.{parameter}"
+            for name, projection in self._named_projections().items()
+            for parameter, _ in projection.named_parameters()
+        }
+        return set(super().no_weight_decay()) | own
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher(coarse)
+        return {**groups, "stem": f"{groups['stem']}|token_projection"}
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change image or patch size: position embedding resampled as in timm, E and F remapped by overlap area."""
+        projections = self._named_projections().values()
+        new_grid = self._grid_at(img_size, patch_size)
+        for projection in projections:
+            projection.check_grid_size(new_grid)
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        for projection in projections:
+            if projection.grid_size != self.patch_embed.grid_size:
+                projection.set_grid_size(self.patch_embed.grid_size)
+
+    def _grid_at(self, img_size: tuple[int, int] | None, patch_size: tuple[int, int] | None) -> GridSize:
+        height, width = _pair(img_size or self.patch_embed.img_size)
+        patch_h, patch_w = _pair(patch_size or self.patch_embed.patch_size)
+        return height // patch_h, width // patch_w
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens after the last block and norm (B, T, D); `attn_mask` as in `LinformerAttention`."""
+        if torch.jit.is_scripting():
+            return self.norm(self.blocks(self.norm_pre(self._pos_embed(self.patch_embed(x)))))
+        else:
+            grid_size = self._dynamic_grid(x)
+            x = self._pos_embed(self.patch_embed(x))
+            x, kept = self._drop_patches(x)
+            x = self.norm_pre(x)
+            mask = _token_layout(grid_size or self.patch_embed.grid_size, kept, attn_mask, grid_size is not None)
+            for block in self.blocks:
+                if self.grad_checkpointing:
+                    x = checkpoint(block, x, attn_mask=mask, is_causal=is_causal)
+                else:
+                    x = block(x, attn_mask=mask, is_causal=is_causal)
+            return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's `forward_intermediates`, at any image size where the model takes any."""
+        grid_size = self._dynamic_grid(x)
+        return super().forward_intermediates(
+            x,
+            indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+            attn_mask=attn_mask if grid_size is None else TokenLayout(grid_size, attn_mask=attn_mask),
+            is_causal=is_causal,
+        )
+
+    def _dynamic_grid(self, images: Tensor) -> GridSize | None:
+        """The patch grid of these images (B, C, H, W) where it may be another than the model's, else None."""
+        return self.patch_embed.dynamic_feat_size(images.shape[-2:]) if self.dynamic_img_size else None
+
+    def _drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """timm's patch dropout, and which patches (B, n) it kept; None where it dropped nothing."""
+        drop = self.patch_drop
+        if not isinstance(drop, PatchDropout):
+            return x, None
+        return patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # TorchScript swaps modules in place, and would do so in the model that trains on.
+        scriptable = copy.deepcopy(self)
+        scriptable.token_projection = None
+        return scriptable
+
+
+def _token_layout(
+    grid_size: GridSize, kept: Tensor | None, attn_mask: Tensor | None, dynamic: bool
+) -> TokenLayout | Tensor | None:
+    if kept is None:
+        return TokenLayout(grid_size, attn_mask=attn_mask) if dynamic else attn_mask
+    if attn_mask is not None:
+        prefix = attn_mask.shape[-1] - grid_size[0] * grid_size[1]
+        patches = attn_mask[..., prefix:].expand(kept.shape[0], -1, -1, -1)
+        patches = patches.gather(3, kept[:, None, None])
+        attn_mask = torch.cat([attn_mask[..., :prefix].expand(kept.shape[0], -1, -1, -1), patches], dim=3)
+    return TokenLayout(grid_size, kept, attn_mask)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: LinformerViT) -> dict[str, Tensor]:
+    """Fit a checkpoint of this or of a timm ViT to `model`: patch and position embedding as timm does, E and F by area.
+
+    A checkpoint that has no E and F at all is a plain ViT's: the model's own are kept, and a warning says so.
+    """
+    out: dict[str, Tensor] = vit_checkpoint_filter_fn(state_dict, model)
+    projections = {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
+    own = {
+        f"{name}.{parameter}": (module, parameter, value)
+        for name, module in projections.items()
+        for parameter, value in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+    }
+    if own and out.keys().isdisjoint(own):
+        _logger.warning("the checkpoint has no projections: %d tensors of E and F start fresh", len(own))
+        return {**out, **{key: value.detach().clone() for key, (_, _, value) in own.items()}}
+    for key, (module, parameter, _) in own.items():
+        if key in out:
+            out[key] = module.remap_weight(parameter, out[key], module.grid_size)
+    return out
+
+
+def _length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[int | list[int] | None]:
+    """Check the forms that `k` can take and write it out, one entry per layer."""
+    if isinstance(k, int):
+        return [k] * depth
+    if len(k) != depth:
+        raise ValueError(f"k names {len(k)} layers, but the model has {depth}")
+    lengths = [length if length is None or isinstance(length, int) else list(length) for length in k]
+    if share != "none" and any(isinstance(length, list) for length in lengths):
+        raise ValueError(f"one k per head needs share='none': with share={share!r} all heads use the same E")
+    distinct = {length for length in lengths if isinstance(length, int)}
+    if share == "layerwise" and len(distinct) > 1:
+        raise ValueError(f"share='layerwise' means one E for all layers, so one k; got {sorted(distinct)}")
+    return lengths
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

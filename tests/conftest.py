@@ -1,0 +1,14 @@
+"""What all tests share."""
+
+import os
+
+import pytest
+import torch
+
+# Tests must see what a user sees who is offline.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
