@@ -111,20 +111,13 @@ class LinformerAttention(Attention):
         self.set_projections(key_projection, value_projection)
 
     def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
-        """Own E and F; None for F shares E between keys and values, None for both is ordinary attention."""
+        """E and F; None for F shares E between keys and values, None for both is ordinary attention."""
         self.key_projection = key_projection
         self.value_projection = value_projection
-        # A list hides a projection that belongs to another module from `parameters()` and the state dict.
-        self._borrowed: list[Projection] = []
-
-    def borrow_projection(self, projection: Projection) -> None:
-        """Use a projection that another module owns, for keys and values (layerwise sharing)."""
-        self.set_projections(None)
-        self._borrowed = [projection]
 
     def projections(self) -> tuple[Projection, Projection] | None:
         """E and F, or None where this layer is ordinary attention."""
-        key = self._borrowed[0] if self._borrowed else self.key_projection
+        key = self.key_projection
         if key is None or isinstance(key, IdentityProjection):
             return None
         return key, key if self.value_projection is None else self.value_projection

@@ -72,7 +72,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> LinformerViT:
+def create(variant: str, pretrained: bool, **kwargs: Any) -> LinformerViT:
+    """Build a registered `variant` as timm builds its models; `kwargs` go to LinformerViT."""
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         LinformerViT,
@@ -88,144 +89,144 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> LinformerViT:
 def linvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-Ti/16 at 224²: 196 patches, k=49, separable, kv."""
     defaults = dict(patch_size=16, k=49, **TINY)
-    return _create("linvit_tiny_patch16_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_tiny_patch16_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/16 at 224²: 196 patches, k=49, separable, kv."""
     defaults = dict(patch_size=16, k=49, **SMALL)
-    return _create("linvit_small_patch16_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch16_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/16 at 224²: 196 patches, k=49, separable, kv."""
     defaults = dict(patch_size=16, k=49, **BASE)
-    return _create("linvit_base_patch16_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch16_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-L/16 at 224²: 196 patches, k=49, separable, kv."""
     defaults = dict(patch_size=16, k=49, **LARGE)
-    return _create("linvit_large_patch16_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_large_patch16_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_tiny_patch16_384(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-Ti/16 at 384²: 576 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **TINY)
-    return _create("linvit_tiny_patch16_384", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_tiny_patch16_384", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/16 at 384²: 576 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **SMALL)
-    return _create("linvit_small_patch16_384", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch16_384", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/16 at 384²: 576 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **BASE)
-    return _create("linvit_base_patch16_384", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch16_384", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_tiny_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-Ti/8 at 224²: 784 patches, k=64, separable, kv."""
     defaults = dict(patch_size=8, k=64, **TINY)
-    return _create("linvit_tiny_patch8_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_tiny_patch8_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/8 at 224²: 784 patches, k=64, separable, kv."""
     defaults = dict(patch_size=8, k=64, **SMALL)
-    return _create("linvit_small_patch8_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch8_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch8_224(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/8 at 224²: 784 patches, k=64, separable, kv."""
     defaults = dict(patch_size=8, k=64, **BASE)
-    return _create("linvit_base_patch8_224", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch8_224", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_tiny_patch16_512(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-Ti/16 at 512²: 1,024 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **TINY)
-    return _create("linvit_tiny_patch16_512", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_tiny_patch16_512", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch16_512(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/16 at 512²: 1,024 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **SMALL)
-    return _create("linvit_small_patch16_512", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch16_512", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch16_512(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/16 at 512²: 1,024 patches, k=64, separable, kv."""
     defaults = dict(patch_size=16, k=64, **BASE)
-    return _create("linvit_base_patch16_512", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch16_512", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_tiny_patch16_1024(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-Ti/16 at 1024²: 4,096 patches, k=256, separable, kv."""
     defaults = dict(patch_size=16, k=256, **TINY)
-    return _create("linvit_tiny_patch16_1024", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_tiny_patch16_1024", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch16_1024(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/16 at 1024²: 4,096 patches, k=256, separable, kv."""
     defaults = dict(patch_size=16, k=256, **SMALL)
-    return _create("linvit_small_patch16_1024", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch16_1024", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch16_1024(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/16 at 1024²: 4,096 patches, k=256, separable, kv."""
     defaults = dict(patch_size=16, k=256, **BASE)
-    return _create("linvit_base_patch16_1024", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch16_1024", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch16_2048(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/16 at 2048²: 16,384 patches, k=256, separable, kv."""
     defaults = dict(patch_size=16, k=256, **SMALL)
-    return _create("linvit_small_patch16_2048", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch16_2048", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_small_patch14_518(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-S/14 at 518² in the layout of DINOv2 (LayerScale): 1,369 patches, k=64, separable, kv."""
     defaults = dict(patch_size=14, k=64, init_values=1e-5, **SMALL)
-    return _create("linvit_small_patch14_518", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_small_patch14_518", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_base_patch14_518(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """ViT-B/14 at 518² in the layout of DINOv2 (LayerScale): 1,369 patches, k=64, separable, kv."""
     defaults = dict(patch_size=14, k=64, init_values=1e-5, **BASE)
-    return _create("linvit_base_patch14_518", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_base_patch14_518", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_mini_patch4_64(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """Width 96, depth 4, patch 4 at 64²: 256 patches, k=16, separable, kv."""
     defaults = dict(patch_size=4, k=16, **MINI)
-    return _create("linvit_mini_patch4_64", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_mini_patch4_64", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_mini_patch8_288(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
     """Width 96, depth 4, patch 8 at 288²: 1,296 patches, k=25, separable, kv."""
     defaults = dict(patch_size=8, k=25, **MINI)
-    return _create("linvit_mini_patch8_288", pretrained, **dict(defaults, **kwargs))
+    return create("linvit_mini_patch8_288", pretrained, **dict(defaults, **kwargs))

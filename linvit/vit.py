@@ -7,6 +7,9 @@
 | `kv`        | one E for every layer, for keys and values alike  | key-value sharing   |
 | `layerwise` | one E for all layers, heads, keys and values      | layerwise sharing   |
 
+A layerwise E is a submodule of every layer, and once in `parameters()` and in the state dict, under the first layer's
+name.
+
 E and F are exempt from weight decay: their rows start as averages over patches, and decay would shrink every key.
 """
 
@@ -85,20 +88,22 @@ class LinformerViT(VisionTransformer):
                 **get_device_dtype(self),
             )
 
-        self.token_projection: Projection | None = None
         linformer_lengths = [length for length in lengths if length is not None]
-        if self.share == "layerwise" and linformer_lengths:
-            self.token_projection = build(linformer_lengths[0], 1)
+        everyones = build(linformer_lengths[0], 1) if self.share == "layerwise" and linformer_lengths else None
         for attention, length in zip(attentions, lengths):
             attention.num_prefix_tokens = self.num_prefix_tokens
             if length is None:
                 attention.set_projections(None)
-            elif self.token_projection is not None:
-                attention.borrow_projection(self.token_projection)
+            elif everyones is not None:
+                attention.set_projections(everyones)
             else:
                 num_maps = num_heads if self.share == "none" else 1
                 value = None if self.share == "kv" else build(length, num_maps)
                 attention.set_projections(build(length, num_maps), value)
+        if everyones is not None:
+            self.register_state_dict_post_hook(_drop_aliases)
+            self.register_load_state_dict_pre_hook(_add_aliases)
+            self.register_load_state_dict_post_hook(_report_once)
 
     def _attentions(self) -> list[LinformerAttention]:
         attentions = [module for module in self.blocks.modules() if isinstance(module, LinformerAttention)]
@@ -122,11 +127,6 @@ class LinformerViT(VisionTransformer):
             for parameter, _ in projection.named_parameters()
         }
         return set(super().no_weight_decay()) | own
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        groups = super().group_matcher(coarse)
-        return {**groups, "stem": f"{groups['stem']}|token_projection"}
 
     def set_input_size(
         self,
@@ -206,9 +206,34 @@ class LinformerViT(VisionTransformer):
 
     def __prepare_scriptable__(self) -> nn.Module:
         # TorchScript swaps modules in place, and would do so in the model that trains on.
-        scriptable = copy.deepcopy(self)
-        scriptable.token_projection = None
-        return scriptable
+        return copy.deepcopy(self)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Where layers share one projection: each further name of a parameter, and the name that counts."""
+    names: dict[int, str] = {}
+    return {
+        name: names[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if names.setdefault(id(parameter), name) != name
+    }
+
+
+def _drop_aliases(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for alias in _aliases(model):
+        state_dict.pop(prefix + alias, None)
+
+
+def _add_aliases(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for alias, name in _aliases(model).items():
+        if prefix + name in state_dict:
+            state_dict.setdefault(prefix + alias, state_dict[prefix + name])
+
+
+def _report_once(model: nn.Module, incompatible_keys: Any) -> None:
+    """A shared projection that a checkpoint lacks is missing once."""
+    aliases = tuple(_aliases(model))
+    incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.endswith(aliases)]
 
 
 def _token_layout(
