@@ -1,0 +1,111 @@
+"""The `linvit` command: reads the command line and calls one function per command, which loads what it needs."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import linvit
+from linvit.commandline import UsageError, parse_options, run
+from linvit.validation import unknown
+
+
+class Command(NamedTuple):
+    """A command's function, from its arguments to an exit status, and what it does in a few words."""
+
+    function: Callable[[Sequence[str]], int]
+    summary: str
+
+
+def train(argv: Sequence[str]) -> int:
+    from linvit.training.config import parse
+
+    config = parse(argv, prog="linvit train")
+    import train_imagenet
+
+    return train_imagenet.train(config)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    from linvit.evaluate_options import EvalOptions
+
+    options = parse_options(
+        EvalOptions,
+        argv,
+        prog="linvit eval",
+        description="Evaluate a run, a checkpoint or a timm model on folders of images.",
+        positionals={"source": "SOURCE", "data_dir": "DATA"},
+        spellings={
+            "json_file": ["--json"],
+            "batch_size": ["-b", "--batch-size"],
+            "workers": ["-j", "--workers"],
+            "model": ["-m", "--model"],
+        },
+    )
+    from linvit.evaluate import evaluate_command
+
+    return evaluate_command(options)
+
+
+def data(argv: Sequence[str]) -> int:
+    from linvit.data.sets import SetOptions, build_set
+
+    return build_set(
+        parse_options(
+            SetOptions,
+            argv,
+            prog="linvit data",
+            description="Build an image set as folders SPLIT/CLASS/IMAGE, from an installed package.",
+            positionals={"name": "SET", "folder": "DIR"},
+            spellings={"json_file": ["--json"]},
+        )
+    )
+
+
+def models(argv: Sequence[str]) -> int:
+    from linvit.catalog import CatalogOptions, print_catalog
+
+    return print_catalog(
+        parse_options(
+            CatalogOptions,
+            argv,
+            prog="linvit models",
+            description="List the registered models.",
+            positionals={"pattern": "PATTERN"},
+            spellings={"json_file": ["--json"]},
+        )
+    )
+
+
+COMMANDS = {
+    "train": Command(train, "train a model on folders of images (also: python train_imagenet.py)"),
+    "eval": Command(evaluate, "evaluate a run, a checkpoint or a timm model"),
+    "data": Command(data, "build an image set as folders, from an installed package"),
+    "models": Command(models, "list the registered models"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `linvit` with these arguments, by default the process's own, and return its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run(lambda: _dispatch(arguments))
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv:
+        raise UsageError(f"give a command: {', '.join(COMMANDS)} (linvit --help says more)")
+    name, *rest = argv
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"linvit {linvit.__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(unknown("command", name, COMMANDS))
+    return COMMANDS[name].function(rest)
+
+
+def _usage() -> str:
+    lines = ["usage: linvit COMMAND [arguments]", "", "Vision Transformers with Linformer attention.", "", "commands:"]
+    lines += [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "linvit COMMAND --help lists a command's options."])

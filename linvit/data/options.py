@@ -1,0 +1,185 @@
+"""The options of the data part, under timm's names: shown by `--help`, held by YAML, read by the pipelines.
+
+Imports nothing heavy, so that a command line can be checked before torch is loaded.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from linvit.data.policy import parse_policy
+
+
+def _as_tuple(value: Any) -> Any:
+    """Takes a lone number for a tuple of one: timm's files say `color_jitter: 0.4`."""
+    return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataOptions(_Options):
+    data_dir: Path | None = Field(None, description="folder with a subfolder per split and, in each, one per class")
+    train_split: str = Field(
+        "train", description="training images: a folder of data_dir; 'train' also finds 'training'"
+    )
+    val_split: str = Field(
+        "validation",
+        description="validation images; 'val' and 'validation' also find each other, 'valid' and 'test'",
+    )
+    class_map: Path | None = Field(
+        None,
+        description="text file, one class name a line, that orders the labels (default: sorted names)",
+    )
+
+
+class InputOptions(_Options):
+    img_size: Integers | None = Field(
+        None, description="input size in pixels, one number or height and width (default: the model's own)"
+    )
+    in_chans: int | None = Field(None, description="input channels; images are read as RGB, so 3 or nothing")
+    crop_pct: float | None = Field(
+        None,
+        gt=0.0,
+        le=2.0,
+        description="evaluation: the crop's share of the resized image (default: the model's own)",
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        None,
+        description="evaluation: 'center' crops the middle, 'squash' ignores the aspect ratio, "
+        "'border' pads the whole image (default: the model's own)",
+    )
+    mean: Numbers | None = Field(
+        None,
+        description="mean of pixels in 0..1, one number or R G B (default: the model's own)",
+    )
+    std: Numbers | None = Field(
+        None, description="their standard deviation, one number or R G B (default: the model's own)"
+    )
+    interpolation: Interpolation | None = Field(
+        None, description="evaluation: how images are resized, antialiased (default: the model's own)"
+    )
+
+    @field_validator("img_size")
+    @classmethod
+    def _height_and_width(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        if len(value) > 2 or not value:
+            raise ValueError(f"img_size takes one number or height and width, not {len(value)} numbers")
+        return (value[0], value[-1])
+
+    @field_validator("in_chans")
+    @classmethod
+    def _rgb(cls, value: int | None) -> int | None:
+        if value not in (None, 3):
+            raise ValueError(f"in_chans {value} is not built: images are read as RGB; leave it out or set 3")
+        return value
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        if len(value) not in (1, 3):
+            raise ValueError(f"takes one number or three (R G B), not {len(value)}")
+        return value * 3 if len(value) == 1 else value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError(f"std divides the pixels, so each must be above 0, not {min(value)}")
+        return value
+
+
+class AugmentOptions(_Options):
+    no_aug: bool = Field(False, description="resize and crop the centre alone, without any augmentation")
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
+        None,
+        description="training crop: 'rrc' a random resized crop (the default); 'rkrc', 'rkrr' keep the aspect "
+        "ratio, then crop the centre or anywhere (set scale 0.8 1.0 and ratio 0.9 1.11 with them)",
+    )
+    scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, as shares of the image")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect ratios (width/height) of the random crop")
+    hflip: Probability = Field(0.5, description="probability of a horizontal flip")
+    vflip: Probability = Field(0.0, description="probability of a vertical flip")
+    color_jitter: Numbers | None = Field(
+        (0.4,),
+        description="colour jitter: one strength for brightness, contrast and saturation, or three, or four "
+        "with hue; beside aa it is applied with 3a alone",
+    )
+    color_jitter_prob: Probability | None = Field(None, description="probability of colour jitter (default: always)")
+    grayscale_prob: Probability | None = Field(None, description="probability of turning the image grey")
+    gaussian_blur_prob: Probability | None = Field(None, description="probability of a Gaussian blur")
+    aa: str | None = Field(
+        None,
+        description="automatic augmentation as timm writes it: rand-m9-mstd0.5-inc1, 3a, original, v0; or ta_wide",
+    )
+    train_interpolation: Interpolation | Literal["random"] = Field(
+        "random",
+        description="training: how crops are resized, antialiased; 'random' is bilinear or bicubic",
+    )
+    reprob: Probability = Field(0.0, description="probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = Field(
+        "pixel", description="what erased boxes hold: the mean colour, one random colour, or noise"
+    )
+    recount: int = Field(1, ge=1, description="largest number of erased boxes in an image")
+    aug_file: Path | None = Field(
+        None,
+        description="your own training pipeline, saved by albumentations as YAML or JSON; replaces all above",
+    )
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"is a range of two rising numbers above 0, not {value[0]} {value[1]}")
+        return value
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _jitter(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        if len(value) not in (1, 3, 4):
+            raise ValueError(f"takes one, three or four numbers, not {len(value)}")
+        if min(value) < 0 or (len(value) == 4 and value[3] > 0.5):
+            raise ValueError("strengths are at least 0, hue at most 0.5")
+        return value
+
+    @field_validator("aa")
+    @classmethod
+    def _known_policy(cls, value: str | None) -> str | None:
+        # timm's own scripts write "no augmentation policy" as an empty string.
+        if not value:
+            return None
+        parse_policy(value)
+        return value
+
+    @model_validator(mode="after")
+    def _own_pipeline_alone(self) -> "AugmentOptions":
+        if self.aug_file is None:
+            return self
+        fields = AugmentOptions.model_fields
+        ours = [name for name in fields if name != "aug_file" and getattr(self, name) != fields[name].default]
+        if ours:
+            raise ValueError(f"aug_file replaces the whole training pipeline: remove {', '.join(ours)} or aug_file")
+        return self
+
+
+class LoaderOptions(_Options):
+    batch_size: int = Field(128, ge=1, description="images in a training batch, per process")
+    validation_batch_size: int | None = Field(
+        None, ge=1, description="images in an evaluation batch, per process (default: batch_size)"
+    )
+    workers: int = Field(4, ge=0, description="processes that read and augment images, per training process")
+    pin_mem: bool = Field(False, description="page-locked host memory, for faster copies to a GPU")

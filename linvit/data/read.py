@@ -1,0 +1,41 @@
+"""Reading one image file, the same way for training, evaluation and prediction."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# A file that cannot be decoded raises an error with its name; OpenCV's own log does not know the name.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file as RGB.
+
+    The orientation that a camera wrote into EXIF is applied (Pillow, and so timm, ignores it). Grey and palette
+    images become RGB, 16-bit ones keep their upper 8 bits, CMYK is converted, an alpha channel is dropped (the
+    colours under it stay, as with Pillow's `convert("RGB")`), and of several frames the first is taken.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: naming the file, where it is missing, empty, truncated or no image.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    if not data:
+        raise ValueError(f"{path}: is empty; restore or remove the file")
+    try:
+        # From memory OpenCV refuses truncated data; from a file it would return the part it could decode.
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise ValueError(f"{path}: cannot be decoded ({error.err}); restore or remove the file") from error
+    if image is None:
+        raise ValueError(f"{path}: is truncated, damaged or no image; restore or remove the file")
+    return image

@@ -1,0 +1,90 @@
+"""Options that cannot go together, each refused in one sentence that says how to mend it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from linvit.training.options import MODEL_ARGUMENTS
+
+if TYPE_CHECKING:
+    from linvit.training.config import TrainConfig
+
+_LINFORMER_OPTIONS = ("k", "projection", "share", "projection_init")
+# Options that do nothing without another one.
+_NEEDS = {
+    "bce_sum": "bce_loss",
+    "bce_target_thresh": "bce_loss",
+    "bce_pos_weight": "bce_loss",
+    "model_ema_warmup": "model_ema",
+    "model_ema_force_cpu": "model_ema",
+    "layer_decay_min_scale": "layer_decay",
+    "layer_decay_no_opt_scale": "layer_decay",
+    "torchcompile_mode": "torchcompile",
+    "no_resume_opt": "resume",
+}
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """Raise ValueError for the first options that contradict each other or do nothing."""
+    for name, other in _NEEDS.items():
+        is_set = getattr(config, name) != type(config).model_fields[name].default
+        if is_set and not getattr(config, other):
+            raise ValueError(f"{name} does nothing without {other}: set {other} or remove {name}")
+    _check_model(config)
+    _check_training(config)
+    _check_schedule(config)
+    _check_loss(config)
+
+
+def _check_model(config: TrainConfig) -> None:
+    # A folder or a hub name says nothing about the architecture inside.
+    is_linformer = "linvit" in config.model or ":" in config.model
+    for name in _LINFORMER_OPTIONS:
+        if getattr(config, name) is not None and not is_linformer:
+            raise ValueError(f"{name} is for linvit models, not for {config.model}: remove it or change the model")
+    for name, argument in MODEL_ARGUMENTS.items():
+        if getattr(config, name) and argument in config.model_kwargs:
+            raise ValueError(f"{name} and {argument} in model_kwargs are the same: keep one")
+    if config.initial_checkpoint and (config.pretrained or config.pretrained_path):
+        other = "pretrained_path" if config.pretrained_path else "pretrained"
+        raise ValueError(f"initial_checkpoint and {other} both give the first weights: keep one")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if config.amp and config.amp_dtype == "float16" and config.device == "cpu":
+        raise ValueError("amp_dtype float16 needs a GPU, which scales the loss: use bfloat16 on the CPU")
+    if config.clip_mode != "norm" and config.clip_grad is None:
+        raise ValueError(f"clip_mode {config.clip_mode} does nothing without clip_grad: set the value to clip at")
+    if config.layer_decay is not None and "backbone" in config.freeze:
+        raise ValueError("layer_decay has no layers left when freeze holds the backbone: remove one of them")
+    if config.resume == "auto" and config.experiment is None:
+        raise ValueError("resume auto goes on with the experiment of that name in output: set experiment")
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    if config.warmup_epochs > config.epochs and not config.warmup_prefix:
+        raise ValueError(
+            f"warmup_epochs {config.warmup_epochs} is longer than epochs {config.epochs}: "
+            "set it lower (0 is no warm-up) or set warmup_prefix"
+        )
+    if config.lr is not None:
+        if config.min_lr > config.lr:
+            raise ValueError(f"min_lr {config.min_lr:g} is above lr {config.lr:g}: set it lower")
+        if config.warmup_epochs and config.warmup_lr > config.lr:
+            raise ValueError(
+                f"warmup_lr {config.warmup_lr:g} is above lr {config.lr:g}: set it lower, or warmup_epochs to 0"
+            )
+    if list(config.decay_milestones) != sorted(set(config.decay_milestones)):
+        raise ValueError(f"decay_milestones {list(config.decay_milestones)} must rise")
+    if config.lr_noise is not None and len(config.lr_noise) not in (1, 2):
+        raise ValueError("lr_noise takes where the noise starts, or where it starts and stops, as shares of the run")
+
+
+def _check_loss(config: TrainConfig) -> None:
+    is_mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+    if config.cutmix_minmax is not None and config.cutmix_minmax[0] >= config.cutmix_minmax[1]:
+        raise ValueError(f"cutmix_minmax {list(config.cutmix_minmax)} must rise from the smallest to the largest box")
+    if config.mixup_off_epoch and not is_mixing:
+        raise ValueError("mixup_off_epoch has nothing to turn off: set mixup or cutmix, or remove it")
+    if is_mixing and config.batch_size % 2:
+        raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size {config.batch_size} must be even")

@@ -1,0 +1,135 @@
+"""Crops and resizes against timm's transforms."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import (
+    CenterCropOrPad,
+    RandomResizedCropAndInterpolation,
+    ResizeKeepRatio,
+)
+
+from linvit.data.geometry import (
+    EvalCrop,
+    RandomKeepRatioCrop,
+    RandomResizedCrop,
+    centre_crop_or_pad,
+    crop_or_pad,
+)
+from linvit.data.sampler import sample_generators
+
+Smooth = Callable[..., np.ndarray]
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (301, 200), (97, 131), (300, 45)])
+@pytest.mark.parametrize("size", [(224, 224), (160, 96)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.1])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_evaluation_equals_timm(
+    shape: tuple[int, int], size: tuple[int, int], crop_pct: float, crop_mode: str, smooth_image: Smooth
+) -> None:
+    image = smooth_image(*shape)
+    mean = (0.485, 0.456, 0.406)
+    theirs = create_transform(
+        (3, *size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bicubic", normalize=False, mean=mean
+    )
+    expected = theirs(Image.fromarray(image)).permute(1, 2, 0).numpy()
+    crop = EvalCrop(size=size, crop_pct=crop_pct, crop_mode=crop_mode, fill=(124, 116, 104))
+    result = crop(image=image)["image"]
+    assert result.shape == (*size, 3)
+    assert np.abs(result.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(20, 20), (31, 50), (60, 13), (70, 71)])
+def test_centre_crop_or_pad_equals_timm(size: tuple[int, int], smooth_image: Smooth) -> None:
+    image = smooth_image(40, 53)
+    for fill, settings in (((7, 8, 9), {"fill": (7, 8, 9)}), ("reflect", {"padding_mode": "reflect"})):
+        expected = np.asarray(CenterCropOrPad(size, **settings)(Image.fromarray(image)))
+        assert np.array_equal(centre_crop_or_pad(image, size, fill=fill), expected)
+
+
+def test_a_window_partly_outside_is_padded() -> None:
+    image = np.full((4, 4, 3), 200, np.uint8)
+    window = crop_or_pad(image, -1, 2, (3, 4), fill=(1, 2, 3))
+    assert window.shape == (3, 4, 3)
+    assert (window[1:, :2] == 200).all()
+    assert (window[0] == (1, 2, 3)).all()
+    assert (window[:, 2:] == (1, 2, 3)).all()
+
+
+def random_windows(crop: RandomResizedCrop, height: int, width: int, count: int) -> np.ndarray:
+    """Top, left, height, width of drawn windows, (count, 4)."""
+    data = {"image": np.zeros((height, width, 3), np.uint8)}
+    windows = []
+    for index in range(count):
+        crop.set_random_state(*sample_generators(0, 0, index))
+        windows.append(crop.get_params_dependent_on_data({"shape": data["image"].shape}, data)["window"])
+    return np.array(windows)
+
+
+def test_random_windows_are_distributed_as_in_timm() -> None:
+    height, width, count = 300, 400, 3000
+    ours = random_windows(RandomResizedCrop(size=(32, 32)), height, width, count).astype(float)
+    random.seed(0)
+    image = Image.new("RGB", (width, height))
+    get_params = RandomResizedCropAndInterpolation.get_params
+    theirs = np.array([get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)], dtype=float)
+    scale = np.array([height, width, height, width])
+    for moment in (np.mean, np.std):
+        assert np.abs(moment(ours / scale, axis=0) - moment(theirs / scale, axis=0)).max() < 0.02
+    area = ours[:, 2] * ours[:, 3] / (height * width)
+    assert area.min() > 0.075
+    assert area.max() <= 1.0
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+@pytest.mark.parametrize("shape", [(10, 200), (200, 10), (1, 1)])
+def test_images_that_no_window_fits_are_cropped_in_the_centre(shape: tuple[int, int]) -> None:
+    window = random_windows(RandomResizedCrop(size=(8, 8), scale=(1.0, 1.0)), *shape, count=1)[0]
+    expected = RandomResizedCropAndInterpolation.get_params(Image.new("RGB", shape[::-1]), (1.0, 1.0), (3 / 4, 4 / 3))
+    assert tuple(window) == expected
+
+
+def test_the_resized_window_equals_timm(smooth_image: Smooth) -> None:
+    image = smooth_image(120, 150)
+    window = (10, 20, 80, 60)
+    crop = RandomResizedCrop(size=(48, 64))
+    cut = Image.fromarray(image).crop((20, 10, 80, 90)).resize((64, 48), Image.Resampling.BICUBIC)
+    assert np.abs(crop.apply(image, window, "bicubic").astype(int) - np.asarray(cut)).max() <= 2
+
+
+def test_random_interpolation_draws_both() -> None:
+    crop = RandomResizedCrop(size=(8, 8))
+    data = {"image": np.zeros((20, 20, 3), np.uint8)}
+    methods = set()
+    for index in range(20):
+        crop.set_random_state(*sample_generators(0, 0, index))
+        methods.add(crop.get_params_dependent_on_data({"shape": (20, 20, 3)}, data)["method"])
+    assert methods == {"bilinear", "bicubic"}
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_keep_ratio_crops_give_the_size(crop: str, smooth_image: Smooth) -> None:
+    transform = RandomKeepRatioCrop(size=(48, 40), crop=crop)
+    for index, shape in enumerate([(60, 80), (30, 20), (200, 45), (48, 40)] * 5):
+        transform.set_random_state(*sample_generators(0, 0, index))
+        assert transform(image=smooth_image(*shape))["image"].shape == (48, 40, 3)
+
+
+def test_keep_ratio_sizes_are_distributed_as_in_timm() -> None:
+    transform = RandomKeepRatioCrop(size=(48, 40))
+    ours = []
+    for index in range(2000):
+        transform.set_random_state(*sample_generators(0, 0, index))
+        ours.append(transform.get_params_dependent_on_data({"shape": (90, 120, 3)}, {})["resized"])
+    random.seed(0)
+    image = Image.new("RGB", (120, 90))
+    arguments = (image, (48, 40), 0.0, 0.5, (0.8, 1.0), True, 0.5, (0.9, 1 / 0.9))
+    theirs = [ResizeKeepRatio.get_params(*arguments) for _ in range(2000)]
+    for moment in (np.mean, np.std):
+        assert np.abs(moment(ours, axis=0) - moment(theirs, axis=0)).max() < 0.2

@@ -1,0 +1,185 @@
+"""The `linvit` command and train_imagenet.py: help at once, errors of one sentence, exit statuses."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import linvit
+from linvit import cli, commandline
+
+REPOSITORY = Path(__file__).parent.parent
+COMMANDS = [
+    ["-m", "linvit"],
+    ["-m", "linvit", "train"],
+    ["-m", "linvit", "eval"],
+    ["-m", "linvit", "data"],
+    ["-m", "linvit", "models"],
+    [str(REPOSITORY / "train_imagenet.py")],
+]
+
+
+def run_python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=REPOSITORY, **options)
+
+
+def seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-2:]).replace(str(REPOSITORY), ""))
+def test_help_answers_in_half_a_second(command):
+    # In processor time, which a busy machine hardly changes.
+    seconds = []
+    for _ in range(3):
+        start = seconds_of_children()
+        done = run_python(*command, "--help")
+        seconds.append(seconds_of_children() - start)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: ")
+        assert done.stderr == ""
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["train", "--help"], 0, ""),
+        (["eval", "--help"], 0, ""),
+        (["train", "DATA", "--modle", "x"], 2, "error: unknown option '--modle'; did you mean '--model'?\n"),
+    ],
+)
+def test_the_script_answers_without_loading_torch(argv, status, words):
+    program = f"""
+import atexit, sys
+sys.argv = ["linvit", *{argv}]
+atexit.register(lambda: print([name for name in ("torch", "timm", "cv2", "albumentations") if name in sys.modules]))
+from linvit.cli import main
+sys.exit(main())
+"""
+    done = run_python("-c", program)
+    assert (done.returncode, done.stderr) == (status, words)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_is_listed_and_works(capsys):
+    assert cli.main(["--help"]) == 0
+    listing = capsys.readouterr().out
+    assert [line.split()[0] for line in listing.split("commands:\n")[1].split("\n\n")[0].splitlines()] == [
+        "train",
+        "eval",
+        "data",
+        "models",
+    ]
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: linvit {name} " in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"linvit {linvit.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a command: train, eval, data, models (linvit --help says more)"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["eval"], "the following arguments are required: SOURCE, DATA"),
+        (["eval", "run", "data", "--img-sizes", "3"], "unknown option '--img-sizes'; did you mean '--img-size'?"),
+        (["eval", "run", "data", "--img-size", "2y3"], "image size '2y3' is neither a number nor HEIGHTxWIDTH"),
+        (["eval", "run", "data", "-b", "x"], "--batch-size takes a whole number of more than 0, or none, not 'x'"),
+        (["data", "elpw", "folder"], "SET takes one of elpv, not 'elpw'"),
+        (["train", "data", "--epochs", "x"], "--epochs takes a whole number of at least 1, not 'x'"),
+        (["models", "--jsno", "x"], "unknown option '--jsno'; did you mean '--json'?"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_status_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_failed_work_is_one_sentence_and_status_1(capsys):
+    assert cli.main(["models", "linvit_smal_patch16_224"]) == 1
+    message = "error: unknown model 'linvit_smal_patch16_224'; did you mean 'linvit_small_patch16_224'?\n"
+    assert capsys.readouterr().err == message
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ValueError("broken"), 1, "error: broken\n"),
+        (OSError("no space"), 1, "error: no space\n"),
+        (commandline.UsageError("wrong"), 2, "error: wrong\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_failures_become_exit_statuses(error, status, words, capsys):
+    assert commandline.run(lambda: fail(error)) == status
+    assert capsys.readouterr().err == words
+
+
+def test_defects_and_debugging_keep_their_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        commandline.run(lambda: 1 // 0)
+    monkeypatch.setenv("LINVIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="broken"):
+        commandline.run(lambda: fail(ValueError("broken")))
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    program = "import sys; sys.argv[0] = 'linvit'; from linvit.cli import run; run(lambda: print('x' * 10**6))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_eval_hands_its_options_over(monkeypatch):
+    seen = []
+    monkeypatch.setattr("linvit.evaluate.evaluate_command", lambda options: seen.append(options) or 0)
+    sizes = ["--img-size", "224", "384x256"]
+    others = ["--split", "test", "-b", "8", "-j", "0", "--amp", "--json", "out.json"]
+    assert cli.main(["eval", "run", "DATA", *sizes, *others]) == 0
+    (options,) = seen
+    assert (options.source, options.data_dir, options.split) == ("run", Path("DATA"), "test")
+    assert options.img_size == (224, (384, 256))
+    assert (options.batch_size, options.workers, options.amp, options.json_file) == (8, 0, True, Path("out.json"))
+
+
+def test_train_is_train_imagenet(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY)
+    seen = []
+    monkeypatch.setattr("train_imagenet.train", lambda config: seen.append(config) or 3)
+    assert cli.main(["train", "DATA", "--lr", "0.5"]) == 3
+    assert (seen[0].data_dir, seen[0].lr) == (Path("DATA"), 0.5)
+
+
+def test_models_lists_the_registered_names_with_their_sizes(tmp_path, capsys):
+    assert cli.main(["models", "linvit_mini_*", "--json", str(tmp_path / "models.json")]) == 0
+    entries = json.loads((tmp_path / "models.json").read_text())
+    assert [(entry["name"], entry["img_size"], entry["num_tokens"]) for entry in entries] == [
+        ("linvit_mini_patch4_64", 64, 256),
+        ("linvit_mini_patch8_288", 288, 1296),
+    ]
+    assert {(entry["projection"], entry["share"]) for entry in entries} == {("separable", "kv")}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "size", "tokens", "parameters", "k", "projection", "share"]
+    assert [line.split()[0] for line in lines[1:]] == ["linvit_mini_patch4_64", "linvit_mini_patch8_288"]

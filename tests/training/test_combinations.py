@@ -1,0 +1,51 @@
+"""Options that cannot go together are refused, those that can are not."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from linvit.training.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bce_target_thresh": 0.0}, "bce_target_thresh does nothing without bce_loss"),
+        ({"model_ema_warmup": True}, "model_ema_warmup does nothing without model_ema"),
+        ({"torchcompile_mode": "default"}, "torchcompile_mode does nothing without torchcompile"),
+        ({"no_resume_opt": True}, "no_resume_opt does nothing without resume"),
+        ({"layer_decay_min_scale": 0.1}, "layer_decay_min_scale does nothing without layer_decay"),
+        ({"clip_mode": "agc"}, "clip_mode agc does nothing without clip_grad"),
+        ({"model": "vit_tiny_patch16_224", "k": 8}, "k is for linvit models, not for vit_tiny_patch16_224"),
+        ({"share": "kv", "model": "resnet50"}, "share is for linvit models"),
+        ({"k": 8, "model_kwargs": {"k": 9}}, "k and k in model_kwargs are the same"),
+        ({"gp": "avg", "model_kwargs": {"global_pool": "max"}}, "gp and global_pool in model_kwargs are the same"),
+        ({"initial_checkpoint": "a", "pretrained": True}, "initial_checkpoint and pretrained both"),
+        ({"initial_checkpoint": "a", "pretrained_path": "b"}, "initial_checkpoint and pretrained_path both"),
+        ({"amp": True, "amp_dtype": "float16", "device": "cpu"}, "amp_dtype float16 needs a GPU"),
+        ({"layer_decay": 0.9, "freeze": ("backbone",)}, "layer_decay has no layers left"),
+        ({"resume": "auto"}, "set experiment"),
+        ({"epochs": 3}, "warmup_epochs 5 is longer than epochs 3"),
+        ({"lr": 1e-6, "min_lr": 1e-5}, "min_lr 1e-05 is above lr 1e-06"),
+        ({"lr": 1e-6}, "warmup_lr 1e-05 is above lr 1e-06"),
+        ({"decay_milestones": (5, 3)}, "decay_milestones [5, 3] must rise"),
+        ({"lr_noise": (0.1, 0.2, 0.3)}, "lr_noise takes"),
+        ({"cutmix_minmax": (0.8, 0.2)}, "cutmix_minmax [0.8, 0.2] must rise"),
+        ({"mixup_off_epoch": 5}, "mixup_off_epoch has nothing to turn off"),
+        ({"mixup": 0.2, "batch_size": 5}, "batch_size 5 must be even"),
+        ({"aug_file": Path("a.yaml"), "vflip": 0.5}, "aug_file replaces the whole training pipeline"),
+    ],
+)
+def test_impossible_combinations_are_refused_in_one_sentence(settings, message):
+    with pytest.raises(ValidationError) as error:
+        TrainConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_possible_combinations_are_taken():
+    TrainConfig(epochs=3, warmup_prefix=True)
+    TrainConfig(lr=1e-6, warmup_epochs=0)
+    TrainConfig(bce_loss=True, bce_target_thresh=0.0)
+    TrainConfig(model="local-dir:run/best", k=8)
+    TrainConfig(amp=True, amp_dtype="float16", device="cuda")
