@@ -45,9 +45,9 @@ def replace_files(scratch: Path, folder: Path) -> None:
     scratch.rmdir()
 
 
-def cannot_write(path: Path, error: OSError) -> OSError:
+def cannot_write(path: Path, error: Exception) -> OSError:
     """`error` as one sentence that names the file and the mend."""
-    why = error.strerror or reason(error)
+    why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
     return OSError(
         f"cannot write {path}: {why[:1].lower()}{why[1:]}; make room or choose another --output (what was "
         "written before is kept)"

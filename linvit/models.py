@@ -21,8 +21,8 @@ TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-# For CPUs and demonstrations; three heads of 32 keep k = 25 keys in the folded order.
-MINI = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+# For CPUs and demonstrations: two heads of 32 keep up to 32 keys in the folded order.
+MINI = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 
 
 def _cfg(size: int, **overrides: Any) -> dict[str, Any]:
@@ -220,13 +220,13 @@ def linvit_base_patch14_518(pretrained: bool = False, **kwargs: Any) -> Linforme
 
 @register_model
 def linvit_mini_patch4_64(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
-    """Width 96, depth 4, patch 4 at 64²: 256 patches, k=16, separable, kv."""
+    """Width 64, depth 4, patch 4 at 64²: 256 patches, k=16, separable, kv."""
     defaults = dict(patch_size=4, k=16, **MINI)
     return create("linvit_mini_patch4_64", pretrained, **dict(defaults, **kwargs))
 
 
 @register_model
 def linvit_mini_patch8_288(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
-    """Width 96, depth 4, patch 8 at 288²: 1,296 patches, k=25, separable, kv."""
+    """Width 64, depth 4, patch 8 at 288²: 1,296 patches, k=25, separable, kv."""
     defaults = dict(patch_size=8, k=25, **MINI)
     return create("linvit_mini_patch8_288", pretrained, **dict(defaults, **kwargs))

@@ -1,0 +1,45 @@
+"""timm models: made by name, with errors that say what to do, and what linvit relies on in them."""
+
+from typing import Any
+
+import timm
+from timm.models import resolve_model_input_args
+from torch import nn
+
+import linvit.models  # noqa: F401  registers the linvit_* names
+from linvit.validation import unknown
+
+
+class TimmModel(nn.Module):
+    """Any model that `timm.create_model` makes, for the type checker, since timm is not typed; never made itself."""
+
+    pretrained_cfg: dict[str, Any]
+    # Where timm's checkpoint filters look for the size that weights come from.
+    pretrained_model_args: dict[str, Any]
+    num_classes: int
+
+    def get_classifier(self) -> nn.Module:
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        raise NotImplementedError
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, img_size: tuple[int, int] | None = None, **model_kwargs: Any
+) -> TimmModel:
+    """A timm model by its name, also `local-dir:FOLDER` or `hf-hub:ID`, at `img_size` where it has a fixed size.
+
+    Raises ValueError for an unknown name, with the nearest one, for arguments that the model does not take, and where
+    published weights are asked for and there are none.
+    """
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"{unknown('model', name, timm.list_models())} (`linvit models` lists them)")
+    sized = resolve_model_input_args(name, {"img_size": img_size}, num_classes=num_classes)
+    given = {key: sized[key] for key in ("img_size", "num_classes") if key in sized}
+    try:
+        return timm.create_model(name, **{**given, **model_kwargs})
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these arguments: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot be built so: {' '.join(str(error).split())}") from error

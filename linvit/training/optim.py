@@ -1,0 +1,78 @@
+"""Optimizer, schedule and moving average, built by timm from the options of a run."""
+
+from typing import NamedTuple
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from linvit.training.config import TrainConfig
+from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
+from linvit.validation import unknown
+
+
+def learning_rate(config: TrainConfig, *, world_size: int) -> float:
+    """`lr`, or `lr_base` grown with the global batch as timm grows it."""
+    if config.lr is not None:
+        return config.lr
+    ratio = config.batch_size * config.grad_accum_steps * world_size / config.lr_base_size
+    adaptive = any(family in config.opt.lower() for family in ("ada", "lamb"))
+    scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return float(config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
+
+
+def create_optimizer(model: nn.Module, options: OptimizerOptions, *, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer of that name, with its parameter groups (weight decay, layer decay).
+
+    Raises ValueError for an unknown name, an argument that the optimizer does not take, and optimizers that need second
+    derivatives, which fused attention does not have.
+    """
+    # timm's prefix lookahead_ wraps any of them.
+    if options.opt.lower().split("_")[-1] not in list_optimizers():
+        raise ValueError(f"--opt: {unknown('optimizer', options.opt, list_optimizers())}")
+    settings = {**optimizer_kwargs(options.model_copy(update={"lr": lr})), **options.opt_kwargs}
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(model, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--opt {options.opt} does not take these options: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"--opt {options.opt} needs second derivatives, which attention does not have; choose adamw")
+    return optimizer
+
+
+class Schedule(NamedTuple):
+    """timm's scheduler (None: the rate stays as it is) and the epochs that it lasts."""
+
+    scheduler: Scheduler | None
+    num_epochs: int
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions, *, updates_per_epoch: int) -> Schedule:
+    """timm's learning-rate schedule, a function of the epoch or the update alone: it can be resumed anywhere.
+
+    Raises ValueError for "plateau", which is not one, and which timm is giving up.
+    """
+    if options.sched == "plateau":
+        raise ValueError("--sched plateau cannot be resumed exactly, and timm is giving it up; choose cosine or wsd")
+    settings = scheduler_kwargs(options)
+    return Schedule(*create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch))
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the layers that are not slowed down by layer decay."""
+    return float(max(group["lr"] for group in optimizer.param_groups))
+
+
+def create_ema(model: nn.Module, options: EmaOptions) -> ModelEmaV3 | None:
+    """A moving average of the model's weights, beginning at them; None where it is off."""
+    if not options.model_ema:
+        return None
+    return ModelEmaV3(
+        model,
+        decay=options.model_ema_decay,
+        use_warmup=options.model_ema_warmup,
+        device="cpu" if options.model_ema_force_cpu else None,
+    )

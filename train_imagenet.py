@@ -1,0 +1,171 @@
+"""Train an image classifier on folders of images, with timm's names and parts.
+
+    python train_imagenet.py DATA --config configs/NAME.yaml [--any-flag value ...]
+    torchrun --nproc-per-node 8 train_imagenet.py DATA --config configs/NAME.yaml
+
+`main` reads the options; `train` is the whole run from top to bottom. What it leaves behind is in `linvit/runs.py`.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from linvit.commandline import run
+from linvit.training.config import TrainConfig, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return run(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def train(config: TrainConfig) -> int:
+    """Train, evaluate after each epoch, keep the best and the last weights; returns the exit status.
+
+    Raises ValueError where options, data and weights do not fit together or the loss is not finite, OSError where the
+    run's folder cannot be written.
+    """
+    # Loaded only now, so that --help and mistakes on the command line are answered at once.
+    from linvit.data.folder import open_folder, read_class_map
+    from linvit.data.loader import create_eval_loader, create_train_loader
+    from linvit.data.transforms import resolve_input
+    from linvit.evaluate import evaluate
+    from linvit.training.distributed import joined_ranks, on_primary, usable_workers
+    from linvit.training.engine import TrainStep
+    from linvit.training.freeze import freeze
+    from linvit.training.log import EpochLog
+    from linvit.training.loss import create_loss, create_mixup
+    from linvit.training.metrics import Metrics
+    from linvit.training.modelbuild import build_model, place_model, wrap_model
+    from linvit.training.optim import create_ema, create_optimizer, create_schedule, current_lr, learning_rate
+    from linvit.training.randomness import seed_run, seed_step, use_deterministic_algorithms
+    from linvit.training.recorder import Recorder
+    from linvit.training.resume import choose_start
+    from linvit.training.signals import stop_on_signals
+    from linvit.training.state import Progress, load_state, restore_state
+    from linvit.training.summary import EpochResult
+
+    assert config.data_dir is not None
+    with joined_ranks(config.device) as ranks, stop_on_signals() as stop:
+        if config.deterministic:
+            use_deterministic_algorithms()
+        seed_run(config.seed)
+
+        # Data: the training images, or a list, name the classes; both splits use their labels.
+        listed = read_class_map(config.class_map) if config.class_map is not None else None
+        train_set = open_folder(config.data_dir, split=config.train_split, class_names=listed)
+        class_names = train_set.class_names
+        val_set = open_folder(config.data_dir, split=config.val_split, class_names=class_names)
+
+        # Model: built by name, started from other weights, partly frozen.
+        model, new_parameters = build_model(config, class_names=class_names)
+        freeze(model, config.freeze)
+        place_model(model, config, ranks)
+        spec = resolve_input(model, config)
+
+        # Batches: the same whatever the number of workers and wherever the run is resumed.
+        loading: dict[str, Any] = {
+            "workers": usable_workers(config.workers),
+            "device": ranks.device,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "pin_memory": config.pin_mem,
+            "channels_last": config.channels_last,
+        }
+        train_loader = create_train_loader(
+            train_set, config, spec, batch_size=config.batch_size, seed=config.seed, **loading
+        )
+        val_loader = create_eval_loader(
+            val_set, spec, batch_size=config.validation_batch_size or config.batch_size, **loading
+        )
+        num_batches = len(train_loader)
+        num_updates = -(-num_batches // config.grad_accum_steps)
+
+        # Optimization.
+        optimizer = create_optimizer(model, config, lr=learning_rate(config, world_size=ranks.world_size))
+        scheduler, num_epochs = create_schedule(optimizer, config, updates_per_epoch=num_updates)
+        num_epochs = min(num_epochs, config.stop_epoch or num_epochs)
+        step = TrainStep(
+            wrap_model(model, config, ranks),
+            model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            ema=create_ema(model, config),
+            mixup=create_mixup(config, num_classes=len(class_names)),
+            loss_fn=create_loss(config),
+            config=config,
+            ranks=ranks,
+            stop=stop,
+        )
+
+        # The run's folder, new or gone on with.
+        start = on_primary(lambda: choose_start(config, img_size=spec.size))
+        recorder = Recorder(start.folder, config=config, loader=train_loader, spec=spec, is_primary=ranks.is_primary)
+        progress = Progress()
+        state = load_state(start.state) if start.state is not None else None
+        if state is not None:
+            progress = restore_state(
+                state, step, class_names=class_names, num_batches=num_batches, with_optimizer=not config.no_resume_opt
+            )
+        recorder.begin(
+            step, progress, state=state, num_images=(len(train_set), len(val_set)), new_parameters=new_parameters
+        )
+
+        while progress.epoch < num_epochs and not progress.is_out_of_patience(config.early_stop_patience):
+            epoch = progress.epoch
+            train_loader.set_epoch(epoch)
+            step.start_epoch(epoch)
+            log = EpochLog(
+                epoch=epoch,
+                num_epochs=num_epochs,
+                first_batch=progress.batch,
+                num_batches=num_batches,
+                images_per_batch=config.batch_size * ranks.world_size,
+                log_interval=config.log_interval,
+                is_shown=ranks.is_primary,
+            )
+            with log:
+                for batch in log.timed(train_loader.iter_from(progress.batch)):
+                    # All that is random from here to the update is a function of these four.
+                    seed_step(config.seed, epoch=epoch, batch=progress.batch, rank=ranks.rank)
+                    group_start = progress.batch - progress.batch % config.grad_accum_steps
+                    group_size = min(config.grad_accum_steps, num_batches - group_start)
+                    progress.batch += 1
+                    closes_group = progress.batch == group_start + group_size
+                    step.backward(batch.images, batch.labels, group_size=group_size, closes_group=closes_group)
+                    if not closes_group:
+                        continue
+                    loss, is_asked_to_stop = step.update()
+                    progress.add_loss(loss)
+                    log.update(batch=progress.batch, loss=loss, lr=current_lr(optimizer))
+                    if is_asked_to_stop:
+                        recorder.save_state(step, progress)
+                        recorder.say(f"stopped; go on with --resume {start.folder}")
+                        return stop.exit_code
+            lr = current_lr(optimizer)
+            train_loss = progress.end_epoch()
+            step.end_epoch(epoch)
+
+            # Evaluation of the raw and the averaged weights; the best of all epochs are kept.
+            metrics: dict[str, Metrics] = {}
+            best = None
+            if progress.epoch % config.val_interval == 0 or progress.epoch == num_epochs:
+                for name, weights in step.weights.items():
+                    metrics[name] = evaluate(weights, val_loader, device=ranks.device, amp_dtype=step.amp_dtype)
+                best = progress.judge(metrics, config.eval_metric)
+            result = EpochResult(
+                epoch=epoch,
+                train_loss=train_loss,
+                lr=lr,
+                num_skipped=step.num_skipped,
+                timing=log.timing(),
+                metrics=metrics,
+            )
+            recorder.end_epoch(result, step, progress, best=best)
+
+        recorder.end(progress)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
