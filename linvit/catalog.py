@@ -65,7 +65,7 @@ def _describe(name: str) -> ModelEntry:
 
     # No memory and no random numbers are spent on weights that are only counted.
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, weight_init="skip")
     projections = model.blocks[0].attn.projections()
     return ModelEntry(
         name,

@@ -81,7 +81,6 @@ EVERYTHING = {
     "decay_epochs": 0.3,
     "decay_milestones": [10, 20],
     "decay_rate": 0.2,
-    "patience_epochs": 4,
     "lr_noise": [0.5, 0.9],
     "lr_noise_pct": 0.5,
     "lr_noise_std": 0.5,

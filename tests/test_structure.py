@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "training": {"data.options", "data.transforms", "data.loader", "evaluation", "models", "runs"},
     "runs": {"models", "data.transforms"},
-    "evaluation": {"models", "data", "runs", "training.metrics"},
+    "evaluation": {"models", "data", "runs", "training.metrics", "training.distributed", "training.precision"},
     "catalog": {"models"},
     "command": {"models", "data", "training", "runs", "evaluation", "catalog", "linvit"},
 }
@@ -31,7 +31,6 @@ PARTS = {
     "runs": "runs",
     "weights": "runs",
     "timmmodel": "runs",
-    "recorder": "runs",
     "evaluate": "evaluation",
     "evaluate_options": "evaluation",
     "catalog": "catalog",

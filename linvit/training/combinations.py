@@ -51,8 +51,6 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    if config.amp and config.amp_dtype == "float16" and config.device == "cpu":
-        raise ValueError("amp_dtype float16 needs a GPU, which scales the loss: use bfloat16 on the CPU")
     if config.clip_mode != "norm" and config.clip_grad is None:
         raise ValueError(f"clip_mode {config.clip_mode} does nothing without clip_grad: set the value to clip at")
     if config.layer_decay is not None and "backbone" in config.freeze:

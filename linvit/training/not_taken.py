@@ -34,6 +34,7 @@ NOT_TAKEN: dict[str, NotTaken] = {
     "target_key": NotTaken(None, _FOLDERS),
     "input_size": NotTaken(None, "use --img-size HEIGHT WIDTH; images are read as RGB"),
     "fuser": NotTaken("", _TORCHSCRIPT),
+    "patience_epochs": NotTaken(10, "the plateau schedule cannot be resumed exactly; use cosine or wsd"),
     "fast_norm": NotTaken(False, "PyTorch's own layer norm is used; --amp and --torchcompile make it fast"),
     "torchscript": NotTaken(False, _TORCHSCRIPT),
     "model_dtype": NotTaken(None, "weights are float32; use --amp for lower precision"),

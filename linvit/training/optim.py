@@ -51,12 +51,7 @@ class Schedule(NamedTuple):
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions, *, updates_per_epoch: int) -> Schedule:
-    """timm's learning-rate schedule, a function of the epoch or the update alone: it can be resumed anywhere.
-
-    Raises ValueError for "plateau", which is not one, and which timm is giving up.
-    """
-    if options.sched == "plateau":
-        raise ValueError("--sched plateau cannot be resumed exactly, and timm is giving it up; choose cosine or wsd")
+    """timm's learning-rate schedule, a function of the epoch or the update alone: it can be resumed anywhere."""
     settings = scheduler_kwargs(options)
     return Schedule(*create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch))
 

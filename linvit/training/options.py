@@ -88,7 +88,7 @@ class DeviceOptions(_Options):
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     amp: bool = Field(False, description="train under automatic mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="precision under --amp; float16 runs with a loss scaler on a GPU"
+        "bfloat16", description="precision under --amp; float16 runs with a loss scaler"
     )
     channels_last: bool = Field(False, description="keep images and convolutions in channels-last order")
     grad_checkpointing: bool = Field(False, description="recompute activations, to save memory")
@@ -126,7 +126,7 @@ class OptimizerOptions(_Options):
 class ScheduleOptions(_Options):
     """The learning rate over time (timm's create_scheduler_v2)."""
 
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none"] = (
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = (
         Field("cosine", description="schedule of the learning rate")
     )
     sched_on_updates: bool = Field(False, description="move along the schedule every step, not every epoch")
@@ -147,8 +147,7 @@ class ScheduleOptions(_Options):
         None, gt=0.0, description="epochs between decays (step; default 90) or of the decay (wsd, rsqrt; 0.2 of all)"
     )
     decay_milestones: tuple[Count, ...] = Field((90, 180, 270), description="epochs of the decays (multistep)")
-    decay_rate: float = Field(0.1, gt=0.0, description="factor of each decay (step, multistep, plateau), power (poly)")
-    patience_epochs: Count = Field(10, description="epochs without a better result before a decay (plateau)")
+    decay_rate: float = Field(0.1, gt=0.0, description="factor of each decay (step, multistep), power (poly)")
     lr_noise: tuple[float, ...] | None = Field(
         None, description="shares of the schedule where noise on the learning rate starts and stops"
     )

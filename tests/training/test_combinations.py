@@ -23,7 +23,6 @@ from linvit.training.config import TrainConfig
         ({"gp": "avg", "model_kwargs": {"global_pool": "max"}}, "gp and global_pool in model_kwargs are the same"),
         ({"initial_checkpoint": "a", "pretrained": True}, "initial_checkpoint and pretrained both"),
         ({"initial_checkpoint": "a", "pretrained_path": "b"}, "initial_checkpoint and pretrained_path both"),
-        ({"amp": True, "amp_dtype": "float16", "device": "cpu"}, "amp_dtype float16 needs a GPU"),
         ({"layer_decay": 0.9, "freeze": ("backbone",)}, "layer_decay has no layers left"),
         ({"resume": "auto"}, "set experiment"),
         ({"epochs": 3}, "warmup_epochs 5 is longer than epochs 3"),
