@@ -8,19 +8,17 @@ the median over rounds of the ratio to timm's ViT in the same round.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from provenance import provenance
 from torch import nn
 
-import linvit
+import linvit.models  # noqa: F401  registers the names
 
 BASELINE = "vit_small_patch16_224"
 OURS = "linvit_small_patch16_224"
@@ -77,21 +75,6 @@ def measure(size: int, mode: str, *, rounds: int, lengths: list[int], device: st
     return rows
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "versions": {"linvit": linvit.__version__, "torch": torch.__version__, "timm": timm.__version__},
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "batch": 1,
-        "seed": 0,
-        "n": args.rounds,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
@@ -108,7 +91,10 @@ def main() -> None:
     ]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**describe(args), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({**provenance(seed=0, n=args.rounds), "dtype": "float32", "batch": 1, "rows": rows}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
