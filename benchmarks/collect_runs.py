@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 from provenance import provenance
 
-
 KEPT = ("top1", "top5", "loss", "num_images", "img_size", "num_tokens", "per_class", "images_per_class")
 
 

@@ -19,9 +19,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         scratch.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        # torch.save ends with an error of its own after the one that the disk gave.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise cannot_write(path, cause) from error
 
 
 def write_text(path: Path, text: str) -> None:

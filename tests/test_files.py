@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import torch
 
 from linvit.files import replace_files, write_file, write_text
 
@@ -82,3 +83,21 @@ def test_a_folders_files_are_replaced_weights_first(tmp_path: Path, monkeypatch:
     assert order == ["model.safetensors", "config.json"]
     assert {path.read_text() for path in folder.iterdir()} == {"new"}
     assert not scratch.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on file sizes")
+def test_torch_running_out_of_room_is_told_as_such(tmp_path: Path) -> None:
+    """The system itself refuses to write on, as on a full disk; torch then fails in a way of its own."""
+    import resource
+
+    path = tmp_path / "state.pth"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*state.pth: file too large; make room"):
+            write_file(path, lambda file: torch.save({"weight": torch.zeros(1_000_000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -126,8 +126,8 @@ class OptimizerOptions(_Options):
 class ScheduleOptions(_Options):
     """The learning rate over time (timm's create_scheduler_v2)."""
 
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = (
-        Field("cosine", description="schedule of the learning rate")
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = Field(
+        "cosine", description="schedule of the learning rate"
     )
     sched_on_updates: bool = Field(False, description="move along the schedule every step, not every epoch")
     epochs: int = Field(300, ge=1, description="epochs of the schedule")
