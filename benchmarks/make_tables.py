@@ -38,8 +38,8 @@ def step_time() -> str:
         name = "timm `vit_small_patch16`" if model == "timm ViT" else f"`linvit_small_patch16`, {model}"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append(
-        f"\nTimes faster, median of {found['n']} rounds, {found['dtype']}, batch {found['batch']}, {found['hardware']}: "
-        "[step_time.py](benchmarks/step_time.py)."
+        f"\nTimes faster, median of {found['n']} rounds, {found['dtype']}, batch {found['batch']}, "
+        f"{found['hardware']}: [step_time.py](benchmarks/step_time.py)."
     )
     return "\n".join(lines)
 
