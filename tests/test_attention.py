@@ -25,10 +25,7 @@ def make(kind, share, grid, prefix, k=None, **kwargs):
     E, F = (build_projection(kind, k=k, grid_size=grid, num_maps=maps, dtype=torch.float64) for _ in range(2))
     attention = LinformerAttention(12, HEADS, qkv_bias=True, num_prefix_tokens=prefix, dtype=torch.float64, **kwargs)
     nn.init.normal_(attention.qkv.bias)
-    if share == "layerwise":
-        attention.borrow_projection(E)
-    else:
-        attention.set_projections(E, F if owner == "own" else None)
+    attention.set_projections(E, F if owner == "own" else None)
     return attention, E, F if owner == "own" else E
 
 
