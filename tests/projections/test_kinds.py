@@ -8,6 +8,7 @@ from kinds import GRIDS, KINDS
 
 from linvit import reference
 from linvit.projections import PROJECTIONS, PerHeadProjection, Projection, build_projection
+from linvit.projections.grid import tile_rows
 
 CASES = [(kind, grid, maps) for kind in KINDS for grid in GRIDS for maps in (1, 3)]
 
@@ -66,10 +67,6 @@ def test_jl_init_has_variance_one_over_k(kind):
 
 @pytest.mark.parametrize("k", [5, 7, 11, 12, 30])
 def test_pool_init_of_any_k_tiles_the_grid(k):
-    projection = build_projection("linear", k=k, grid_size=(7, 5), dtype=torch.float64)
-    projection.weight.data -= 0
-    from linvit.projections.grid import tile_rows
-
     rows = tile_rows(k, (7, 5), device=torch.device("cpu"), dtype=torch.float64)
     assert rows.shape == (k, 7, 5)
     torch.testing.assert_close(rows.sum((1, 2)), torch.ones(k, dtype=torch.float64))
