@@ -60,7 +60,10 @@ def main() -> None:
         "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
         "runs": runs,
     }
-    result["command"] = "python benchmarks/collect_runs.py RUNS --data DATA ..."
+    # Runs and data lie wherever they lie: their names tell enough.
+    result["command"] = " ".join(
+        Path(word).name if Path(word).is_absolute() else word for word in result["command"].split()
+    )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")
     print(f"top-1 {result['top1_mean']} ± {result['top1_std']}, n = {len(runs)}: {[round(value, 2) for value in top1]}")

@@ -30,7 +30,7 @@ def step_time() -> str:
     ]
     for model in models:
         cells = [
-            f"{row['times_faster']:.2f} ×"
+            _ratio(row)
             for column in columns
             for row in rows
             if row["model"] == model and (row["image_size"], row["patches"], row["mode"]) == column
@@ -38,10 +38,15 @@ def step_time() -> str:
         name = "timm `vit_small_patch16`" if model == "timm ViT" else f"`linvit_small_patch16`, {model}"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append(
-        f"\nTimes faster, median of {found['n']} rounds, {found['dtype']}, batch {found['batch']}, "
+        f"\nTimes faster, median (and range) of {found['n']} rounds, {found['dtype']}, batch {found['batch']}, "
         f"{found['hardware']}: [step_time.py](benchmarks/step_time.py)."
     )
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["spread"]
+    return f"{row['times_faster']:.2f} ×" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
 
 
 def demo() -> str:
