@@ -2,24 +2,35 @@
 
     python benchmarks/exactness.py --json benchmarks/results/exactness.json
 
-On awkward grids, for every kind, sharing, form of k, prefix and order of multiplication; the tests hold each to 1e-10.
+On awkward grids, for every kind, the sharings and orders of multiplication it has, form of k and prefix; the tests hold
+each to 1e-10.
 """
 
 import argparse
 import itertools
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from provenance import provenance
-from torch import Tensor, nn
+from torch import nn
 
 from linvit import reference
 from linvit.attention import LinformerAttention
-from linvit.projections import PROJECTIONS, Projection, build_projection
+from linvit.projections import (
+    PROJECTIONS,
+    MatrixProjection,
+    PerHeadProjection,
+    Projection,
+    build_projection,
+    maps_can_differ,
+)
+from linvit.projections.conv import ConvProjection
+from linvit.projections.grid import factor_pair
 
-GRIDS = [(7, 5), (13, 13)]
+GRIDS = [(7, 5), (13, 13), (6, 10)]
 PREFIXES = {"none": 0, "class token": 1, "class and 4 registers": 5}
 ORDERS = ["per_head", "associative", "folded"]
 HEADS, WIDTH = 3, 12
@@ -27,18 +38,43 @@ HEADS, WIDTH = 3, 12
 SHARES = {"none": (HEADS, False), "headwise": (1, False), "kv": (1, True), "layerwise": (1, True)}
 
 
-def head_matrices(projection: Projection) -> list[Tensor]:
-    matrices = projection.matrix().double().expand(HEADS, -1, -1)
-    lengths = projection.lengths * (HEADS // len(projection.lengths))
-    return [matrix[:length] for matrix, length in zip(matrices, lengths)]
+def reductions(projection: Projection, num_heads: int) -> list[reference.Reduction]:
+    """E of each head as the reference takes it."""
+    if isinstance(projection, PerHeadProjection):
+        return [found for head in projection.each_head() for found in reductions(head, 1)]
+    if isinstance(projection, MatrixProjection):
+        maps: list[reference.Reduction] = [*projection.matrix().double()]
+    else:
+        grid, cells = projection.grid_size, factor_pair(projection.k, projection.grid_size)
+        if isinstance(projection, ConvProjection):
+            weights = zip(projection.weight, projection.gamma, projection.beta)
+            maps = [
+                partial(reference.depthwise_conv, grid=grid, cells=cells, weight=w, gamma=g, beta=b)
+                for w, g, b in weights
+            ]
+        else:
+            maps = [partial(reference.max_pool, grid=grid, cells=cells)]
+    return maps * (num_heads // len(maps))
+
+
+def lengths(kind: str, share: str) -> list[int | list[int]]:
+    """The forms of k that `kind` takes with `share`."""
+    can_differ, per_head = maps_can_differ(kind), share == "none" and kind != "identity"
+    one = [6] if can_differ or share in ("kv", "layerwise") else []
+    return [*one, [6, 4, 9]] if per_head else [*one]
+
+
+def orders(kind: str) -> list[str]:
+    return ORDERS if issubclass(PROJECTIONS[kind], MatrixProjection) else ORDERS[1:]
 
 
 def errors(kind: str, share: str, k: int | list[int], grid: tuple[int, int], prefix: int, order: str) -> list[float]:
     """The largest forward and the largest gradient difference."""
     torch.manual_seed(0)
     maps, same = SHARES[share]
-    E = build_projection(kind, k=k, grid_size=grid, num_maps=maps, dtype=torch.float64)
-    F = E if same else build_projection(kind, k=k, grid_size=grid, num_maps=maps, dtype=torch.float64)
+    E, F = (
+        build_projection(kind, k=k, grid_size=grid, num_maps=maps, dim=WIDTH, dtype=torch.float64) for _ in range(2)
+    )
     layer = LinformerAttention(WIDTH, HEADS, qkv_bias=True, num_prefix_tokens=prefix, dtype=torch.float64)
     layer.set_projections(E, None if same else F)
     layer.order = order  # type: ignore[assignment]
@@ -51,8 +87,8 @@ def errors(kind: str, share: str, k: int | list[int], grid: tuple[int, int], pre
         qkv_bias=layer.qkv.bias,
         out_weight=layer.proj.weight,
         out_bias=layer.proj.bias,
-        E=head_matrices(E),
-        F=head_matrices(F),
+        E=reductions(E, HEADS),
+        F=reductions(E if same else F, HEADS),
         num_prefix_tokens=prefix,
     )
     inputs = [x, *layer.parameters()]
@@ -69,9 +105,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for kind, share, grid, prefix, order in itertools.product(PROJECTIONS, SHARES, GRIDS, PREFIXES.values(), ORDERS):
-        lengths: list[int | list[int]] = [6, [6, 4, 9]] if share == "none" and kind != "identity" else [6]
-        for k in lengths:
+    for kind, share, grid, prefix in itertools.product(PROJECTIONS, SHARES, GRIDS, PREFIXES.values()):
+        for k, order in itertools.product(lengths(kind, share), orders(kind)):
             found[kind, share].append(errors(kind, share, k, grid, prefix, order))
     rows = [
         {

@@ -1,9 +1,10 @@
 """Write the README's numbers from benchmarks/results/*.json, between its `<!-- begin NAME -->` and `<!-- end -->`.
 
-python benchmarks/make_tables.py            # rewrites README.md
-python benchmarks/make_tables.py --check    # exit 1 where it would change
+python benchmarks/make_tables.py            # rewrites README.md and docs/bench.png
+python benchmarks/make_tables.py --check    # exit 1 where they would change
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -11,42 +12,98 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from linvit.bench.plot import DIGEST_KEY, save_plot
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BENCH = RESULTS / "bench_readme_cpu.json"
+PLOT = ROOT / "docs" / "bench.png"
+
+Row = dict[str, Any]
 
 
 def read(name: str) -> dict[str, Any]:
     return dict(json.loads((RESULTS / f"{name}.json").read_text()))
 
 
-def step_time() -> str:
-    found = read("step_time_cpu")
-    rows = found["rows"]
-    models = [row["model"] for row in rows if row["mode"] == "train" and row["image_size"] == rows[0]["image_size"]]
-    columns = sorted({(row["image_size"], row["patches"], row["mode"]) for row in rows})
+def bench() -> str:
+    found = read(BENCH.stem)
+    return "\n\n".join([_times(found["rows"]), _memory(found["rows"]), _long(found["rows"]) + _conditions(found)])
+
+
+def _times(rows: list[Row]) -> str:
+    """Times faster than the baseline, by model and mode, over the sizes that the baseline was measured at."""
+    rows = [row for row in rows if row["baseline"] is not None and "grad_checkpointing" not in row["model"]]
+    sizes = sorted({(row["patches"], row["image_size"]) for row in rows})
     lines = [
-        "| | " + " | ".join(f"{size} px, {patches:,} patches, {mode}" for size, patches, mode in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        "| | | " + " | ".join(f"{patches:,} patches ({size} px)" for patches, size in sizes) + " |",
+        "|---" * (len(sizes) + 2) + "|",
     ]
-    for model in models:
-        cells = [
-            _ratio(row)
-            for column in columns
-            for row in rows
-            if row["model"] == model and (row["image_size"], row["patches"], row["mode"]) == column
-        ]
-        name = "timm `vit_small_patch16`" if model == "timm ViT" else f"`linvit_small_patch16`, {model}"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append(
-        f"\nTimes faster, median (and range) of {found['n']} rounds, {found['dtype']}, batch {found['batch']}, "
-        f"{found['hardware']}: [step_time.py](benchmarks/step_time.py)."
-    )
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {(row["mode"], row["patches"]): row for row in rows if row["model"] == model}
+        modes = [mode for mode in ("forward", "train") if any(mode == key[0] for key in own)]
+        for mode in modes:
+            cells = [_time(own[mode, patches]) if (mode, patches) in own else "" for patches, _ in sizes]
+            name = f"`{model}`" if mode == modes[0] else ""
+            lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(row: dict[str, Any]) -> str:
-    low, high = row["spread"]
-    return f"{row['times_faster']:.2f} ×" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
+def _time(row: Row) -> str:
+    if row["seconds"] is None:
+        return str(row["status"])
+    if row["model"] == row["baseline"]:
+        return f"{row['seconds']:.3g} s"
+    low, high = row["ratio_spread"]
+    return f"{row['ratio']:.2f} ×" + (f" ({low:.2f}–{high:.2f})" if row["n"] > 1 else "")
+
+
+def _memory(rows: list[Row]) -> str:
+    """What a training step adds at the largest size that has it, and what recomputing costs in time."""
+    trained = [row for row in rows if row["mode"] == "train" and row["step_bytes"]]
+    trained = [row for row in trained if row["patches"] == max(row["patches"] for row in trained)]
+    (base,) = (row for row in trained if row["model"] == row["baseline"])
+    lines = [
+        f"| a training step at {base['image_size']} px | adds | of timm's | time | process at its peak |",
+        "|---|---|---|---|---|",
+    ]
+    seconds = {row["model"]: row["seconds"] for row in trained}
+    for row in trained:
+        plain, is_recomputing, _ = row["model"].partition(":grad_checkpointing=")
+        share = f" ({row['seconds'] / seconds[plain]:.2f} × without)" if is_recomputing else ""
+        cells = [
+            f"`{row['model']}`",
+            f"{row['step_bytes'] / 2**30:.2f} GiB",
+            f"{row['step_bytes'] / base['step_bytes']:.2f} ×",
+            f"{row['seconds']:.3g} s{share}",
+            f"{row['process_bytes'] / 2**30:.2f} GiB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _long(rows: list[Row]) -> str:
+    """Seconds a patch of the model that was measured alone, against the same at 1024 px."""
+    (alone,) = (row for row in rows if row["baseline"] is None)
+    (short,) = (
+        row for row in rows if (row["model"], row["mode"], row["image_size"]) == (alone["model"], "forward", 1024)
+    )
+    share = short["tokens_per_second"] / alone["tokens_per_second"]
+    return (
+        f"At {alone['image_size']} px, {alone['patches']:,} patches, `{alone['model']}` takes {alone['seconds']:.3g} s "
+        f"forward: {share:.2f} × the seconds per patch of 1024 px. "
+    )
+
+
+def _conditions(found: dict[str, Any]) -> str:
+    rounds = found["n"]
+    return (
+        f"{', '.join(found['dtype'])}, batch 1, {found['hardware']}; times faster are medians (and ranges) of "
+        f"{min(rounds)} to {max(rounds)} rounds, memory beyond what was held before the step. "
+        f"`{found['command']}`, see [docs/bench.md](docs/bench.md)."
+    )
 
 
 def demo() -> str:
@@ -69,7 +126,7 @@ def _mean(result: dict[str, Any]) -> str:
     return f"{result['top1_mean']:.1f} % ± {result['top1_std']:.1f} (n = {result['n']})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"step_time": step_time, "demo": demo}
+TABLES: dict[str, Callable[[], str]] = {"bench": bench, "demo": demo}
 
 
 def fill(text: str) -> str:
@@ -78,16 +135,38 @@ def fill(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
 
-    return re.sub(r"(<!-- begin (\w+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+    if BENCH.exists():
+        text = text.replace("<!-- begin step_time -->", "<!-- begin bench -->")
+    names = "|".join(TABLES)
+    return re.sub(rf"(<!-- begin ({names}) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def is_plot_of(plot: Path, results: Path) -> bool:
+    """Whether a picture says that it was drawn from these very results."""
+    if not plot.exists():
+        return False
+    with Image.open(plot) as image:
+        return bool(image.info.get(DIGEST_KEY) == _digest(results))
+
+
+def draw(results: Path, plot: Path) -> None:
+    save_plot(json.loads(results.read_text()), plot, digest=_digest(results))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> int:
     path = ROOT / "README.md"
     before = path.read_text()
     after = fill(before)
+    is_drawn = not BENCH.exists() or is_plot_of(PLOT, BENCH)
     if "--check" in sys.argv[1:]:
-        return int(before != after)
+        return int(before != after or not is_drawn)
     path.write_text(after)
+    if not is_drawn:
+        draw(BENCH, PLOT)
     return 0
 
 

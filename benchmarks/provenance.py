@@ -1,49 +1,14 @@
-"""What every results file says about how it came to be."""
+"""What every results file of these scripts says about how it came to be."""
 
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
-import linvit
+from linvit.bench import provenance as shared
 
 
 def provenance(*, seed: int | list[int], n: int) -> dict[str, Any]:
     """The command, commit, versions and hardware of this process; `n` is how often each number was measured."""
     script = Path(sys.argv[0]).resolve()
-    root = script.parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, check=False).returncode != 0
-    return {
-        "command": " ".join(["python", str(script.relative_to(root)), *sys.argv[1:]]),
-        "commit": commit.stdout.strip() + ("+changes" if changed else ""),
-        "versions": {
-            "linvit": linvit.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
-        "hardware": _hardware(),
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "n": n,
-    }
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    command = " ".join(["python", str(script.relative_to(script.parents[1])), *sys.argv[1:]])
+    return shared.provenance(command, seed=seed, n=n)

@@ -11,13 +11,15 @@ The same function in three orders of multiplication; `choose_order` takes the ch
 
 Differs from the paper: prefix tokens (class, registers) are keys of their own and never projected. A projected key
 stands for N/k patches, so beside prefix keys its scores carry log(N/k), and a prefix key weighs as in full attention.
-Query and key normalisation (`qk_norm`) act on the projected keys.
+Query and key normalisation (`qk_norm`) act on the projected keys. Projections that are no matrix (`maxpool`, `conv`)
+reduce the tokens, before Wk and Wv: for them there is no per-head order.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, M maps of a projection (1 or H),
 k projected length, K = P + k keys.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,34 +28,47 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.projections import GridSize, IdentityProjection, Projection
+from linvit.eager import apply_in_runs, goes_in_runs, is_plain_linear
+from linvit.layout import Patches, TokenLayout, read_patches
+from linvit.projections import IdentityProjection, MatrixProjection, Projection
+from linvit.splitting import split_attention
 
 Order = Literal["per_head", "associative", "folded"]
 
 
-class TokenLayout(NamedTuple):
-    """Where a batch's tokens lie when they are not simply the model's whole grid; travels in the mask's place."""
-
-    grid_size: GridSize
-    # Indices of the patches that are present (B, n), each image its own; None: all of them, in order.
-    kept: Tensor | None = None
-    attn_mask: Tensor | None = None
-
-
-def choose_order(*, dim: int, num_heads: int, num_keys: int, k: int, num_maps: int, foldable: bool) -> Order:
-    """The cheapest order by multiply-adds per patch, for k far below N.
+def choose_order(
+    *,
+    dim: int,
+    num_heads: int,
+    num_keys: int,
+    num_patches: int,
+    k: int,
+    num_maps: int,
+    foldable: bool,
+    is_matrix: bool = True,
+) -> Order:
+    """The cheapest order by multiply-adds per patch.
 
     | order       | keys and values      | queries, attention, output |
     |-------------|----------------------|----------------------------|
     | per head    | 2 D² + 2 D k         | 2 D² + 2 D K               |
     | associative | 2 D k M              | 2 D² + 2 D K               |
-    | folded      | 2 D k M              | 2 D K H                    |
+    | folded      | 2 D k M              | 2 D K H + 2 D² K / N       |
 
-    Folding stops at K·H = D rather than at D + K: its products are narrower and its softmax is not fused.
+    The last term folds the weights into the keys, once an image; products this small run at half speed on the CPU it
+    was measured on, so it counts twice.
     """
-    if foldable and num_keys * num_heads <= dim:
+    folding = num_keys * num_heads + 2 * dim * num_keys / num_patches
+    if foldable and folding <= dim + num_keys:
         return "folded"
-    return "associative" if k * num_maps <= dim + k else "per_head"
+    return "associative" if k * num_maps <= dim + k or not is_matrix else "per_head"
+
+
+# Tokens × width of one run over the tokens on a CPU: 2 MiB in single precision.
+RUN_ELEMENTS = 2**19
+
+# From tokens (b, t, D), and which of the batch's images they belong to, to (b, t, D).
+Attend = Callable[[Tensor, slice], Tensor]
 
 
 @register_notrace_module
@@ -108,6 +123,8 @@ class LinformerAttention(Attention):
         self.foldable = not (qk_norm or scale_norm)
         # None: `choose_order` decides. Tests and benchmarks set it.
         self.order: Order | None = None
+        # None: by size, see `split_attention`.
+        self.query_chunks: int | None = None
         self.set_projections(key_projection, value_projection)
 
     def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
@@ -130,103 +147,151 @@ class LinformerAttention(Attention):
             return super().forward(x, attn_mask=mask, is_causal=is_causal)
         if is_causal:
             raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
-        return self._attend(x, *projections, self._read_patches(x, projections[0], layout, mask))
+        patches = read_patches(x, projections[0], self.num_prefix_tokens, layout, mask)
+        return self._attend(x, *projections, patches)
 
-    def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: "_Patches") -> Tensor:
-        num_maps = max(key_proj.num_maps, value_proj.num_maps)
-        order = self.order or choose_order(
-            dim=x.shape[-1],
-            num_heads=self.num_heads,
-            num_keys=self.num_prefix_tokens + key_proj.k,
-            k=key_proj.k,
-            num_maps=num_maps,
-            foldable=self.foldable,
-        )
+    def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
+        order = self._choose_order(key_proj, value_proj)
         if order == "per_head":
             queries, keys, values = self._per_head(x, key_proj, value_proj, patches)
         else:
-            queries = None
-            keys, values = self._associative(x, key_proj, value_proj, patches)
+            weights = self._weights()
+            keys, values = self._associative(x, key_proj, value_proj, patches, weights)
         keys = self.k_norm(keys)  # (B, H, K, d)
         bias = self._key_bias(x, key_proj.lengths, patches)
-        if order == "folded":
-            return self.proj_drop(self._folded(x, keys, values, bias))
-        if queries is None:
-            weight, q_bias = self._part(0)
-            queries = self._split_heads(F.linear(x, weight, q_bias))
-        out = self._softmax_attention(self.q_norm(queries), keys, values, bias)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(out))
+        if order == "per_head":
+            return self.proj_drop(self._output(self._softmax_attention(self.q_norm(queries), keys, values, bias)))
+        fold = self._folded if order == "folded" else self._unfolded
+        attend = fold(keys, values, bias, weights)
+        # Once there are keys and values, every token is on its own.
+        out = apply_in_runs(attend, x, RUN_ELEMENTS // self.attn_dim) if goes_in_runs(x) else attend(x, slice(None))
+        return self.proj_drop(out)
+
+    def _choose_order(self, key_proj: Projection, value_proj: Projection) -> Order:
+        is_matrix = isinstance(key_proj, MatrixProjection)
+        # An adapter around `qkv` or a hook on it must be called; the other orders read its weight.
+        readable = is_plain_linear(self.qkv)
+        if not is_matrix and (self.order == "per_head" or not readable):
+            raise ValueError(
+                f"projection {key_proj.kind!r} reduces tokens before Wk and Wv, so it has no per_head order: "
+                + ("use associative or folded" if readable else "take adapters and hooks off qkv, or another kind")
+            )
+        if not readable:
+            return "per_head"
+        foldable = self.foldable and is_plain_linear(self.proj)
+        if self.order == "folded" and not foldable:
+            return "associative"
+        return self.order or choose_order(
+            dim=self.attn_dim,
+            num_heads=self.num_heads,
+            num_keys=self.num_prefix_tokens + key_proj.k,
+            num_patches=key_proj.grid_size[0] * key_proj.grid_size[1],
+            k=key_proj.k,
+            num_maps=max(key_proj.num_maps, value_proj.num_maps),
+            foldable=foldable,
+            is_matrix=is_matrix,
+        )
 
     def _per_head(
-        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: "_Patches"
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, d), projected keys and values (B, H, K, d), projecting after Wk and Wv."""
-        prefix = self.num_prefix_tokens
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, *kv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         keys, values = (
-            torch.cat([y[:, :, :prefix], proj(patches.place(y[:, :, prefix:]), patches.grid_size)], dim=2)
-            for y, proj in ((k, key_proj), (v, value_proj))
+            torch.cat([prefix, proj(patches.place(on_grid), patches.grid_size)], dim=2)
+            for (prefix, on_grid), proj in zip((self._split_prefix(y) for y in kv), (key_proj, value_proj))
         )
         return q, keys, values
 
     def _associative(
-        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: "_Patches"
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, weights: "_Weights"
     ) -> tuple[Tensor, Tensor]:
         """Projected keys and values (B, H, K, d), projecting before Wk and Wv: (EX)Wk + (E1)bᵀ."""
-        prefix, on_grid = (
-            x[:, None, : self.num_prefix_tokens],
-            patches.place(x[:, None, self.num_prefix_tokens :]),
+        prefix, tokens = self._split_prefix(x[:, None])
+        is_matrix = isinstance(key_proj, MatrixProjection)
+        on_grid = patches.place(tokens) if is_matrix else patches.fill(tokens, key_proj.absent)
+
+        def project(projection: Projection, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            reduced = projection(on_grid, patches.grid_size)  # (B, M, k, D)
+            rows = torch.cat([prefix.expand(-1, reduced.shape[1], -1, -1), reduced], dim=2)  # (B, M, K, D)
+            row_sums = (
+                None
+                if bias is None
+                else F.pad(patches.row_sums(projection, on_grid), (0, 0, self.num_prefix_tokens, 0), value=1.0)
+            )
+            return self._map_rows(rows, row_sums, weight, bias)
+
+        if value_proj is key_proj:
+            keys, values = project(key_proj, weights.kv, weights.kv_bias)
+            return keys, values
+        biases = (None, None) if weights.kv_bias is None else weights.kv_bias.chunk(2)
+        (keys,), (values,) = (
+            project(projection, weight, bias)
+            for projection, weight, bias in zip((key_proj, value_proj), weights.kv.chunk(2), biases)
         )
-        reduced = key_proj(on_grid, patches.grid_size)  # (B, M, k, D)
-        row_sums = key_proj(patches.place_ones(on_grid), patches.grid_size)  # (B or 1, M, k, 1)
-        keys = self._apply_part(1, prefix, reduced, row_sums)
-        if value_proj is not key_proj:
-            reduced = value_proj(on_grid, patches.grid_size)
-            row_sums = value_proj(patches.place_ones(on_grid), patches.grid_size)
-        return keys, self._apply_part(2, prefix, reduced, row_sums)
+        return keys, values
 
-    def _apply_part(self, part: int, prefix: Tensor, reduced: Tensor, row_sums: Tensor) -> Tensor:
-        """Wk or Wv on prefix tokens (B, 1, P, D) and projected patches (B, M, k, D): (B, H, P + k, d)."""
-        weight, bias = self._part(part)
-        num_maps = reduced.shape[1]
-        rows = torch.cat([prefix.expand(-1, num_maps, -1, -1), reduced], dim=2)
-        if num_maps == 1:
-            y = self._split_heads(F.linear(rows.squeeze(1), weight))
+    def _map_rows(
+        self, rows: Tensor, row_sums: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Wk, Wv or both, `weight` (D or 2 D, D), on rows (B, M, K, D): one or two of (B, H, K, d)."""
+        parts = weight.shape[0] // self.attn_dim
+        if rows.shape[1] == 1:
+            y = F.linear(rows, weight).unflatten(3, (parts, self.num_heads, -1))  # (B, 1, K, parts, H, d)
+            y = y.squeeze(1).permute(2, 0, 3, 1, 4)
         else:
-            y = rows @ weight.unflatten(0, (self.num_heads, -1)).mT
-        if bias is None:
-            return y
-        prefix_sums = row_sums.new_ones(*row_sums.shape[:2], prefix.shape[2], 1)
-        return y + torch.cat([prefix_sums, row_sums], dim=2) * bias.unflatten(0, (self.num_heads, 1, -1))
+            by_head = weight.unflatten(0, (parts, 1, self.num_heads, -1))
+            y = rows @ by_head.mT  # (parts, B, H, K, d)
+        if bias is not None and row_sums is not None:
+            y = torch.addcmul(y, row_sums, bias.unflatten(0, (parts, 1, self.num_heads, 1, -1)))
+        return y.unbind(0)
 
-    def _folded(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _unfolded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
+        """softmax(X Wq K̄ᵀ/√d) V̄, then the output layer."""
+
+        def attend(x: Tensor, images: slice) -> Tensor:
+            queries = self.q_norm(self._split_heads(F.linear(x, weights.q, weights.q_bias)))
+            own_bias = bias if bias is None or bias.shape[0] == 1 else bias[images]
+            return self._output(self._softmax_attention(queries, keys[images], values[images], own_bias))
+
+        return attend
+
+    def _folded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
         """softmax(X (Wq K̄ᵀ/√d)) (V̄ Wo), softmax within each head's keys: no queries are formed."""
-        weight, q_bias = self._part(0)
         keys = keys * self.scale
         offset = keys.new_zeros(1, 1, 1, keys.shape[2]) if bias is None else bias
-        if q_bias is not None:
-            offset = offset + (keys @ q_bias.unflatten(0, (self.num_heads, -1, 1))).mT  # (B, H, 1, K)
-        offset = offset.expand(x.shape[0], self.num_heads, 1, -1).flatten(1)[:, None]  # (B, 1, H·K)
-        score_weight = (keys @ weight.unflatten(0, (self.num_heads, -1))).flatten(1, 2)  # (B, H·K, D)
+        if weights.q_bias is not None:
+            offset = offset + (keys @ weights.q_bias.unflatten(0, (self.num_heads, -1, 1))).mT  # (B, H, 1, K)
+        offset = offset.expand(keys.shape[0], self.num_heads, 1, -1).flatten(1)[:, None]  # (B, 1, H·K)
+        score_weight = (keys @ weights.q.unflatten(0, (self.num_heads, -1))).flatten(1, 2)  # (B, H·K, D)
         out_weight = self.proj.weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, d, D)
         value_weight = (values @ out_weight).flatten(1, 2)  # (B, H·K, D)
-        scores = torch.baddbmm(offset.to(score_weight.dtype), x, score_weight.mT)
-        attn = self.attn_drop(scores.unflatten(2, (self.num_heads, -1)).softmax(dim=-1)).flatten(2)
-        out = attn @ value_weight if self.proj.bias is None else torch.baddbmm(self.proj.bias, attn, value_weight)
+        offset = offset.to(score_weight.dtype)
+        out_bias = self.proj.bias
+
+        def attend(x: Tensor, images: slice) -> Tensor:
+            scores = torch.baddbmm(offset[images], x, score_weight[images].mT)
+            attn = self.attn_drop(scores.unflatten(2, (self.num_heads, -1)).softmax(dim=-1)).flatten(2)
+            own_weight = value_weight[images]
+            return attn @ own_weight if out_bias is None else torch.baddbmm(out_bias, attn, own_weight)
+
+        return attend
+
+    def _output(self, heads: Tensor) -> Tensor:
+        out: Tensor = self.proj(self.norm(heads.transpose(1, 2).flatten(2)))
         return out
 
     def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            mask = None if bias is None else bias.to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            bias = None if bias is None else bias.to(q.dtype)
+            return split_attention(q, k, v, bias=bias, dropout=dropout, chunks=self.query_chunks)
         scores = (q * self.scale) @ k.mT
         if bias is not None:
             scores = scores + bias
         return self.attn_drop(scores.softmax(dim=-1)) @ v
 
-    def _key_bias(self, x: Tensor, lengths: list[int], patches: "_Patches") -> Tensor | None:
+    def _key_bias(self, x: Tensor, lengths: list[int], patches: Patches) -> Tensor | None:
         """What is added to the scores of each key: (B or 1, H or 1, 1, K), None where that is nothing."""
         prefix, longest = self.num_prefix_tokens, max(lengths)
         if prefix == 0 and min(lengths) == longest:
@@ -244,38 +309,16 @@ class LinformerAttention(Attention):
             bias = bias.masked_fill(hidden, -math.inf)
         return bias
 
-    def _read_patches(
-        self, x: Tensor, projection: Projection, layout: TokenLayout | None, mask: Tensor | None
-    ) -> "_Patches":
-        present = x.shape[1] - self.num_prefix_tokens
-        own_grid = projection.grid_size
-        grid_size = own_grid if layout is None else layout.grid_size
-        num_patches = grid_size[0] * grid_size[1]
-        kept = None if layout is None else layout.kept
-        if kept is None and present != num_patches:
-            raise ValueError(
-                f"{present} patch tokens do not fill the {grid_size[0]}×{grid_size[1]} grid of this attention layer: "
-                f"call set_input_size(), or build the model with dynamic_img_size=True"
-            )
-        if grid_size != own_grid:
-            projection.check_grid_size(grid_size)
-        weight, prefix_mask = None, None
-        if mask is not None:
-            prefix_mask, patch_mask = _split_key_padding_mask(mask, x, self.num_prefix_tokens)
-            weight = patch_mask.to(x.dtype)
-        return _Patches(
-            grid_size=None if grid_size == own_grid else grid_size,
-            num_patches=num_patches,
-            num_present=present,
-            kept=kept,
-            weight=weight,
-            prefix_mask=prefix_mask if self.num_prefix_tokens else None,
-        )
+    def _weights(self) -> "_Weights":
+        # One split each: its gradient is one copy, where that of three slices is three matrices of zeros.
+        sizes = [self.attn_dim, 2 * self.attn_dim]
+        q, kv = self.qkv.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        return _Weights(q, kv, q_bias, kv_bias)
 
-    def _part(self, part: int) -> tuple[Tensor, Tensor | None]:
-        """Weight (D, D) and bias (D) of queries, keys or values: part 0, 1 or 2."""
-        bias = self.qkv.bias
-        return self.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
+    def _split_prefix(self, y: Tensor) -> list[Tensor]:
+        """Prefix tokens and patches of (B, M, T, C)."""
+        return y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
 
     def _split_heads(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -286,43 +329,10 @@ class LinformerAttention(Attention):
         return ScriptableAttention(self)
 
 
-class _Patches(NamedTuple):
-    """The patches of one batch: where they lie, which are there, and with what weight."""
+class _Weights(NamedTuple):
+    """The parts of the `qkv` layer: queries (D, D), keys and values (2 D, D), and their biases."""
 
-    # None: the projection's own grid.
-    grid_size: GridSize | None
-    num_patches: int
-    num_present: int
-    kept: Tensor | None
-    weight: Tensor | None
-    prefix_mask: Tensor | None
-
-    def place(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, M, n, C) on the whole grid (B, M, N, C), weighted; dropped ones leave zeros."""
-        if self.weight is not None:
-            tokens = tokens * self.weight[:, None, :, None]
-        if self.kept is None:
-            return tokens
-        # The kept patches stand for all: on average the projection is that of the whole image.
-        tokens = tokens * (self.num_patches / self.num_present)
-        index = self.kept[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
-        return tokens.new_zeros(*tokens.shape[:2], self.num_patches, tokens.shape[3]).scatter(2, index, tokens)
-
-    def place_ones(self, like: Tensor) -> Tensor:
-        """What `place` makes of tokens that are all one: (B or 1, 1, N, 1)."""
-        batch = 1 if self.weight is None and self.kept is None else like.shape[0]
-        return self.place(like.new_ones(batch, 1, self.num_present, 1))
-
-
-def _split_key_padding_mask(mask: Tensor, x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """The prefix (B, P) and patch (B, n) parts of a boolean mask (B or 1, 1, 1, T)."""
-    batch, tokens = x.shape[:2]
-    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, tokens)
-    if mask.dtype != torch.bool or not fits:
-        raise ValueError(
-            f"Linformer attention takes a boolean key-padding mask of shape ({batch}, 1, 1, {tokens}), True where a "
-            f"token may be attended to; this mask is {mask.dtype} of shape {tuple(mask.shape)}. Masks that differ "
-            f"between queries cannot be applied to projected keys"
-        )
-    rows = mask[:, 0, 0].expand(batch, -1)
-    return rows[:, :num_prefix_tokens], rows[:, num_prefix_tokens:]
+    q: Tensor
+    kv: Tensor
+    q_bias: Tensor | None
+    kv_bias: Tensor | None

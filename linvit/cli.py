@@ -1,5 +1,6 @@
 """The `linvit` command: reads the command line and calls one function per command, which loads what it needs."""
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -76,11 +77,28 @@ def models(argv: Sequence[str]) -> int:
     )
 
 
+def bench(argv: Sequence[str]) -> int:
+    from linvit.bench.options import BenchOptions
+
+    options = parse_options(
+        BenchOptions,
+        argv,
+        prog="linvit bench",
+        description="Time models side by side, and measure their memory.",
+        positionals={},
+        spellings={"json_file": ["--json"], "csv_file": ["--csv"], "plot_file": ["--plot"]},
+    )
+    from linvit.bench.command import bench_command
+
+    return bench_command(options, command=shlex.join(["linvit", "bench", *argv]))
+
+
 COMMANDS = {
     "train": Command(train, "train a model on folders of images (also: python train_imagenet.py)"),
     "eval": Command(evaluate, "evaluate a run, a checkpoint or a timm model"),
     "data": Command(data, "build an image set as folders, from an installed package"),
     "models": Command(models, "list the registered models"),
+    "bench": Command(bench, "time models side by side, and measure their memory"),
 }
 
 

@@ -178,15 +178,27 @@ def _add_flag(
         default=argparse.SUPPRESS,
         help=text,
     )
+    if bool in leaves:
+        section.add_argument(
+            *_opposites(flags),
+            dest=name,
+            action="store_const",
+            const=False,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 def _add_switch(section: argparse._ArgumentGroup, name: str, flags: Sequence[str], text: str) -> None:
-    # timm's --no-aug is the field no_aug, so its opposite is --aug.
-    opposites = ["--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags]
-    for spellings, value, words in ((flags, True, text), (opposites, False, argparse.SUPPRESS)):
+    for spellings, value, words in ((flags, True, text), (_opposites(flags), False, argparse.SUPPRESS)):
         section.add_argument(
             *spellings, dest=name, action="store_const", const=value, default=argparse.SUPPRESS, help=words
         )
+
+
+def _opposites(flags: Sequence[str]) -> list[str]:
+    # timm's --no-aug is the field no_aug, so its opposite is --aug.
+    return ["--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags]
 
 
 def _help(field: FieldInfo) -> str:

@@ -9,15 +9,19 @@ Differs from the paper:
 - Prefix tokens (class, registers) are keys of their own, never projected. A projected key stands for N/k patches,
   so beside prefix keys its scores carry the constant log(N/k): a prefix key then weighs as it does in full attention.
 - Patches may carry a weight (0 for a masked one); it multiplies keys and values before they are projected.
+- The paper's pooling and convolution are applied to the tokens X, before Wk and Wv: K̄_h = reduce(X) Wk_h + b_h.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, k projected length.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+# E_h (k, N), or what reduces tokens (B, N, D) to (B, k, D).
+Reduction = Tensor | Callable[[Tensor], Tensor]
 
 
 def linformer_attention(
@@ -27,8 +31,8 @@ def linformer_attention(
     qkv_bias: Tensor | None,
     out_weight: Tensor,
     out_bias: Tensor | None,
-    E: Sequence[Tensor],
-    F: Sequence[Tensor],
+    E: Sequence[Reduction],
+    F: Sequence[Reduction],
     num_prefix_tokens: int = 0,
     patch_weight: Tensor | None = None,
     prefix_mask: Tensor | None = None,
@@ -36,20 +40,22 @@ def linformer_attention(
     """Linformer self-attention of the tokens `x` (B, T, D); returns (B, T, D).
 
     `qkv_weight` (3D, D) and `qkv_bias` (3D) are laid out as in timm: all queries, all keys, all values, each by head.
-    `E[h]` and `F[h]` (k_h, N) belong to head h. `patch_weight` (B, N) scales each patch's key and value.
-    `prefix_mask` (B, P) is False where a prefix token may not be attended to.
+    `E[h]` and `F[h]` belong to head h: a matrix (k_h, N), or a function that reduces the patch tokens (B, N, D) to
+    (B, k_h, D) and leaves masked ones out itself. `patch_weight` (B, N) scales what the matrices project, each patch's
+    key and value. `prefix_mask` (B, P) is False where a prefix token may not be attended to.
     """
     B, T, D = x.shape
     H, P = len(E), num_prefix_tokens
     N, d = T - P, D // H
     heads = []
     for h in range(H):
-        Q, K, V = (_head_slice(x, qkv_weight, qkv_bias, part, h, d) for part in range(3))
-        K_bar = torch.cat([K[:, :P], E[h] @ _weighted(K[:, P:], patch_weight)], dim=1)
-        V_bar = torch.cat([V[:, :P], F[h] @ _weighted(V[:, P:], patch_weight)], dim=1)
+        Wq, Wk, Wv = (_head_layer(qkv_weight, qkv_bias, part, h, d) for part in range(3))
+        Q = _apply(Wq, x)
+        K_bar = torch.cat([_apply(Wk, x[:, :P]), _reduced(E[h], Wk, x[:, P:], patch_weight)], dim=1)
+        V_bar = torch.cat([_apply(Wv, x[:, :P]), _reduced(F[h], Wv, x[:, P:], patch_weight)], dim=1)
         scores = Q @ K_bar.transpose(1, 2) / math.sqrt(d)
         if P > 0:
-            k = E[h].shape[0]
+            k = K_bar.shape[1] - P
             bias = torch.zeros(B, 1, P + k, dtype=x.dtype)
             bias[:, :, P:] = math.log(N / k)
             if prefix_mask is not None:
@@ -60,15 +66,25 @@ def linformer_attention(
     return out if out_bias is None else out + out_bias
 
 
-def _head_slice(x: Tensor, weight: Tensor, bias: Tensor | None, part: int, head: int, d: int) -> Tensor:
+def _head_layer(weight: Tensor, bias: Tensor | None, part: int, head: int, d: int) -> tuple[Tensor, Tensor | None]:
     D = weight.shape[1]
     rows = slice(part * D + head * d, part * D + (head + 1) * d)
-    y = x @ weight[rows].T
-    return y if bias is None else y + bias[rows]
+    return weight[rows], None if bias is None else bias[rows]
 
 
-def _weighted(patches: Tensor, weight: Tensor | None) -> Tensor:
-    return patches if weight is None else patches * weight[:, :, None]
+def _apply(layer: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
+    weight, bias = layer
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def _reduced(
+    reduction: Reduction, layer: tuple[Tensor, Tensor | None], patches: Tensor, patch_weight: Tensor | None
+) -> Tensor:
+    if not isinstance(reduction, Tensor):
+        return _apply(layer, reduction(patches))
+    y = _apply(layer, patches)
+    return reduction @ (y if patch_weight is None else y * patch_weight[:, :, None])
 
 
 def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -90,14 +106,81 @@ def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Te
 
 def average_pool_matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """The (k_h·k_w, H·W) matrix that averages the patches of each of k_h × k_w equal cells, by area."""
-    (h, w), (k_h, k_w) = grid, cells
-    E = torch.zeros(k_h * k_w, h * w, dtype=torch.float64)
-    for i in range(k_h):
-        for j in range(k_w):
-            for a in range(h):
-                for b in range(w):
-                    E[i * k_w + j, a * w + b] = _overlap(i, k_h, a, h) * k_h * _overlap(j, k_w, b, w) * k_w
-    return E
+    rows, columns = (
+        torch.tensor([[_overlap(i, k, a, n) * k for a in range(n)] for i in range(k)], dtype=torch.float64)
+        for n, k in zip(grid, cells)
+    )
+    return torch.kron(rows, columns)
+
+
+def max_pool(x: Tensor, grid: tuple[int, int], cells: tuple[int, int], present: Tensor | None = None) -> Tensor:
+    """Largest value of each channel over all patches that overlap each of k_h × k_w cells: (B, H·W, C) → (B, k, C).
+
+    Only patches that are `present` (B, H·W) count; a cell without any gives zeros.
+    """
+    B, _, C = x.shape
+    touches = average_pool_matrix(grid, cells) > 0
+    out = torch.zeros(B, len(touches), C, dtype=x.dtype)
+    for b in range(B):
+        for i in range(len(touches)):
+            counted = touches[i] if present is None else touches[i] & present[b]
+            if counted.any():
+                out[b, i] = x[b, counted].max(dim=0).values
+    return out
+
+
+def depthwise_conv(
+    x: Tensor,
+    grid: tuple[int, int],
+    cells: tuple[int, int],
+    *,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    present: Tensor | None = None,
+) -> Tensor:
+    """A kernel per channel on each of k_h × k_w cells, then layer norm over channels: (B, H·W, C) → (B, k, C).
+
+    `weight` (C, s_h, s_w) is constant on s_h × s_w pieces of the cell; each weighs the mean of the image on its piece.
+    `gamma` and `beta` (C) are layer norm's. Patches that are not `present` (B, H·W) are zeros.
+    """
+    (k_h, k_w), (C, s_h, s_w) = cells, weight.shape
+    if present is not None:
+        x = torch.where(present[:, :, None], x, 0)
+    pieces = (average_pool_matrix(grid, (k_h * s_h, k_w * s_w)) @ x).reshape(len(x), k_h, s_h, k_w, s_w, C)
+    out = torch.zeros(len(x), k_h, k_w, C, dtype=x.dtype)
+    for p in range(s_h):
+        for q in range(s_w):
+            out = out + weight[:, p, q] * pieces[:, :, p, :, q]
+    out = out.reshape(len(x), k_h * k_w, C)
+    centred = out - out.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * gamma + beta
+
+
+def dct_modes(k: int, grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """The k lowest cosine modes (u, v) of an H × W grid, by (u/H)² + (v/W)², then by u."""
+    H, W = grid
+    return sorted(
+        ((u, v) for u in range(H) for v in range(W)), key=lambda uv: ((uv[0] * W) ** 2 + (uv[1] * H) ** 2, uv)
+    )[:k]
+
+
+def dct_matrix(grid: tuple[int, int], modes: Sequence[tuple[int, int]]) -> Tensor:
+    """Integrals of c_u c_v cos(πut) cos(πvs) over every patch of the unit square, c = 1 for 0, else √2: (k, H·W)."""
+    H, W = grid
+    E = torch.zeros(len(modes), H, W, dtype=torch.float64)
+    for row, (u, v) in enumerate(modes):
+        for i in range(H):
+            for j in range(W):
+                E[row, i, j] = _cosine_integral(u, i / H, (i + 1) / H) * _cosine_integral(v, j / W, (j + 1) / W)
+    return E.flatten(1)
+
+
+def _cosine_integral(u: int, start: float, stop: float) -> float:
+    """∫ c_u cos(πut) dt from `start` to `stop`."""
+    if u == 0:
+        return stop - start
+    return math.sqrt(2) * (math.sin(math.pi * u * stop) - math.sin(math.pi * u * start)) / (math.pi * u)
 
 
 def _overlap(i: int, n: int, j: int, m: int) -> float:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linvit.projections import MatrixProjection, Projection
+
 if TYPE_CHECKING:
     from linvit.attention import LinformerAttention
 
@@ -35,7 +37,7 @@ class ScriptableAttention(nn.Module):
         bias = None
         if projections is not None:
             weight = attention.qkv.weight
-            matrices = [each.matrix().detach().to(weight) for each in projections]
+            matrices = [_matrix(each).detach().to(weight) for each in projections]
             bias = self._dense_bias(projections[0].lengths, matrices[0])
         self.register_buffer("key_matrix", matrices[0])
         self.register_buffer("value_matrix", matrices[1])
@@ -69,3 +71,12 @@ class ScriptableAttention(nn.Module):
             v = torch.cat([v[:, :, :P], value_matrix @ v[:, :, P:]], dim=2)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.bias)
         return self.proj(self.norm(x.transpose(1, 2).reshape(B, T, D)))
+
+
+def _matrix(projection: Projection) -> Tensor:
+    if not isinstance(projection, MatrixProjection):
+        raise ValueError(
+            f"TorchScript takes projections as frozen matrices, and projection {projection.kind!r} is none: "
+            f"use torch.compile or torch.export"
+        )
+    return projection.matrix()

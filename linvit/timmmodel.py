@@ -21,7 +21,7 @@ class TimmModel(nn.Module):
     def get_classifier(self) -> nn.Module:
         raise NotImplementedError
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         raise NotImplementedError
 
 

@@ -11,9 +11,13 @@ A layerwise E is a submodule of every layer, and once in `parameters()` and in t
 name.
 
 E and F are exempt from weight decay: their rows start as averages over patches, and decay would shrink every key.
+
+A projection that follows from k and the grid alone (`avgpool`, `maxpool`, `dct`) is the same for every head, and for E
+and F: it goes with `kv` and `layerwise`, and with `none` where each head has a k of its own.
 """
 
 import copy
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,12 +29,15 @@ from timm.models import VisionTransformer, checkpoint
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
-from linvit.attention import LinformerAttention, TokenLayout
-from linvit.projections import GridSize, Projection, ProjectionInit, build_projection
+from linvit.attention import LinformerAttention
+from linvit.layout import TokenLayout
+from linvit.mlp import LeanMlp
+from linvit.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
 
 _logger = logging.getLogger(__name__)
 
 Share = Literal["none", "headwise", "kv", "layerwise"]
+Checkpointing = Literal["mlp", "full"]
 SHARES: tuple[str, ...] = ("none", "headwise", "kv", "layerwise")
 # One length; one per layer (None: ordinary attention there); or, with share="none", one per layer and head.
 ProjectedLength = int | Sequence[int | Sequence[int] | None]
@@ -64,6 +71,7 @@ class LinformerViT(VisionTransformer):
     ) -> None:
         if "attn_layer" in vit_kwargs:
             raise TypeError("LinformerViT brings its own attention: choose it by projection=, not by attn_layer=")
+        vit_kwargs.setdefault("mlp_layer", LeanMlp)
         super().__init__(*args, attn_layer=LinformerAttention, weight_init="skip", **vit_kwargs)
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.share = share
@@ -77,6 +85,9 @@ class LinformerViT(VisionTransformer):
         attentions = self._attentions()
         num_heads = attentions[0].num_heads
         lengths = _length_per_layer(k, depth=len(attentions), share=self.share)
+        can_differ = maps_can_differ(kind)
+        if not can_differ:
+            _check_share_of_fixed(kind, self.share, lengths)
 
         def build(length: int | Sequence[int], num_maps: int) -> Projection:
             return build_projection(
@@ -84,6 +95,7 @@ class LinformerViT(VisionTransformer):
                 k=length,
                 grid_size=self.patch_embed.grid_size,
                 num_maps=num_maps,
+                dim=self.embed_dim,
                 init=init,
                 **get_device_dtype(self),
             )
@@ -98,7 +110,7 @@ class LinformerViT(VisionTransformer):
                 attention.set_projections(everyones)
             else:
                 num_maps = num_heads if self.share == "none" else 1
-                value = None if self.share == "kv" else build(length, num_maps)
+                value = build(length, num_maps) if self.share != "kv" and can_differ else None
                 attention.set_projections(build(length, num_maps), value)
         if everyones is not None:
             self.register_state_dict_post_hook(_drop_aliases)
@@ -142,6 +154,22 @@ class LinformerViT(VisionTransformer):
         for projection in projections:
             if projection.grid_size != self.patch_embed.grid_size:
                 projection.set_grid_size(self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool | Checkpointing = True) -> None:
+        """What the backward pass computes again instead of keeping it.
+
+        "full" (or True): whole blocks, which then keep their input alone. "mlp": the hidden activations of the MLPs,
+        half of what a block keeps for an eighth of its arithmetic. False: nothing but the GELU.
+        """
+        if enable not in (True, False, "mlp", "full"):
+            raise ValueError(f"unknown gradient checkpointing {enable!r} (there are mlp, full)")
+        super().set_grad_checkpointing(enable in (True, "full"))
+        mlps = [module for module in self.blocks.modules() if isinstance(module, LeanMlp)]
+        if enable == "mlp" and not mlps:
+            raise ValueError("gradient checkpointing 'mlp' is for models with the default mlp_layer: choose 'full'")
+        for mlp in mlps:
+            mlp.recompute = "hidden" if enable == "mlp" else "activation"
 
     def _grid_at(self, img_size: tuple[int, int] | None, patch_size: tuple[int, int] | None) -> GridSize:
         height, width = _pair(img_size or self.patch_embed.img_size)
@@ -210,11 +238,13 @@ class LinformerViT(VisionTransformer):
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Where layers share one projection: each further name of a parameter, and the name that counts."""
+    """Where layers share one projection: each further name of a parameter or buffer, and the name that counts."""
     names: dict[int, str] = {}
     return {
         name: names[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in itertools.chain(
+            model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        )
         if names.setdefault(id(parameter), name) != name
     }
 
@@ -252,10 +282,13 @@ def _token_layout(
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: LinformerViT) -> dict[str, Tensor]:
     """Fit a checkpoint of this or of a timm ViT to `model`: patch and position embedding as timm does, E and F by area.
 
-    A checkpoint that has no E and F at all is a plain ViT's: the model's own are kept, and a warning says so.
+    What a checkpoint's E and F fix beside their values (the rows and columns of a separable one) `model` takes on. A
+    checkpoint that has no E and F at all is a plain ViT's: the model's own are kept, and a warning says so.
     """
     out: dict[str, Tensor] = vit_checkpoint_filter_fn(state_dict, model)
     projections = {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
+    for name, module in projections.items():
+        module.adopt({key.removeprefix(f"{name}."): value for key, value in out.items() if key.startswith(f"{name}.")})
     own = {
         f"{name}.{parameter}": (module, parameter, value)
         for name, module in projections.items()
@@ -286,6 +319,15 @@ def _length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[i
     if share == "layerwise" and len(distinct) > 1:
         raise ValueError(f"share='layerwise' means one E for all layers, so one k; got {sorted(distinct)}")
     return lengths
+
+
+def _check_share_of_fixed(kind: str, share: Share, lengths: Sequence[int | list[int] | None]) -> None:
+    """Raise ValueError where `share` asks for several maps of a projection that is the same for all."""
+    if share == "headwise" or (share == "none" and any(isinstance(length, int) for length in lengths)):
+        raise ValueError(
+            f"projection={kind!r} follows from k and the grid alone, so share={share!r} has nothing to tell apart: "
+            f"use share='kv' or 'layerwise', or share='none' with one k per head in every layer"
+        )
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,11 +1,51 @@
-"""Every projection kind with the lengths it is tested at; a test holds this table against the registry."""
+"""Every projection kind: the lengths and sharings it is tested with, and how the reference computes it."""
 
-# kind → the k that each grid is tested with.
+from functools import partial
+
+from torch import Tensor
+
+from linvit import reference
+from linvit.projections import MatrixProjection, PerHeadProjection, Projection
+from linvit.projections.grid import factor_pair
+
+# kind → the k that each grid is tested with; a test holds this table against the registry.
 KINDS: dict[str, dict[tuple[int, int], int]] = {
-    "linear": {(7, 5): 11, (13, 13): 7},
-    "separable": {(7, 5): 12, (13, 13): 6},
-    "avgpool": {(7, 5): 12, (13, 13): 6},
-    "identity": {(7, 5): 1, (13, 13): 1},
+    "linear": {(7, 5): 11, (13, 13): 7, (6, 10): 13},
+    "separable": {(7, 5): 12, (13, 13): 6, (6, 10): 8},
+    "conv": {(7, 5): 12, (13, 13): 6, (6, 10): 8},
+    "avgpool": {(7, 5): 12, (13, 13): 6, (6, 10): 8},
+    "maxpool": {(7, 5): 12, (13, 13): 6, (6, 10): 8},
+    "random": {(7, 5): 11, (13, 13): 7, (6, 10): 13},
+    "dct": {(7, 5): 11, (13, 13): 7, (6, 10): 13},
+    "identity": {(7, 5): 1, (13, 13): 1, (6, 10): 1},
 }
-GRIDS = [(7, 5), (13, 13)]
+GRIDS = [(7, 5), (13, 13), (6, 10)]
 SHARES = ["none", "headwise", "kv", "layerwise"]
+
+# The same for every head, and for E and F.
+FIXED = ["avgpool", "maxpool", "dct"]
+# These reduce tokens: they are no matrix, and have no per-head order.
+REDUCING = ["conv", "maxpool"]
+
+KIND_SHARES = [(kind, share) for kind in KINDS for share in SHARES if kind not in FIXED or share in ("kv", "layerwise")]
+
+
+def orders_of(kind: str) -> list[str]:
+    return ["associative", "folded"] if kind in REDUCING else ["per_head", "associative", "folded"]
+
+
+def reductions(projection: Projection, num_heads: int, present: Tensor | None = None) -> list[reference.Reduction]:
+    """E of each head as the reference takes it; `present` (B, N) is for kinds that reduce tokens."""
+    if isinstance(projection, PerHeadProjection):
+        return [found for head in projection.each_head() for found in reductions(head, 1, present)]
+    if isinstance(projection, MatrixProjection):
+        maps = [*projection.matrix().double()]
+    else:
+        cells = factor_pair(projection.k, projection.grid_size)
+        where = dict(grid=projection.grid_size, cells=cells, present=present)
+        if projection.kind == "maxpool":
+            maps = [partial(reference.max_pool, **where)]
+        else:
+            parameters = zip(projection.weight, projection.gamma, projection.beta)
+            maps = [partial(reference.depthwise_conv, weight=w, gamma=g, beta=b, **where) for w, g, b in parameters]
+    return maps * (num_heads // len(maps))

@@ -18,6 +18,7 @@ COMMANDS = [
     ["-m", "linvit", "eval"],
     ["-m", "linvit", "data"],
     ["-m", "linvit", "models"],
+    ["-m", "linvit", "bench"],
     [str(REPOSITORY / "train_imagenet.py")],
 ]
 
@@ -74,6 +75,7 @@ def test_every_command_is_listed_and_works(capsys):
         "eval",
         "data",
         "models",
+        "bench",
     ]
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit) as stop:
@@ -90,7 +92,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give a command: train, eval, data, models (linvit --help says more)"),
+        ([], "give a command: train, eval, data, models, bench (linvit --help says more)"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
         (["eval", "run", "data", "--img-sizes", "3"], "unknown option '--img-sizes'; did you mean '--img-size'?"),

@@ -50,7 +50,7 @@ EVERYTHING = {
     "amp": True,
     "amp_dtype": "float16",
     "channels_last": True,
-    "grad_checkpointing": True,
+    "grad_checkpointing": "mlp",
     "torchcompile": "inductor",
     "torchcompile_mode": "max-autotune",
     "opt": "lamb",

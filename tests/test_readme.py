@@ -1,6 +1,7 @@
 """What the README says is so: its numbers, its commands, its files."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -25,8 +26,94 @@ def load_script(name: str):
 
 def test_tables_are_those_of_the_results():
     tables = load_script("make_tables")
-    assert re.findall(r"<!-- begin (\w+) -->", README) == list(tables.TABLES)
+    first = "bench" if tables.BENCH.exists() else "step_time"
+    assert re.findall(r"<!-- begin (\w+) -->", README) == [first, "demo"]
     assert tables.fill(README) == README
+
+
+def test_the_plot_is_that_of_the_results():
+    tables = load_script("make_tables")
+    assert tables.is_plot_of(tables.PLOT, tables.BENCH) or not tables.BENCH.exists()
+
+
+def measured(model, mode, size, seconds, *, baseline="vit", **others):
+    patches = (size // 16) ** 2
+    return {
+        "model": model,
+        "mode": mode,
+        "image_size": size,
+        "patches": patches,
+        "baseline": baseline,
+        "seconds": seconds,
+        "status": "ok",
+        "n": 3,
+        "ratio": 4 / seconds,
+        "ratio_spread": [3 / seconds, 5 / seconds],
+        "tokens_per_second": patches / seconds,
+        "step_bytes": None,
+        "process_bytes": 3 * 2**30,
+        "batch_size": 1,
+        "dtype": "float32",
+        "compile": False,
+        **others,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The script, reading a results file of a few made-up rows."""
+    tables = load_script("make_tables")
+    rows = [
+        measured("vit", "forward", 512, 4.0),
+        measured("ours:k=64", "forward", 512, 2.0),
+        measured("vit", "train", 1024, 4.0, step_bytes=2**31),
+        measured("ours", "train", 1024, 2.0, step_bytes=2**30),
+        measured("ours:grad_checkpointing=mlp", "train", 1024, 2.5, step_bytes=2**29),
+        measured("ours", "forward", 1024, 1.0, n=1),
+        measured("ours", "forward", 4096, 17.6, baseline=None),
+    ]
+    found = {
+        "rows": rows,
+        "dtype": ["float32"],
+        "n": [1, 3],
+        "hardware": "2 cores",
+        "command": "linvit bench --preset readme",
+    }
+    tables.RESULTS = tmp_path
+    tables.BENCH = tmp_path / "bench_readme_cpu.json"
+    tables.BENCH.write_text(json.dumps(found))
+    return tables
+
+
+def test_the_bench_table_says_what_was_measured(results):
+    assert results.bench().splitlines() == [
+        "| | | 1,024 patches (512 px) | 4,096 patches (1024 px) |",
+        "|---|---|---|---|",
+        "| `vit` | forward | 4 s |  |",
+        "|  | train |  | 4 s |",
+        "| `ours:k=64` | forward | 2.00 × (1.50–2.50) |  |",
+        "| `ours` | forward |  | 4.00 × |",
+        "|  | train |  | 2.00 × (1.50–2.50) |",
+        "",
+        "| a training step at 1024 px | adds | of timm's | time | process at its peak |",
+        "|---|---|---|---|---|",
+        "| `vit` | 2.00 GiB | 1.00 × | 4 s | 3.00 GiB |",
+        "| `ours` | 1.00 GiB | 0.50 × | 2 s | 3.00 GiB |",
+        "| `ours:grad_checkpointing=mlp` | 0.50 GiB | 0.25 × | 2.5 s (1.25 × without) | 3.00 GiB |",
+        "",
+        "At 4096 px, 65,536 patches, `ours` takes 17.6 s forward: 1.10 × the seconds per patch of 1024 px. float32, "
+        "batch 1, 2 cores; times faster are medians (and ranges) of 1 to 3 rounds, memory beyond what was held before "
+        "the step. `linvit bench --preset readme`, see [docs/bench.md](docs/bench.md).",
+    ]
+
+
+def test_a_plot_of_other_results_is_noticed(results, tmp_path):
+    plot = tmp_path / "bench.png"
+    assert not results.is_plot_of(plot, results.BENCH)
+    results.draw(results.BENCH, plot)
+    assert results.is_plot_of(plot, results.BENCH)
+    results.BENCH.write_text(results.BENCH.read_text() + "\n")
+    assert not results.is_plot_of(plot, results.BENCH)
 
 
 def test_it_is_short():

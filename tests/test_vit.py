@@ -7,8 +7,9 @@ import pickle
 import pytest
 import timm
 import torch
-from kinds import KINDS, SHARES
+from kinds import FIXED, KIND_SHARES, REDUCING, SHARES, reductions
 from safetensors.torch import load_file, save_file
+from timm.layers import Mlp
 from timm.models import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -47,7 +48,7 @@ def reference_logits(model, x):
         projections = layer.projections()
         n = tokens.shape[1] - model.num_prefix_tokens
         whole = [torch.eye(n, dtype=tokens.dtype)] * layer.num_heads
-        E, F = (whole, whole) if projections is None else ([*_per_head(p, layer.num_heads)] for p in projections)
+        E, F = (whole, whole) if projections is None else (reductions(p, layer.num_heads) for p in projections)
         return reference.linformer_attention(
             tokens,
             qkv_weight=layer.qkv.weight,
@@ -66,19 +67,15 @@ def reference_logits(model, x):
     return model.forward_head(model.norm(tokens))
 
 
-def _per_head(projection, heads):
-    matrices = projection.matrix().double().expand(heads, -1, -1)
-    lengths = projection.lengths * (heads // len(projection.lengths))
-    return (matrix[:length] for matrix, length in zip(matrices, lengths))
+# With one k per head in every layer, what is the same for all heads goes with share="none" too.
+CASES = [(kind, share, k) for kind, share in KIND_SHARES for k in (12, PER_LAYER[share])]
+CASES += [(kind, "none", [[6, 4, 9], None, [4, 4, 12]]) for kind in FIXED]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())
-@pytest.mark.parametrize("k", ["one k", "k per layer"])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "share", "k"), CASES, ids=str)
 def test_equals_reference(kind, share, k, prefix):
-    length = 12 if k == "one k" else PER_LAYER[share]
-    model = make(projection=kind, share=share, k=length, dtype=torch.float64, **prefix)
+    model = make(projection=kind, share=share, k=k, dtype=torch.float64, **prefix)
     x = images(dtype=torch.float64)
     fast, slow = model(x), reference_logits(model, x)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
@@ -97,6 +94,21 @@ def test_sharing_counts(share, tensors):
     maps = 3 if share == "none" else 1
     assert {tuple(model.state_dict()[name].shape) for name in names} == {(maps, 6, 7, 5)}
     assert model.no_weight_decay() >= set(names)
+
+
+@pytest.mark.parametrize(("share", "tensors"), [("none", 6), ("headwise", 6), ("kv", 3), ("layerwise", 1)])
+def test_random_matrices_are_saved_once_and_never_trained(share, tensors, tmp_path):
+    model = make(projection="random", share=share)
+    names = [name for name in model.state_dict() if "projection" in name]
+    assert len(names) == tensors
+    assert not any("projection" in name for name, _ in model.named_parameters())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = make(projection="random", share=share)
+    for buffer in loaded.buffers():
+        buffer.zero_()
+    assert not torch.equal(loaded(images()), model(images()))
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    torch.testing.assert_close(loaded(images()), model(images()), rtol=0, atol=0)
 
 
 def test_layer_without_projection_has_no_parameters_of_it():
@@ -118,11 +130,22 @@ def test_layer_without_projection_has_no_parameters_of_it():
         (dict(projection="seperable"), ValueError, "did you mean 'separable'"),
         (dict(attn_layer="attn"), TypeError, "choose it by projection="),
         (dict(keys=3), TypeError, "keys"),
+        *(
+            (dict(projection=kind, share=share, k=k), ValueError, "use share='kv' or 'layerwise', or share='none' with")
+            for kind in FIXED
+            for share, k in (("headwise", 6), ("none", 6), ("none", [[6, 4, 9], 6, None]))
+        ),
     ],
 )
 def test_refusals(kwargs, error, message):
     with pytest.raises(error, match=message):
         make(**kwargs)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile gives up after eight versions of a function, and all models here share theirs."""
+    torch.compiler.reset()
 
 
 def timm_vit(**kwargs):
@@ -160,9 +183,12 @@ def test_shared_keys_reach_full_attention_as_k_grows():
     assert distances == sorted(distances, reverse=True)
 
 
-@pytest.mark.parametrize("scale", [(2, 2), (2, 3)])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("kind", ["linear", "separable", "avgpool"])
+# Where rows and columns follow from the shape of the grid, the picture has to keep its shape.
+SCALES = [(kind, share, (2, 2)) for kind, share in KIND_SHARES if kind != "identity"]
+SCALES += [(kind, share, (2, 3)) for kind, share in KIND_SHARES if kind in ("linear", "separable", "random")]
+
+
+@pytest.mark.parametrize(("kind", "share", "scale"), SCALES, ids=str)
 @pytest.mark.parametrize("how", ["set_input_size", "load", "dynamic_img_size"])
 def test_image_constant_on_its_patches_at_a_larger_size(kind, share, scale, how):
     options = dict(projection=kind, share=share, pos_embed="none", class_token=False, global_pool="avg")
@@ -191,6 +217,51 @@ def test_image_constant_on_its_patches_at_a_larger_size(kind, share, scale, how)
         larger.set_input_size(img_size=(28, 20))
         for name, value in larger.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6, msg=name)
+
+
+def kept_elements(model, x):
+    """What the backward pass keeps, beside parameters and inputs."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [x, *model.parameters()]}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("mode", [True, "full", "mlp"])
+@pytest.mark.parametrize("share", ["kv", "layerwise"])
+def test_checkpointing_recomputes_the_same(mode, share):
+    model = make(share=share, drop_path_rate=0.2).train()
+    x = images()
+    expected = step_gradients(model, x)
+    plain = kept_elements(model, x)
+    model.set_grad_checkpointing(mode)
+    for name, gradient in step_gradients(model, x).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6, msg=name)
+    assert kept_elements(model, x) < (0.75 if mode == "mlp" else 0.5) * plain
+    model.set_grad_checkpointing(False)
+    assert kept_elements(model, x) == plain
+
+
+def step_gradients(model, x):
+    torch.manual_seed(5)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_refused_checkpointing():
+    with pytest.raises(ValueError, match="unknown gradient checkpointing 'mpl'"):
+        make().set_grad_checkpointing("mpl")
+    with pytest.raises(ValueError, match="choose 'full'"):
+        make(mlp_layer=Mlp).set_grad_checkpointing("mlp")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -226,6 +297,55 @@ def test_checkpointing_recomputes_on_the_right_grid():
         grads.append([parameter.grad for parameter in model.parameters()])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_checkpoint_brings_its_rows_and_columns():
+    """Trained on 8 × 8 patches as 4 × 4 cells; a model built for 4 × 16 patches has 2 × 8 of its own."""
+    options = dict(k=16, projection="separable", share="kv", pos_embed="none", class_token=False, global_pool="avg")
+    trained = make(**options, img_size=(32, 32))
+    state = trained.state_dict()
+    loaded = make(**options, img_size=(16, 64))
+    assert loaded.blocks[0].attn.key_projection.weight_h.shape == (1, 2, 4)
+    loaded.requires_grad_(False)
+    loaded.load_state_dict(checkpoint_filter_fn(state, loaded), strict=True)
+    assert loaded.blocks[0].attn.key_projection.weight_h.shape == (1, 4, 4)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trained.set_input_size(img_size=(16, 64))
+    torch.testing.assert_close(loaded(images((16, 64))), trained(images((16, 64))), rtol=0, atol=0)
+    narrow = make(**options, img_size=(8, 128))
+    with pytest.raises(ValueError, match="as 4×4 cells does not fit a 2×32 patch grid"):
+        checkpoint_filter_fn(state, narrow)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_checkpoint_brings_its_kernels(share):
+    options = dict(projection="conv", share=share, pos_embed="none", class_token=False, global_pool="avg")
+    trained = make(**options)
+    loaded = make(**options, img_size=(44, 36))
+    own, theirs = (model.blocks[0].attn.key_projection.weight.shape for model in (loaded, trained))
+    assert own[2:] != theirs[2:]
+    loaded.load_state_dict(checkpoint_filter_fn(trained.state_dict(), loaded), strict=True)
+    trained.set_input_size(img_size=(44, 36))
+    torch.testing.assert_close(loaded(images((44, 36))), trained(images((44, 36))), rtol=0, atol=0)
+    assert {name for name, _ in loaded.named_parameters() if "projection" in name} <= loaded.no_weight_decay()
+
+
+@pytest.mark.parametrize("size", [(28, 20), (16, 36)])
+@pytest.mark.parametrize(("kind", "share"), KIND_SHARES)
+def test_trains_saves_and_changes_size(kind, share, size):
+    options = dict(projection=kind, share=share, k=6, dynamic_img_size=True)
+    model = make(**options).train()
+    model(images(size)).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    model.eval()
+    twin = make(**options)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        nn.init.zeros_(tensor)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(twin(images(size)), model(images(size)), rtol=0, atol=0)
+    # The position embedding is resampled in single precision either way.
+    twin.set_input_size(img_size=size)
+    torch.testing.assert_close(twin(images(size)), model(images(size)), rtol=0, atol=1e-5)
 
 
 def test_resize_refuses_before_it_changes_anything():
@@ -323,6 +443,37 @@ def test_compile_export_and_precisions(share):
             torch.testing.assert_close(model(x).float(), expected, rtol=0.1, atol=0.05)
         half = copy.deepcopy(model).to(dtype)
         torch.testing.assert_close(half(x.to(dtype)).float(), expected, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["conv", "maxpool", "dct"])
+def test_other_kinds_compile_and_export(kind):
+    model = make(projection=kind, depth=1, dynamic_img_size=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    x = images((16, 36))
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-5)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["conv", "maxpool", "dct", "random"])
+def test_other_kinds_in_half_precision(kind, dtype):
+    model = make(projection=kind)
+    expected = model(images())
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(model(images()).float(), expected, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(model.to(dtype)(images().to(dtype)).float(), expected, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["random", "dct", *REDUCING])
+def test_torchscript_takes_matrices(kind):
+    model = make(projection=kind, depth=1)
+    if kind in REDUCING:
+        with pytest.raises(ValueError, match=f"projection '{kind}' is none: use torch.compile or torch.export"):
+            torch.jit.script(model)
+    else:
+        torch.testing.assert_close(torch.jit.script(model)(images()), model(images()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["per_head", "associative", "folded"])

@@ -1,12 +1,14 @@
 """Kinds of projection: what E and F are. A new kind is one file here and one import line below."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
-from linvit.projections import avgpool, identity, linear, separable  # noqa: F401
+from linvit.projections import avgpool, conv, dct, identity, linear, maxpool, random, separable  # noqa: F401
 from linvit.projections.base import (
     PROJECTIONS,
+    MatrixProjection,
     Projection,
     ProjectionInit,
     check_shortens,
@@ -15,16 +17,18 @@ from linvit.projections.base import (
 )
 from linvit.projections.grid import GridSize
 from linvit.projections.identity import IdentityProjection
-from linvit.projections.per_head import PerHeadProjection
+from linvit.projections.per_head import PerHeadMatrixProjection, PerHeadProjection
 
 __all__ = [
     "PROJECTIONS",
     "GridSize",
     "IdentityProjection",
+    "MatrixProjection",
     "PerHeadProjection",
     "Projection",
     "ProjectionInit",
     "build_projection",
+    "maps_can_differ",
     "projection_class",
     "register_projection",
 ]
@@ -36,14 +40,16 @@ def build_projection(
     k: int | Sequence[int],
     grid_size: GridSize,
     num_maps: int = 1,
+    dim: int | None = None,
     init: ProjectionInit = "pool",
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Projection:
     """A projection of `kind` for an (H, W) patch grid.
 
-    `k` is one length, or one per head (then `num_maps` is the number of heads). Raises ValueError for an unknown kind
-    and for a k that the grid cannot hold.
+    `k` is one length, or one per head (then `num_maps` is the number of heads). `dim` is the tokens' width, which
+    `conv` needs. Raises ValueError for an unknown kind, for a k that the grid cannot hold, and for several maps of a
+    kind whose maps are all the same.
     """
     cls = projection_class(kind)
     if init not in ("pool", "jl"):
@@ -52,9 +58,27 @@ def build_projection(
         if len(k) != num_maps:
             raise ValueError(f"k={list(k)} names {len(k)} heads, but there are {num_maps}")
         heads = [
-            build_projection(kind, k=each, grid_size=grid_size, init=init, device=device, dtype=dtype) for each in k
+            build_projection(kind, k=each, grid_size=grid_size, dim=dim, init=init, device=device, dtype=dtype)
+            for each in k
         ]
-        return PerHeadProjection(heads)
+        return PerHeadMatrixProjection(heads) if issubclass(cls, MatrixProjection) else PerHeadProjection(heads)
     if cls is not IdentityProjection:
         check_shortens(k, grid_size)
-    return cls(k=k, grid_size=grid_size, num_maps=num_maps, init=init, device=device, dtype=dtype)
+    if num_maps > 1 and not maps_can_differ(kind):
+        raise ValueError(
+            f"projection {kind!r} follows from k and the grid alone: {num_maps} maps would all be the same"
+        )
+    projection = cls(k=k, grid_size=grid_size, num_maps=num_maps, dim=dim, init=init, device=device, dtype=dtype)
+    projection.check_grid_size(grid_size)
+    return projection
+
+
+def maps_can_differ(kind: str) -> bool:
+    """Whether two projections of `kind` with one k on one grid can differ, by parameters or buffers.
+
+    They cannot where all follows from k and the grid. `identity`, ordinary attention, counts as any.
+    """
+    cls = projection_class(kind)
+    probe = cls(k=1, grid_size=(2, 2), dim=1, device=torch.device("meta"))
+    has_state = any(True for _ in itertools.chain(probe.parameters(), probe.buffers()))
+    return has_state or cls is IdentityProjection

@@ -1,40 +1,35 @@
 """Average pooling to k_h × k_w cells (Wang et al. 2020, section 4, "general projections").
 
-Cells are averaged by area, so a grid that the cells do not divide loses no patch, and a finer grid gives the same
-keys on the same picture. No parameters; every head and layer may share it.
+Cells are averaged by area, so a grid that the cells do not divide loses no patch, and a finer grid of the same shape
+gives the same keys on the same picture. No parameters.
 """
-
-from typing import Optional
 
 import torch
 from torch import Tensor
 
-from linvit.projections.base import Projection, register_projection
-from linvit.projections.grid import GridSize, averaging_matrix, check_cells, factor_pair
+from linvit.projections.base import MatrixProjection, register_projection
+from linvit.projections.grid import GridSize, averaging_matrix, factor_pair
 from linvit.projections.separable import project_separable
 
 
 @register_projection("avgpool")
-class AveragePoolProjection(Projection):
-    """E averages the patches of each cell. Heads cannot differ, so there is one map however many are asked for."""
+class AveragePoolProjection(MatrixProjection):
+    """E averages the patches of each cell; the cells follow from k and the shape of the grid alone."""
 
-    def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        self.num_maps = 1
-        self.cells = factor_pair(self.k, self.grid_size)
-
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
-        height, width = self.grid_size if grid_size is None else grid_size
-        weight_h = averaging_matrix(self.cells[0], height, device=x.device, dtype=x.dtype)
-        weight_w = averaging_matrix(self.cells[1], width, device=x.device, dtype=x.dtype)
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        weight_h, weight_w = self._averages(grid_size or self.grid_size, x.device, x.dtype)
         return project_separable(x, weight_h[None], weight_w[None])
 
     def matrix(self) -> Tensor:
-        weight_h, weight_w = (
-            averaging_matrix(cells, size, device=torch.device("cpu"), dtype=torch.float64)
-            for cells, size in zip(self.cells, self.grid_size)
+        return torch.kron(*self._averages(self.grid_size, torch.device("cpu"), torch.float64))[None]
+
+    def _averages(self, grid_size: GridSize, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        (k_h, k_w), (height, width) = factor_pair(self.k, grid_size), grid_size
+        return (
+            averaging_matrix(k_h, height, device=device, dtype=dtype),
+            averaging_matrix(k_w, width, device=device, dtype=dtype),
         )
-        return torch.kron(weight_h, weight_w)[None]
 
     def check_grid_size(self, grid_size: GridSize) -> None:
         super().check_grid_size(grid_size)
-        check_cells(self.cells, grid_size)
+        factor_pair(self.k, grid_size)

@@ -1,14 +1,15 @@
 """What a projection is: the contract every kind keeps, and the registry it is found in.
 
 A projection reduces the N = H·W patches of a grid to k. It knows its grid and its k, and nothing of heads' or layers'
-sharing: who uses it, and how often, is decided by the model that owns it.
+sharing: who uses it, and how often, is decided by the model that owns it. Most kinds are matrices E and may act on
+tokens or on keys and values alike; the others reduce the tokens, before Wk and Wv.
 
 B batch, M maps (1, or one per head), N patches, K projected length, C channels.
 """
 
 import difflib
-from collections.abc import Callable
-from typing import ClassVar, Literal, Optional, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,24 @@ ProjectionInit = Literal["pool", "jl"]
 
 
 class Projection(nn.Module):
-    """Reduces patches (B, M, N, C) to (B, M, K, C); one map serves any number of heads, and so does one x any maps.
+    """Reduces tokens (B, 1, N, C) to (B, M, K, C), before Wk and Wv.
 
     Args:
         k: projected length.
         grid_size: (H, W) of the patch grid, N = H·W.
-        num_maps: number of independent matrices; 1 when all heads share one, else the number of heads.
+        num_maps: number of independent maps; 1 when all heads share one, else the number of heads.
+        dim: width C of the tokens, for kinds that have parameters per channel.
         init: `"pool"` starts at 2-D local averages plus a little noise, so that EX has the scale of X at every N;
             `"jl"` at the paper's N(0, 1/k) (Theorem 2). Kinds without parameters have nothing to start.
 
-    A kind defines `forward` and `matrix`; if it has parameters, `create_parameters` and `reset_parameters`; and
-    `remap_weight` if they lie on the grid. `build_projection` makes one and checks that it fits.
+    A kind defines `forward`; if it has parameters or buffers, `create_parameters` and `reset_parameters`;
+    `remap_weight` if they lie on the grid, and `adopt` if a checkpoint's may have other shapes. `build_projection`
+    makes one and checks that it fits.
     """
 
-    kind: ClassVar[str]
+    kind: str
+    # What a masked or dropped patch reads as, where the projection is no matrix.
+    absent: float = 0.0
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Projection(nn.Module):
         k: int,
         grid_size: GridSize,
         num_maps: int = 1,
+        dim: int | None = None,
         init: ProjectionInit = "pool",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -48,6 +54,7 @@ class Projection(nn.Module):
         self.k = k
         self.grid_size = grid_size
         self.num_maps = num_maps
+        self.dim = dim
         self.init = init
         self.create_parameters(device, dtype)
         self.reset_parameters()
@@ -55,12 +62,8 @@ class Projection(nn.Module):
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Register the kind's (still empty) parameters and buffers."""
 
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
-        """Project patches of `grid_size` (default: the projection's own): (B, M, N, C) → (B, M, K, C)."""
-        raise NotImplementedError
-
-    def matrix(self) -> Tensor:
-        """E as one dense tensor (M, K, N), differentiable in the projection's parameters."""
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """Reduce patches of `grid_size` (default: the projection's own): (B, 1, N, C) → (B, M, K, C)."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -82,6 +85,9 @@ class Projection(nn.Module):
         """Weight or buffer `name`, whatever grid it lies on, as it reads on `grid_size`."""
         return weight
 
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what a checkpoint's weights and buffers `state` fix beside their values; ValueError if it cannot."""
+
     def set_grid_size(self, grid_size: GridSize) -> None:
         """Move to another patch grid; parameters are replaced and keep `requires_grad`."""
         self.check_grid_size(grid_size)
@@ -94,6 +100,17 @@ class Projection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, grid_size={self.grid_size}, num_maps={self.num_maps}"
+
+
+class MatrixProjection(Projection):
+    """A projection that is a matrix E on the patches, so that E(XW) = (EX)W.
+
+    `forward` also takes an x per map, (B, M, N, C) → (B, M, K, C).
+    """
+
+    def matrix(self) -> Tensor:
+        """E as one dense tensor (M, K, N), differentiable in the projection's parameters."""
+        raise NotImplementedError
 
 
 def check_shortens(k: int, grid_size: GridSize) -> None:

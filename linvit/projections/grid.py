@@ -47,18 +47,25 @@ def remap_grid(weight: Tensor, new: GridSize) -> Tensor:
 
 
 def factor_pair(k: int, grid_size: GridSize) -> GridSize:
-    """The most square k_h × k_w = k that fits the grid, k_h ≤ k_w unless only the other way round fits.
+    """The k_h × k_w = k that fits the grid with k_h / k_w nearest to H / W by ratio, so that cells are near square.
 
-    It depends on the grid as little as it can, so that weights move between grids.
+    Of two as near the more square one, then the one with k_h ≤ k_w. Raises ValueError where none fits.
     """
-    for k_h in range(int(k**0.5), 0, -1):
-        if k % k_h == 0:
-            k_w = k // k_h
-            if k_h <= grid_size[0] and k_w <= grid_size[1]:
-                return k_h, k_w
-            if k_w <= grid_size[0] and k_h <= grid_size[1]:
-                return k_w, k_h
     height, width = grid_size
+    best: GridSize | None = None
+    for k_h in range(1, min(k, height) + 1):
+        k_w = k // k_h
+        if k % k_h != 0 or k_w > width:
+            continue
+        if best is None:
+            best = k_h, k_w
+            continue
+        # Ratios grow with k_h: the later of two is the nearer where their geometric mean lies below H / W.
+        mean, shape = best[0] * k_h * width**2, best[1] * k_w * height**2
+        if mean < shape or (mean == shape and max(k_h, k_w) < max(best)):
+            best = k_h, k_w
+    if best is not None:
+        return best
     fitting = {a * b for a in range(1, height + 1) for b in range(1, width + 1) if a * b < height * width}
     nearest = sorted(fitting, key=lambda other: abs(other - k))[:3]
     raise ValueError(

@@ -1,22 +1,20 @@
 """E = I: ordinary softmax attention through the same class, as baseline and ablation."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
-from linvit.projections.base import Projection, register_projection
+from linvit.projections.base import MatrixProjection, register_projection
 from linvit.projections.grid import GridSize
 
 
 @register_projection("identity")
-class IdentityProjection(Projection):
+class IdentityProjection(MatrixProjection):
     """Keeps every patch: k is N, whatever was asked for."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.set_grid_size(self.grid_size)
 
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         return x
 
     def matrix(self) -> Tensor:

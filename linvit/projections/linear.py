@@ -1,19 +1,27 @@
 """The paper's learned k × N matrix (Wang et al. 2020, Eq. 7), kept on the grid so that it can change size."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 
-from linvit.projections.base import Projection, register_projection
+from linvit.projections.base import MatrixProjection, register_projection
 from linvit.projections.grid import GridSize, remap_grid, tile_rows
 
 # Entries of a row that averages N/k patches are k/N; noise of this share of them tells the rows apart.
 POOL_NOISE = 0.1
 
 
+def project_dense(x: Tensor, weight: Tensor) -> Tensor:
+    """E x for x (B, M, H·W, C), E (M, K, H, W): (B, M, K, C). One x serves all maps."""
+    weight = weight.flatten(2)  # (M, K, N)
+    if x.shape[1] == 1:
+        # One product for all maps, and no copy of x per map or of E per image.
+        y = torch.einsum("kn,bnc->bkc", weight.flatten(0, 1), x.squeeze(1))
+        return y.unflatten(1, weight.shape[:2])
+    return torch.einsum("mkn,bmnc->bmkc", weight, x)
+
+
 @register_projection("linear")
-class LinearProjection(Projection):
+class LinearProjection(MatrixProjection):
     """E is a parameter (M, K, H, W): k·N numbers, whatever they have learnt."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -28,14 +36,8 @@ class LinearProjection(Projection):
         nn.init.normal_(self.weight, std=POOL_NOISE * self.k / (self.grid_size[0] * self.grid_size[1]))
         self.weight.add_(tile_rows(self.k, self.grid_size, device=self.weight.device, dtype=self.weight.dtype))
 
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
-        weight = self.weight if grid_size is None else remap_grid(self.weight, grid_size)
-        weight = weight.flatten(2)  # (M, K, N)
-        if x.shape[1] == 1:
-            # One product for all maps, and no copy of x per map or of E per image.
-            y = torch.einsum("kn,bnc->bkc", weight.flatten(0, 1), x.squeeze(1))
-            return y.unflatten(1, (self.num_maps, self.k))
-        return torch.einsum("mkn,bmnc->bmkc", weight, x)
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        return project_dense(x, self.weight if grid_size is None else remap_grid(self.weight, grid_size))
 
     def matrix(self) -> Tensor:
         return self.weight.flatten(2)

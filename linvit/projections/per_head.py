@@ -1,13 +1,12 @@
 """A projected length of its own for every head: the paper's non-uniform projected dimension (section 4)."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from linvit.projections.base import Projection
+from linvit.projections.base import MatrixProjection, Projection
 from linvit.projections.grid import GridSize
 
 
@@ -22,35 +21,42 @@ class PerHeadProjection(Projection):
             k=max(head.k for head in heads),
             grid_size=heads[0].grid_size,
             num_maps=len(heads),
+            dim=heads[0].dim,
             init=heads[0].init,
         )
+        self.kind = heads[0].kind
+        self.absent = heads[0].absent
         self.heads = nn.ModuleList(heads)
 
-    def _each_head(self) -> list[Projection]:
+    def each_head(self) -> list[Projection]:
         return [head for head in self.heads if isinstance(head, Projection)]
 
     @property
     def lengths(self) -> list[int]:
-        return [head.k for head in self._each_head()]
+        return [head.k for head in self.each_head()]
 
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         reduced = []
-        for index, head in enumerate(self._each_head()):
+        for index, head in enumerate(self.each_head()):
             own = x if x.shape[1] == 1 else x[:, index : index + 1]
             y = head(own, grid_size)
             reduced.append(pad(y, (0, 0, 0, self.k - y.shape[2])))
         return torch.cat(reduced, dim=1)
 
-    def matrix(self) -> Tensor:
-        rows = [pad(E, (0, 0, 0, self.k - E.shape[1])) for E in (head.matrix() for head in self._each_head())]
-        return torch.cat(rows)
-
     def check_grid_size(self, grid_size: GridSize) -> None:
-        for head in self._each_head():
+        for head in self.each_head():
             head.check_grid_size(grid_size)
 
     def set_grid_size(self, grid_size: GridSize) -> None:
         self.check_grid_size(grid_size)
-        for head in self._each_head():
+        for head in self.each_head():
             head.set_grid_size(grid_size)
         self.grid_size = grid_size
+
+
+class PerHeadMatrixProjection(PerHeadProjection, MatrixProjection):
+    """The same for kinds that are matrices."""
+
+    def matrix(self) -> Tensor:
+        matrices = [head.matrix() for head in self.heads if isinstance(head, MatrixProjection)]
+        return torch.cat([pad(E, (0, 0, 0, self.k - E.shape[1])) for E in matrices])

@@ -1,14 +1,15 @@
 """E = E_h ⊗ E_w: every key is a rectangle of soft row weights × soft column weights.
 
-k_h·H + k_w·W parameters instead of k·N, and N·k_h multiply-adds per channel instead of N·k.
+k_h·H + k_w·W parameters instead of k·N, and N·k_h multiply-adds per channel instead of N·k. The number of rows and
+columns, k_h and k_w, is what the weights were made with: it stays when the grid changes.
 """
 
-from typing import Optional
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from linvit.projections.base import Projection, register_projection
+from linvit.projections.base import MatrixProjection, register_projection
 from linvit.projections.grid import GridSize, averaging_matrix, check_cells, factor_pair, remap_axis
 
 # As a share of the entries of a plain average along one axis.
@@ -32,8 +33,8 @@ def project_separable(x: Tensor, weight_h: Tensor, weight_w: Tensor) -> Tensor:
 
 
 @register_projection("separable")
-class SeparableProjection(Projection):
-    """E_h (M, k_h, H) and E_w (M, k_w, W) are parameters; k = k_h · k_w, as square as the grid allows."""
+class SeparableProjection(MatrixProjection):
+    """E_h (M, k_h, H) and E_w (M, k_w, W) are parameters; k = k_h · k_w, shaped like the grid."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         (k_h, k_w), (height, width) = factor_pair(self.k, self.grid_size), self.grid_size
@@ -51,7 +52,7 @@ class SeparableProjection(Projection):
                 nn.init.normal_(weight, std=POOL_NOISE * cells / size)
                 weight.add_(averaging_matrix(cells, size, device=weight.device, dtype=weight.dtype))
 
-    def forward(self, x: Tensor, grid_size: Optional[tuple[int, int]] = None) -> Tensor:  # noqa: UP045
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         height, width = self.grid_size if grid_size is None else grid_size
         return project_separable(x, remap_axis(self.weight_h, height), remap_axis(self.weight_w, width))
 
@@ -64,3 +65,16 @@ class SeparableProjection(Projection):
 
     def remap_weight(self, name: str, weight: Tensor, grid_size: GridSize) -> Tensor:
         return remap_axis(weight, grid_size[0 if name == "weight_h" else 1])
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Take a checkpoint's k_h × k_w where it is another factoring of the same k."""
+        if not {"weight_h", "weight_w"} <= state.keys():
+            return
+        cells = state["weight_h"].shape[1], state["weight_w"].shape[1]
+        if cells[0] * cells[1] != self.k or cells[0] == self.weight_h.shape[1]:
+            return
+        check_cells(cells, self.grid_size)
+        for name, num_cells in zip(("weight_h", "weight_w"), cells):
+            own = getattr(self, name)
+            fitting = own.new_empty(own.shape[0], num_cells, own.shape[2])
+            setattr(self, name, nn.Parameter(fitting, requires_grad=own.requires_grad))

@@ -32,7 +32,7 @@ _SPELLINGS = {
     "workers": ("-j", "--workers"),
     "decay_rate": ("--decay-rate", "--dr"),
 }
-_BARE = {"torchcompile": "inductor"}
+_BARE = {"torchcompile": "inductor", "grad_checkpointing": "full"}
 
 
 class TrainConfig(

@@ -11,6 +11,7 @@ from linvit.timmmodel import TimmModel, create_model
 from linvit.training.config import TrainConfig
 from linvit.training.distributed import Ranks
 from linvit.training.options import DeviceOptions, ModelOptions
+from linvit.vit import LinformerViT
 from linvit.weights import classifier_parameters, fit_weights, load_exactly, read_weights
 
 
@@ -56,7 +57,12 @@ def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
     model.to(ranks.device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
-    model.set_grad_checkpointing(options.grad_checkpointing)
+    checkpointing = options.grad_checkpointing
+    if not isinstance(model, LinformerViT):
+        if checkpointing == "mlp":
+            raise ValueError(f"--grad-checkpointing mlp is for linvit models, not for {type(model).__name__}: use full")
+        checkpointing = checkpointing in (True, "full")
+    model.set_grad_checkpointing(checkpointing)
 
 
 def wrap_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> nn.Module:

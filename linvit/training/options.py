@@ -32,7 +32,9 @@ class ModelOptions(_Options):
         "also a list per layer, of a length per head (default: the model's own)",
     )
     projection: str | None = Field(
-        None, description="kind of projection: linear, separable, avgpool, identity, ... (default: the model's own)"
+        None,
+        description="kind of projection: linear, separable, conv, avgpool, maxpool, dct, random, identity (default: "
+        "the model's own)",
     )
     share: Literal["none", "headwise", "kv", "layerwise"] | None = Field(
         None, description="what shares one projection: nothing, the heads, also keys and values, or all layers"
@@ -91,7 +93,11 @@ class DeviceOptions(_Options):
         "bfloat16", description="precision under --amp; float16 runs with a loss scaler"
     )
     channels_last: bool = Field(False, description="keep images and convolutions in channels-last order")
-    grad_checkpointing: bool = Field(False, description="recompute activations, to save memory")
+    grad_checkpointing: bool | Literal["mlp", "full"] = Field(
+        False,
+        description="save memory by recomputing activations: full (alone: full) for whole blocks, mlp for the hidden "
+        "activations of MLPs, which costs little (linvit models only)",
+    )
     torchcompile: str | None = Field(
         None, description="compile the model, with this torch.compile backend (alone: inductor)"
     )

@@ -93,3 +93,15 @@ def test_layout_checkpointing_and_compilation() -> None:
     assert wrapped is not model
     torch.testing.assert_close(wrapped(images), model(images))
     assert wrap_model(model, config(), ranks) is model
+
+
+def test_checkpointing_of_mlps_is_for_linvit_models() -> None:
+    ranks = Ranks(torch.device("cpu"))
+    model, _ = build_model(config(model="linvit_tiny_patch16_224", k=4), class_names=CLASSES)
+    place_model(model, config(grad_checkpointing="mlp"), ranks)
+    assert model.blocks[0].mlp.recompute == "hidden"
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with pytest.raises(ValueError, match="--grad-checkpointing mlp is for linvit models, not for VisionTransformer"):
+        place_model(theirs, config(grad_checkpointing="mlp"), ranks)
+    place_model(theirs, config(grad_checkpointing="full"), ranks)
+    assert theirs.grad_checkpointing is True

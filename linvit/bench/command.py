@@ -1,0 +1,52 @@
+"""`linvit bench`, from options to files."""
+
+import sys
+
+import torch
+from rich.console import Console
+
+from linvit.bench.measure import Bench, exact_float32, report
+from linvit.bench.options import BenchOptions
+from linvit.bench.plan import Plan
+from linvit.bench.presets import Group, select
+from linvit.bench.results import Results, check_files
+from linvit.bench.rows import Row
+from linvit.bench.table import show_models, show_rows
+from linvit.training.distributed import choose_device
+
+# Columns of a table that goes to a file or a pipe.
+PAGE_WIDTH = 100
+
+
+def bench_command(options: BenchOptions, *, command: str) -> int:
+    """Measure what the options ask for, show it and write the files; returns the exit status.
+
+    `command` is recorded in the results. Raises UsageError for what cannot be built, before anything is timed, and
+    ValueError where a model fails; what has been measured is written after every group, and when it is interrupted.
+    """
+    check_files(options)
+    device = torch.device(choose_device(options.device))
+    plan = Plan(select(options))
+    results = Results(command)
+    bench = Bench(plan, results, device)
+    console = Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+    show_models(console, plan)
+    with exact_float32():
+        # Groups are added while the loop runs.
+        for group in plan.groups:
+            try:
+                rows = bench.measure(group)
+            finally:
+                if results.rows:
+                    results.write(options)
+            show_rows(console, group.title, rows)
+            _halve_where_memory_ran_out(plan, group, rows)
+    return 0
+
+
+def _halve_where_memory_ran_out(plan: Plan, group: Group, rows: list[Row]) -> None:
+    if all(row.status == "ok" for row in rows):
+        return
+    half = plan.halve(group)
+    if half is not None:
+        report(f"{group.title}: out of memory, so once more at batch {half.batch_size}")

@@ -1,0 +1,110 @@
+"""Time and memory over the number of patches, from the numbers of a results file, as a PNG."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+
+from linvit.bench.paper import PAPER_GAINS, Gain
+from linvit.files import write_file
+
+# Okabe and Ito's colours and a wine red, told apart without red and green; markers tell lines apart without colour.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+STYLES = {"forward": "-", "train": "--"}
+DIGEST_KEY = "Results-SHA256"
+PAPER_LABEL = "Linformer's paper, Table 3, k=256: its gain over unfused attention, taken off the baseline here"
+
+Row = dict[str, Any]
+
+
+def save_plot(results: dict[str, Any], path: Path, *, digest: str) -> None:
+    """Draw the rows of `results` and write the picture, which carries `digest` in its metadata.
+
+    Of several batch sizes and precisions, the first is drawn.
+    """
+    figure = draw(results["rows"])
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, metadata={DIGEST_KEY: digest}))
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Two panels, log-log: seconds of a step, and bytes that a training step adds; a line a model."""
+    first = [rows[0][name] for name in ("batch_size", "dtype", "compile")]
+    rows = [row for row in rows if [row[name] for name in ("batch_size", "dtype", "compile")] == first]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(11, 5.2 + 0.2 * len(models)), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for mode, style in STYLES.items():
+        _lines(time, [row for row in rows if row["mode"] == mode], models, "seconds", 1.0, style)
+    trained = [row for row in rows if row["mode"] == "train"]
+    _lines(memory, trained, models, "step_bytes", 2.0**30, STYLES["train"])
+    _paper(time, [row for row in rows if row["mode"] == "forward"], "seconds", 1.0, lambda gain: gain.time)
+    _paper(memory, trained, "step_bytes", 2.0**30, lambda gain: gain.memory)
+    conditions = f"batch {first[0]}, {first[1]}" + (", compiled" if first[2] else "")
+    _label(time, f"time of a step, {conditions}", "seconds")
+    _label(memory, f"memory that a training step adds, {conditions}", "GiB")
+    figure.legend(handles=_legend(models), loc="outside lower center", fontsize=9, frameon=False)
+    return figure
+
+
+def _lines(axes: Axes, rows: Sequence[Row], models: Sequence[str], name: str, unit: float, style: str) -> None:
+    for index, model in enumerate(models):
+        points = sorted((row["patches"], row[name] / unit) for row in rows if row["model"] == model and row[name])
+        if points:
+            axes.plot(*zip(*points), style, label=model, markersize=5, linewidth=1.5, **_look(index))
+
+
+def _paper(axes: Axes, rows: Sequence[Row], name: str, unit: float, gain: Callable[[Gain], float]) -> None:
+    """What the baseline's numbers would be, divided by the paper's gain."""
+    points = [
+        (row["patches"], row[name] / unit / gain(PAPER_GAINS[row["patches"]]))
+        for row in rows
+        if row["model"] == row["baseline"] and row["patches"] in PAPER_GAINS and row[name]
+    ]
+    if points:
+        axes.plot(*zip(*sorted(points)), label=PAPER_LABEL, **_PAPER_LOOK)
+
+
+_PAPER_LOOK: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "*",
+    "markersize": 13,
+    "markerfacecolor": "none",
+    "markeredgecolor": "#444444",
+}
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("patches N")
+    axes.set_ylabel(unit)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#666666")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    patches = sorted({int(x) for line in axes.lines for x in np.asarray(line.get_xdata())})
+    axes.set_xticks(patches, [f"{count:,}" for count in patches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(patches[0] / 1.3, patches[-1] * 1.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+
+
+def _legend(models: Sequence[str]) -> list[Line2D]:
+    styles = [Line2D([], [], color="#666666", linestyle=style, label=mode) for mode, style in STYLES.items()]
+    lines = [Line2D([], [], label=model, **_look(index)) for index, model in enumerate(models)]
+    return [*lines, *styles, Line2D([], [], label=PAPER_LABEL, **_PAPER_LOOK)]

@@ -1,0 +1,58 @@
+"""What hand-written code paths may do when operations run as they are called, and how they go through tokens in runs.
+
+Fresh memory is paid for page by page on a CPU, and cache is small: where each token is computed alone, a run of them at
+a time costs less than all at once.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer and nothing else, so that its weight may be read instead of calling it.
+
+    False for subclasses (adapters, quantised layers) and for layers with hooks.
+    """
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def runs_eagerly() -> bool:
+    """Whether operations run as they are called: not compiled, exported, traced or transformed by torch.func."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
+def goes_in_runs(x: Tensor) -> bool:
+    """Whether going through tokens in runs is for `x`: on a CPU, without a gradient, in one precision."""
+    return x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and runs_eagerly()
+
+
+def equal_runs(total: int, wanted: int) -> Iterator[slice]:
+    """0 … total in runs of about `wanted`, as equal as can be: a last one of a few tokens would be slow."""
+    length = run_length(total, wanted)
+    for start in range(0, total, length):
+        yield slice(start, min(start + length, total))
+
+
+def run_length(total: int, wanted: int) -> int:
+    """The length of the longest of `equal_runs`."""
+    number = max(1, round(total / max(1, wanted)))
+    return max(1, -(-total // number))
+
+
+def apply_in_runs(function: Callable[[Tensor, slice], Tensor], x: Tensor, wanted: int) -> Tensor:
+    """`function(x[images], images)` of tokens (B, T, D) → (B, T, D), about `wanted` tokens at a time.
+
+    Only where each token's result depends on no other token, and no gradient is wanted.
+    """
+    B, T, _ = x.shape
+    if run_length(B * T, wanted) == B * T:
+        return function(x, slice(None))
+    out = torch.empty_like(x)
+    for images in equal_runs(B, wanted // max(T, 1)):
+        for tokens in equal_runs(T, wanted):
+            out[images, tokens] = function(x[images, tokens], images)
+    return out

@@ -1,0 +1,179 @@
+"""The transformer's MLP with less memory traffic: fc2(GELU(fc1(x))), the same function as timm's `Mlp`.
+
+timm's layers keep the hidden activations twice for the backward pass (before and after the GELU), 8 of the 16 widths
+that a ViT block keeps a token. Here the GELU is computed again from what it was given, which leaves 4; with
+`recompute="hidden"` fc1 is computed again too, which leaves none.
+
+On a CPU the tokens go through in runs whose hidden activations fit the cache, in buffers that are used again: fresh
+memory is paid for page by page, which for long sequences costs more than the GELU does.
+
+B batch, T tokens, D width, D' hidden width, n = B·T rows.
+"""
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import Mlp
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from linvit.eager import equal_runs, is_plain_linear, run_length, runs_eagerly
+
+# What the backward pass computes again: the GELU alone, or all that is hidden.
+Recompute = Literal["activation", "hidden"]
+
+# Hidden activations of one run over the tokens: 6 MiB in single precision, 1,024 tokens of a ViT-S.
+RUN_ELEMENTS = 3 * 2**19
+
+
+@register_notrace_module
+class LeanMlp(Mlp):
+    """timm's `Mlp`, same parameters and same results, that keeps less for the backward pass.
+
+    Anything but two biased or unbiased linear layers around an exact GELU (another activation, a norm in between,
+    active dropout, layers with hooks or replaced by an adapter) runs as in timm, under `torch.utils.checkpoint` where
+    `recompute` is "hidden". So does compiled and exported code, which is fused by its compiler.
+    """
+
+    recompute: Recompute = "activation"
+
+    def forward(self, x: Tensor) -> Tensor:
+        learns = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        needs_grad = learns and torch.is_grad_enabled()
+        if not self._is_plain(x) or not (x.is_cpu or (needs_grad and self.recompute == "hidden")):
+            if needs_grad and self.recompute == "hidden":
+                return checkpoint(super().forward, x, use_reentrant=False)
+            return super().forward(x)
+        inputs: tuple[Any, ...] = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            inputs = tuple(None if each is None else each.to(dtype) for each in inputs)
+        with torch.autocast(x.device.type, enabled=False):
+            if needs_grad:
+                return _LeanMlpFunction.apply(*inputs, self.recompute)
+            return _forward(*inputs, hidden=None)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        return (
+            runs_eagerly()
+            and is_plain_linear(self.fc1)
+            and is_plain_linear(self.fc2)
+            and isinstance(self.act, nn.GELU)
+            and self.act.approximate == "none"
+            and isinstance(self.norm, nn.Identity)
+            and not (self.training and (self.drop1.p or self.drop2.p))
+            and x.numel() > 0
+            and not x.is_meta
+            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        plain = Mlp(1)
+        plain.__dict__.update(self.__dict__, _modules=dict(self._modules))
+        # torch.jit remembers modules by id while it scripts: none that it has seen may be freed.
+        plain._replaced = [self]
+        return plain
+
+
+class _LeanMlpFunction(torch.autograd.Function):
+    """fc2(GELU(fc1(x))) that keeps x and, unless that is recomputed too, fc1(x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, recompute: Recompute
+    ) -> Tensor:
+        hidden = x.new_empty(*x.shape[:-1], w1.shape[0]) if recompute == "activation" else None
+        ctx.save_for_backward(x, w1, b1, w2, b2, hidden)
+        return _forward(x, w1, b1, w2, b2, hidden=hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, b2, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Asked for with create_graph: gradients that can be differentiated again.
+            return *_differentiable_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2, b2), None
+        return *_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2, hidden), None
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, hidden: Tensor | None
+) -> Tensor:
+    """The output (…, D); fills `hidden` (…, D') with fc1(x) where it is given."""
+    rows = x.flatten(0, -2)  # (n, D)
+    out = rows.new_empty(rows.shape[0], w2.shape[0])
+    kept = None if hidden is None else hidden.flatten(0, -2)
+    buffer = rows.new_empty(run_length(rows.shape[0], _run_tokens(rows, w1)), w1.shape[0])
+    for run in equal_runs(rows.shape[0], _run_tokens(rows, w1)):
+        activated = buffer[: run.stop - run.start]
+        before = activated if kept is None else kept[run]
+        _linear(rows[run], w1, b1, out=before)
+        torch.ops.aten.gelu.out(before, out=activated)
+        _linear(activated, w2, b2, out=out[run])
+    return out.unflatten(0, x.shape[:-1])
+
+
+def _backward(
+    grad: Tensor, needed: tuple[bool, ...], x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, hidden: Tensor | None
+) -> list[Tensor | None]:
+    rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)  # (n, D)
+    kept = None if hidden is None else hidden.flatten(0, -2)
+    shapes = (rows.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    grads = [rows.new_empty(shape) if need else None for shape, need in zip(shapes, needed)]
+    grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = grads
+    length = run_length(rows.shape[0], _run_tokens(rows, w1))
+    buffers = [rows.new_empty(length, w1.shape[0]) for _ in range(2 if hidden is not None else 3)]
+    for run in equal_runs(rows.shape[0], _run_tokens(rows, w1)):
+        activated, upstream, *spare = (buffer[: run.stop - run.start] for buffer in buffers)
+        before = spare[0] if kept is None else kept[run]
+        if kept is None:
+            _linear(rows[run], w1, b1, out=before)
+        if grad_w2 is not None:
+            torch.ops.aten.gelu.out(before, out=activated)
+            _accumulate(grad_w2, grad_rows[run].mT, activated, first=run.start == 0)
+        torch.mm(grad_rows[run], w2, out=upstream)
+        # From here on `activated` holds the gradient before the GELU.
+        torch.ops.aten.gelu_backward.grad_input(upstream, before, grad_input=activated)
+        if grad_w1 is not None:
+            _accumulate(grad_w1, activated.mT, rows[run], first=run.start == 0)
+        if grad_b1 is not None:
+            part = activated.sum(0)
+            grad_b1 = part if run.start == 0 else grad_b1 + part
+        if grad_x is not None:
+            torch.mm(activated, w1, out=grad_x[run])
+    if grad_b2 is not None:
+        torch.sum(grad_rows, 0, out=grad_b2)
+    return [None if grad_x is None else grad_x.unflatten(0, x.shape[:-1]), grad_w1, grad_b1, grad_w2, grad_b2]
+
+
+def _differentiable_backward(grad: Tensor, needed: tuple[bool, ...], *inputs: Tensor | None) -> list[Tensor | None]:
+    x, w1, b1, w2, b2 = inputs
+    assert x is not None
+    assert w1 is not None
+    assert w2 is not None
+    out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+    wanted = [each for each, need in zip(inputs, needed) if need and each is not None]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.mT, out=out)
+    else:
+        torch.addmm(bias, x, weight.mT, out=out)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        torch.addmm(total, a, b, out=total)
+
+
+def _run_tokens(rows: Tensor, w1: Tensor) -> int:
+    # A GPU needs all rows at once to be busy, and half precision would lose in sums over runs.
+    if not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
+        return rows.shape[0]
+    return RUN_ELEMENTS // w1.shape[0]

@@ -1,0 +1,78 @@
+"""What is no Linformer attention is not timed."""
+
+import pytest
+from bench_groups import OURS, TIMM
+
+from linvit import reference
+from linvit.attention import LinformerAttention
+from linvit.bench import check
+from linvit.bench.check import check_attention, size_to_check
+from linvit.bench.specs import parse_spec
+
+SIZE = (32, 48)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        "k=16",
+        "k=(4,16)",
+        "k=16,projection=linear,share=headwise",
+        "k=((4,6),None),share=none",
+        "k=16,projection=avgpool",
+    ],
+)
+def test_layers_are_compared_with_the_reference(keywords):
+    found = check_attention(parse_spec(f"linvit_mini_patch4_64:depth=2,{keywords}"), SIZE)
+    assert found.compared == "first Linformer layer and linvit.reference, both in float64"
+    assert found.image_size == SIZE
+    assert 0 < found.largest_difference < found.bound == 1e-10
+
+
+@pytest.mark.parametrize("kind", ["maxpool", "conv"])
+def test_projections_that_are_no_matrix_are_compared_with_float64(kind):
+    found = check_attention(parse_spec(f"linvit_mini_patch4_64:depth=1,k=16,projection={kind}"), SIZE)
+    assert "float32" in found.compared
+    assert 1e-12 < found.largest_difference < found.bound
+
+
+def test_full_attention_has_nothing_to_compare():
+    assert check_attention(parse_spec(TIMM), SIZE) is None
+    assert check_attention(parse_spec(f"{OURS},projection=identity"), SIZE) is None
+
+
+def test_long_sequences_are_compared_at_a_smaller_size(monkeypatch):
+    monkeypatch.setattr(check, "MOST_PATCHES", 32)
+    spec = parse_spec("linvit_mini_patch4_64:depth=1,k=15")
+    assert size_to_check(spec, (128, 64)) == (32, 16)
+    assert size_to_check(spec, (32, 16)) == (32, 16)
+    # A quarter of the patches would be no more than k.
+    assert size_to_check(parse_spec("linvit_mini_patch4_64:depth=1,k=64"), (64, 64)) == (64, 64)
+
+
+def test_a_forward_that_differs_is_refused(monkeypatch):
+    honest = reference.linformer_attention
+    monkeypatch.setattr(reference, "linformer_attention", lambda x, **others: honest(x, **others) * (1 + 1e-8))
+    with pytest.raises(ValueError, match=rf"^{OURS} is not timed: its attention differs from the reference"):
+        check_attention(parse_spec(OURS), SIZE)
+
+
+def test_a_gradient_that_differs_is_refused(monkeypatch):
+    honest = LinformerAttention.forward
+
+    def forward(self, x, **others):
+        # The value of x, and half of its gradient.
+        return honest(self, 0.5 * x + 0.5 * x.detach(), **others)
+
+    monkeypatch.setattr(LinformerAttention, "forward", forward)
+    with pytest.raises(ValueError, match="is not timed"):
+        check_attention(parse_spec(OURS), SIZE)
+
+
+def test_outputs_of_nan_are_refused(monkeypatch):
+    honest = LinformerAttention.forward
+    monkeypatch.setattr(
+        LinformerAttention, "forward", lambda self, x, **others: honest(self, x, **others) * float("nan")
+    )
+    with pytest.raises(ValueError, match="is not timed"):
+        check_attention(parse_spec(OURS), SIZE)
