@@ -20,16 +20,22 @@ class Results:
     """What has been measured so far; an interruption leaves what was there."""
 
     command: str
+    # What the numbers are of: the commit is read before the first of them, since files may change meanwhile.
+    origin: dict[str, Any] = field(init=False)
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     # Operations a second of plain matrix products, by dtype.
     gemm_flops_per_second: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.origin = provenance(self.command, seed=0, n=0)
+
     def to_dict(self) -> dict[str, Any]:
         rounds = sorted({row.n for row in self.rows if row.status == "ok"})
         return {
-            **provenance(self.command, seed=0, n=rounds[0] if len(rounds) == 1 else rounds),
+            **self.origin,
+            "n": rounds[0] if len(rounds) == 1 else rounds,
             "dtype": sorted({row.dtype for row in self.rows}),
             "gemm_flops_per_second": self.gemm_flops_per_second,
             "checks": [check._asdict() for check in self.checks],

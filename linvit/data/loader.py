@@ -1,9 +1,9 @@
 """Batches for training and evaluation: uint8 from the workers to the device, normalised there."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import albumentations as A
 import cv2
@@ -17,6 +17,9 @@ from linvit.data.options import AugmentOptions
 from linvit.data.read import read_image
 from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler, sample_generators
 from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline
+
+# (height, width) in pixels.
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Loader:
     def __init__(
         self,
         dataset: ImageFolder,
-        pipeline: A.Compose,
+        pipelines: Mapping[Size, A.Compose],
         spec: InputSpec,
         sampler: TrainSampler | EvalSampler,
         *,
@@ -52,6 +55,7 @@ class Loader:
         pin_memory: bool,
         channels_last: bool,
         dtype: torch.dtype,
+        epoch_sizes: Sequence[Size] = (),
     ) -> None:
         self.batch_size = sampler.batch_size
         self.num_images = sampler.num_drawn
@@ -62,7 +66,7 @@ class Loader:
         self._dtype = dtype
         self._keys = _Keys(sampler)
         self._loader: DataLoader[Any] = DataLoader(
-            _Samples(dataset, pipeline, spec.size, seed),
+            _Samples(dataset, pipelines, tuple(epoch_sizes) or (spec.size,), seed),
             batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=_as_is,
@@ -117,16 +121,33 @@ def create_train_loader(
     pin_memory: bool = False,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    sampling: Literal["shuffle", "balanced"] = "shuffle",
+    repeats: float = 1.0,
+    epoch_sizes: Sequence[Size] = (),
 ) -> Loader:
     """Shuffled and augmented batches of equal size; what is left of an epoch after the last whole batch is not used.
+
+    Args:
+        sampling: every image once an epoch, or every class equally often.
+        repeats: show each image so often in an epoch, and fewer of them.
+        epoch_sizes: (height, width) of the images in each epoch, the last also after it; default `spec.size`.
 
     Raises:
         ValueError: where the images do not fill one batch, or for an `aug_file` that cannot be used.
     """
-    sampler = TrainSampler(len(dataset), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+    sampler = TrainSampler(
+        len(dataset),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        repeats=repeats,
+        labels=dataset.labels if sampling == "balanced" else None,
+    )
+    sizes = set(epoch_sizes) or {spec.size}
     return Loader(
         dataset,
-        build_train_pipeline(augment, spec),
+        {size: build_train_pipeline(augment, replace(spec, size=size)) for size in sizes},
         spec,
         sampler,
         seed=seed,
@@ -135,6 +156,7 @@ def create_train_loader(
         pin_memory=pin_memory,
         channels_last=channels_last,
         dtype=dtype,
+        epoch_sizes=epoch_sizes,
     )
 
 
@@ -155,7 +177,7 @@ def create_eval_loader(
     sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     return Loader(
         dataset,
-        build_eval_pipeline(spec),
+        {spec.size: build_eval_pipeline(spec)},
         spec,
         sampler,
         seed=0,
@@ -219,33 +241,40 @@ class _Keys:
 class _Samples(Dataset[Any]):
     """Reads and augments whole batches."""
 
-    def __init__(self, dataset: ImageFolder, pipeline: A.Compose, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, dataset: ImageFolder, pipelines: Mapping[Size, A.Compose], epoch_sizes: Sequence[Size], seed: int
+    ) -> None:
         self.dataset = dataset
-        self.pipeline = pipeline
-        self.size = size
+        self.pipelines = pipelines
+        self.epoch_sizes = epoch_sizes
         self.seed = seed
 
     def __getitems__(self, keys: list[SampleKey]) -> _RawBatch | _Failure:
-        images = torch.empty((len(keys), *self.size, 3), dtype=torch.uint8)
+        size = self._size_in(keys[0].epoch)
+        images = torch.empty((len(keys), *size, 3), dtype=torch.uint8)
         if get_worker_info() is not None:
             # Filled where the main process will read it, instead of copied there when sent.
             images.share_memory_()
         pixels = images.numpy()
         try:
-            for row, (epoch, index) in enumerate(keys):
-                pixels[row] = self._augmented(epoch, index)
+            for row, key in enumerate(keys):
+                pixels[row] = self._augmented(key, self.pipelines[size])
         except ValueError as error:
             return _Failure(str(error))
-        indices = [index for _, index in keys]
+        indices = [key.index for key in keys]
         labels = [self.dataset.label(index) for index in indices]
         return _RawBatch(images, torch.tensor(labels), torch.tensor(indices))
 
-    def _augmented(self, epoch: int, index: int) -> np.ndarray:
-        path = self.dataset.path(index)
+    def _size_in(self, epoch: int) -> Size:
+        """Of the images; a function of the epoch alone, because workers outlive epochs and read ahead."""
+        return self.epoch_sizes[min(epoch, len(self.epoch_sizes) - 1)]
+
+    def _augmented(self, key: SampleKey, pipeline: A.Compose) -> np.ndarray:
+        path = self.dataset.path(key.index)
         image = read_image(path)
-        self.pipeline.set_random_state(*sample_generators(self.seed, epoch, index))
+        pipeline.set_random_state(*sample_generators(self.seed, *key))
         try:
-            image = self.pipeline(image=image)["image"]
+            image = pipeline(image=image)["image"]
             check_image(image)
         except Exception as error:
             # A user's own pipeline may raise anything.
