@@ -296,14 +296,14 @@ class LinformerAttention(Attention):
         prefix, longest = self.num_prefix_tokens, max(lengths)
         if prefix == 0 and min(lengths) == longest:
             return None
-        uniform = min(lengths) == longest
         rows = []
-        for k in lengths[:1] if uniform else lengths:
+        for k in lengths[:1] if min(lengths) == longest else lengths:
             row = x.new_full((prefix + longest,), math.log(patches.num_present / k) if prefix else 0.0)
             row[:prefix] = 0.0
-            row[prefix + k :] = -math.inf
+            if k < longest:
+                row[prefix + k :] = -math.inf
             rows.append(row)
-        bias = torch.stack(rows)[None, :, None]
+        bias = torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
         if patches.prefix_mask is not None:
             hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
             bias = bias.masked_fill(hidden, -math.inf)

@@ -57,8 +57,9 @@ class Patches(NamedTuple):
         """By what the bias of Wk or Wv is multiplied: E1 (B or 1, M, k, 1), or ones where tokens are reduced."""
         if not isinstance(projection, MatrixProjection):
             return like.new_ones(1, 1, projection.k, 1)
-        batch = 1 if self.weight is None and self.kept is None else like.shape[0]
-        ones: Tensor = projection(self.place(like.new_ones(batch, 1, self.num_present, 1)), self.grid_size)
+        if self.weight is None and self.kept is None:
+            return projection.row_sums(like, self.grid_size)
+        ones: Tensor = projection(self.place(like.new_ones(like.shape[0], 1, self.num_present, 1)), self.grid_size)
         return ones
 
 

@@ -40,20 +40,25 @@ class LeanMlp(Mlp):
     recompute: Recompute = "activation"
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        needs_grad = learns and torch.is_grad_enabled()
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        )
         if not self._is_plain(x) or not (x.is_cpu or (needs_grad and self.recompute == "hidden")):
             if needs_grad and self.recompute == "hidden":
                 return checkpoint(super().forward, x, use_reentrant=False)
             return super().forward(x)
         inputs: tuple[Any, ...] = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            inputs = tuple(None if each is None else each.to(dtype) for each in inputs)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._lean(inputs, needs_grad)
+        dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            if needs_grad:
-                return _LeanMlpFunction.apply(*inputs, self.recompute)
+            return self._lean(tuple(None if each is None else each.to(dtype) for each in inputs), needs_grad)
+
+    def _lean(self, inputs: tuple[Any, ...], needs_grad: bool) -> Tensor:
+        if not needs_grad:
             return _forward(*inputs, hidden=None)
+        out: Tensor = _LeanMlpFunction.apply(*inputs, self.recompute)
+        return out
 
     def _is_plain(self, x: Tensor) -> bool:
         return (

@@ -112,6 +112,12 @@ class MatrixProjection(Projection):
         """E as one dense tensor (M, K, N), differentiable in the projection's parameters."""
         raise NotImplementedError
 
+    def row_sums(self, like: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """E1 (1, M, K, 1) on a grid (default: the projection's own), of the dtype and on the device of `like`."""
+        height, width = grid_size or self.grid_size
+        sums: Tensor = self(like.new_ones(1, 1, height * width, 1), grid_size)
+        return sums
+
 
 def check_shortens(k: int, grid_size: GridSize) -> None:
     """Raise ValueError, naming both numbers, unless 1 ≤ k < N."""

@@ -22,6 +22,10 @@ def project_separable(x: Tensor, weight_h: Tensor, weight_w: Tensor) -> Tensor:
     Either M may be 1: one map for all of x, or one x for all maps.
     """
     (M, k_h, H), W = weight_h.shape, weight_w.shape[2]
+    if M == 1 and x.shape[1] == 1:
+        # The usual case, in the fewest steps.
+        rows = weight_h @ x.reshape(-1, H, W * x.shape[3])  # (B, k_h, W·C)
+        return (weight_w @ rows.view(-1, k_h, W, x.shape[3])).flatten(1, 2)[:, None]
     grid = x.unflatten(2, (H, W)).flatten(3)  # (B, M, H, W·C)
     if x.shape[1] == 1:
         # All maps in one product: broadcasting would copy x for each.
@@ -55,6 +59,11 @@ class SeparableProjection(MatrixProjection):
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         height, width = self.grid_size if grid_size is None else grid_size
         return project_separable(x, remap_axis(self.weight_h, height), remap_axis(self.weight_w, width))
+
+    def row_sums(self, like: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        # Every grid has the same: remapping conserves them.
+        sums = self.weight_h.sum(2)[:, :, None] * self.weight_w.sum(2)[:, None]  # (M, k_h, k_w)
+        return sums.flatten(1)[None, :, :, None]
 
     def matrix(self) -> Tensor:
         return torch.einsum("mih,mjw->mijhw", self.weight_h, self.weight_w).flatten(3).flatten(1, 2)
