@@ -8,6 +8,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from linvit.commandline import run
@@ -26,10 +27,17 @@ def train(config: TrainConfig) -> int:
     run's folder cannot be written.
     """
     # Loaded only now, so that --help and mistakes on the command line are answered at once.
+    from linvit.checkpoint import read_checkpoint
     from linvit.data.folder import open_folder, read_class_map
     from linvit.data.loader import create_eval_loader, create_train_loader
     from linvit.data.transforms import resolve_input
+    from linvit.dryrun import show_plan
     from linvit.evaluate import evaluate
+    from linvit.training.badimages import BadImages
+    from linvit.training.badsteps import BadSteps
+    from linvit.training.batchsize import settle_batch_size
+    from linvit.training.classweights import read_class_weights
+    from linvit.training.distill import create_distillation
     from linvit.training.distributed import joined_ranks, on_primary, usable_workers
     from linvit.training.engine import TrainStep
     from linvit.training.freeze import freeze
@@ -38,15 +46,17 @@ def train(config: TrainConfig) -> int:
     from linvit.training.metrics import Metrics
     from linvit.training.modelbuild import build_model, place_model, wrap_model
     from linvit.training.optim import create_ema, create_optimizer, create_schedule, current_lr, learning_rate
+    from linvit.training.progressive import epoch_sizes
     from linvit.training.randomness import seed_run, seed_step, use_deterministic_algorithms
     from linvit.training.recorder import Recorder
     from linvit.training.resume import choose_start
-    from linvit.training.signals import stop_on_signals
-    from linvit.training.state import Progress, load_state, restore_state
+    from linvit.training.saver import Saver
+    from linvit.training.signals import asked_anywhere, stop_on_signals
+    from linvit.training.state import Progress, restore_state
     from linvit.training.summary import EpochResult
 
     assert config.data_dir is not None
-    with joined_ranks(config.device) as ranks, stop_on_signals() as stop:
+    with joined_ranks(config.device) as ranks, stop_on_signals() as stop, Saver() as saver:
         if config.deterministic:
             use_deterministic_algorithms()
         seed_run(config.seed)
@@ -63,6 +73,8 @@ def train(config: TrainConfig) -> int:
         place_model(model, config, ranks)
         spec = resolve_input(model, config)
 
+        config = settle_batch_size(config, model, spec=spec, num_images=len(train_set), ranks=ranks)
+
         # Batches: the same whatever the number of workers and wherever the run is resumed.
         loading: dict[str, Any] = {
             "workers": usable_workers(config.workers),
@@ -71,58 +83,97 @@ def train(config: TrainConfig) -> int:
             "world_size": ranks.world_size,
             "pin_memory": config.pin_mem,
             "channels_last": config.channels_last,
+            "on_bad_image": config.on_bad_image,
         }
         train_loader = create_train_loader(
-            train_set, config, spec, batch_size=config.batch_size, seed=config.seed, **loading
+            train_set,
+            config,
+            spec,
+            batch_size=config.images_per_batch,
+            seed=config.seed,
+            sampling=config.sampler,
+            repeats=max(config.aug_repeats, 1.0),
+            epoch_sizes=epoch_sizes(config),
+            **loading,
         )
         val_loader = create_eval_loader(
-            val_set, spec, batch_size=config.validation_batch_size or config.batch_size, **loading
+            val_set, spec, batch_size=config.validation_batch_size or config.images_per_batch, **loading
         )
+        if config.dry_run:
+            if ranks.is_primary:
+                show_plan(config, model, train_loader, spec)
+            return 0
         num_batches = len(train_loader)
         num_updates = -(-num_batches // config.grad_accum_steps)
 
         # Optimization.
-        optimizer = create_optimizer(model, config, lr=learning_rate(config, world_size=ranks.world_size))
+        class_weights = read_class_weights(config.class_weights, class_names=class_names, labels=train_set.labels)
+        distillation = create_distillation(model, config, spec=spec, class_names=class_names, device=ranks.device)
+        optimizer = create_optimizer(
+            model,
+            config,
+            lr=learning_rate(config, world_size=ranks.world_size),
+            besides=distillation.parameters() if distillation is not None else (),
+        )
         scheduler, num_epochs = create_schedule(optimizer, config, updates_per_epoch=num_updates)
         num_epochs = min(num_epochs, config.stop_epoch or num_epochs)
         step = TrainStep(
-            wrap_model(model, config, ranks),
+            wrap_model(model if distillation is None else distillation.trained, config, ranks),
             model,
             optimizer=optimizer,
             scheduler=scheduler,
             ema=create_ema(model, config),
             mixup=create_mixup(config, num_classes=len(class_names)),
-            loss_fn=create_loss(config),
+            loss_fn=create_loss(config, class_weights=class_weights),
             config=config,
             ranks=ranks,
             stop=stop,
+            distillation=distillation,
         )
 
         # The run's folder, new or gone on with.
         start = on_primary(lambda: choose_start(config, img_size=spec.size))
-        recorder = Recorder(start.folder, config=config, loader=train_loader, spec=spec, is_primary=ranks.is_primary)
+        recorder = Recorder(
+            start.folder,
+            config=config,
+            loader=train_loader,
+            spec=spec,
+            num_images=(len(train_set), len(val_set)),
+            rank=ranks.rank,
+            saver=saver,
+        )
+        bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, say=recorder.say)
+        bad_images = BadImages(recorder.run.bad_images, is_primary=ranks.is_primary, say=recorder.say)
         progress = Progress()
-        state = load_state(start.state) if start.state is not None else None
+        state = read_checkpoint(start.state) if start.state is not None else None
         if state is not None:
             progress = restore_state(
-                state, step, class_names=class_names, num_batches=num_batches, with_optimizer=not config.no_resume_opt
+                state,
+                step,
+                settings=config.model_dump(mode="json"),
+                class_names=class_names,
+                num_images=len(train_set),
+                num_batches=num_batches,
+                with_optimizer=not config.no_resume_opt,
             )
-        recorder.begin(
-            step, progress, state=state, num_images=(len(train_set), len(val_set)), new_parameters=new_parameters
-        )
+        recorder.begin(step, progress, state=state, new_parameters=new_parameters)
 
         while progress.epoch < num_epochs and not progress.is_out_of_patience(config.early_stop_patience):
             epoch = progress.epoch
+            if asked_anywhere(stop, ranks.device):
+                return recorder.stop(stop, step, progress)
             train_loader.set_epoch(epoch)
+            recorder.begin_epoch(epoch)
             step.start_epoch(epoch)
             log = EpochLog(
                 epoch=epoch,
                 num_epochs=num_epochs,
                 first_batch=progress.batch,
                 num_batches=num_batches,
-                images_per_batch=config.batch_size * ranks.world_size,
+                images_per_batch=config.images_per_batch * ranks.world_size,
                 log_interval=config.log_interval,
                 is_shown=ranks.is_primary,
+                track=recorder.track,
             )
             with log:
                 for batch in log.timed(train_loader.iter_from(progress.batch)):
@@ -132,16 +183,19 @@ def train(config: TrainConfig) -> int:
                     group_size = min(config.grad_accum_steps, num_batches - group_start)
                     progress.batch += 1
                     closes_group = progress.batch == group_start + group_size
+                    bad_steps.add_batch(batch.indices)
+                    bad_images.add(map(train_set.path, batch.unreadable))
                     step.backward(batch.images, batch.labels, group_size=group_size, closes_group=closes_group)
                     if not closes_group:
                         continue
-                    loss, is_asked_to_stop = step.update()
-                    progress.add_loss(loss)
-                    log.update(batch=progress.batch, loss=loss, lr=current_lr(optimizer))
-                    if is_asked_to_stop:
-                        recorder.save_state(step, progress)
-                        recorder.say(f"stopped; go on with --resume {start.folder}")
-                        return stop.exit_code
+                    update = step.update()
+                    bad_steps.check(update, progress, group_start=group_start, save=partial(recorder.save_state, step))
+                    if update.has_loss:
+                        progress.add_loss(update.loss)
+                        log.update(batch=progress.batch, loss=update.loss, lr=current_lr(optimizer))
+                    if update.stop:
+                        return recorder.stop(stop, step, progress)
+                    recorder.end_update(step, progress)
             lr = current_lr(optimizer)
             train_loss = progress.end_epoch()
             step.end_epoch(epoch)
@@ -153,11 +207,14 @@ def train(config: TrainConfig) -> int:
                 for name, weights in step.weights.items():
                     metrics[name] = evaluate(weights, val_loader, device=ranks.device, amp_dtype=step.amp_dtype)
                 best = progress.judge(metrics, config.eval_metric)
+                bad_images.add(map(val_set.path, metrics["raw"].unreadable))
+            bad_images.end_epoch()
             result = EpochResult(
                 epoch=epoch,
                 train_loss=train_loss,
                 lr=lr,
                 num_skipped=step.num_skipped,
+                num_bad=progress.num_bad,
                 timing=log.timing(),
                 metrics=metrics,
             )

@@ -47,6 +47,31 @@ def evaluate(argv: Sequence[str]) -> int:
     return evaluate_command(options)
 
 
+def average(argv: Sequence[str]) -> int:
+    from linvit.average_options import AverageOptions
+
+    options = parse_options(
+        AverageOptions,
+        argv,
+        prog="linvit average",
+        description="Average the weights of a run's checkpoints, or of several runs, into a folder that timm loads.",
+        positionals={"sources": "SOURCE"},
+        spellings={"output": ["-o", "--output"]},
+    )
+    from linvit.average import average_command
+
+    return average_command(options)
+
+
+def lr_find(argv: Sequence[str]) -> int:
+    from linvit.lrfind_options import parse_lr_find
+
+    config = parse_lr_find(argv)
+    from linvit.lrfind import lr_find_command
+
+    return lr_find_command(config)
+
+
 def data(argv: Sequence[str]) -> int:
     from linvit.data.sets import SetOptions, build_set
 
@@ -96,6 +121,8 @@ def bench(argv: Sequence[str]) -> int:
 COMMANDS = {
     "train": Command(train, "train a model on folders of images (also: python train_imagenet.py)"),
     "eval": Command(evaluate, "evaluate a run, a checkpoint or a timm model"),
+    "average": Command(average, "average the weights of checkpoints or runs"),
+    "lr-find": Command(lr_find, "find a learning rate by raising it on throw-away weights"),
     "data": Command(data, "build an image set as folders, from an installed package"),
     "models": Command(models, "list the registered models"),
     "bench": Command(bench, "time models side by side, and measure their memory"),

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -83,13 +84,18 @@ def build_parser(
     field's flag by others; `bare` says what a flag that is given alone stands for.
     """
     spellings, bare = spellings or {}, bare or {}
-    usage = " ".join([prog, *positionals.values(), "[options]"])
+    names = [
+        f"{placeholder} ..." if tuple in leaf_types(options.model_fields[name].annotation) else placeholder
+        for name, placeholder in positionals.items()
+    ]
+    usage = " ".join([prog, *names, "[options]"])
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     for name, placeholder in positionals.items():
         field = options.model_fields[name]
+        nargs = "+" if tuple in leaf_types(field.annotation) else None
         parser.add_argument(
             placeholder,
-            nargs=None if field.is_required() else "?",
+            nargs=nargs if field.is_required() else "?",
             default=argparse.SUPPRESS,
             help=field.description,
         )
@@ -145,12 +151,14 @@ def _refuse(flag: str, parser: argparse.ArgumentParser, not_taken: Mapping[str, 
 
 def _sections(options: type[BaseModel]) -> dict[str, dict[str, FieldInfo]]:
     """The fields by the class that declares them, in the order of the bases, the model's own first."""
-    bases = [base for base in options.__bases__ if issubclass(base, BaseModel) and base.model_fields]
-    inherited = {name for base in bases for name in base.model_fields}
-    own = {name: field for name, field in options.model_fields.items() if name not in inherited}
-    sections = {"options of the command": own} if own else {}
-    for base in bases:
-        sections[f"{base.__name__.removesuffix('Options').lower()} options"] = dict(base.model_fields)
+    sections = {}
+    for declaring in options.__mro__:
+        names = [name for name in inspect.get_annotations(declaring) if name in options.model_fields]
+        title = f"{declaring.__name__.removesuffix('Options').lower()} options"
+        if names:
+            sections["options of the command" if declaring is options else title] = {
+                name: options.model_fields[name] for name in names
+            }
     return sections
 
 
@@ -218,7 +226,7 @@ def _words(default: Any) -> str:
 
 def _placeholder(leaves: Collection[Any]) -> str:
     names = [leaf for leaf in leaves if isinstance(leaf, str)]
-    if names and str not in leaves:
+    if names and str not in leaves and int not in leaves:
         return "{" + ",".join(names) + "}"
     for kind, placeholder in ((dict, "NAME=VALUE"), (Path, "PATH"), (str, "NAME"), (float, "X")):
         if kind in leaves:

@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 import linvit
-from linvit.data.folder import open_folder
+from linvit.data.folder import ImageFolder, open_folder
 from linvit.data.loader import Loader, create_eval_loader
 from linvit.data.options import InputOptions
 from linvit.data.transforms import InputSpec, resolve_input
@@ -25,9 +25,11 @@ from linvit.runs import Classifier, load_classifier
 from linvit.training.distributed import choose_device, sum_over_ranks, usable_workers
 from linvit.training.metrics import ImageRecords, Metrics
 from linvit.training.precision import autocast, autocast_dtype
+from linvit.validation import listed
 
 DEFAULT_BATCH_SIZE = 64
 MOST_CLASSES_SHOWN = 20
+MOST_FILES_SHOWN = 8
 
 
 @torch.no_grad()
@@ -48,6 +50,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     for batch in loader:
+        records.add_unreadable(batch.unreadable)
+        if not len(batch.images):
+            continue
         with autocast(device, amp_dtype):
             logits = model(batch.images)
         records.add(batch.indices, logits, batch.labels)
@@ -82,7 +87,8 @@ def _evaluate_at(size: tuple[int, int] | None, options: EvalOptions) -> dict[str
     model = classifier.model
     model.to(device)
     spec = resolve_input(model, _input_options(classifier, options, size))
-    loader = _create_loader(classifier, spec, options, device)
+    dataset = _open_data(classifier, options)
+    loader = _create_loader(dataset, classifier, spec, options, device)
     started = time.perf_counter()
     metrics = evaluate(model, loader, device=device, amp_dtype=_precision(classifier, options))
     seconds = time.perf_counter() - started
@@ -98,6 +104,8 @@ def _evaluate_at(size: tuple[int, int] | None, options: EvalOptions) -> dict[str
         "top5": metrics.top5,
         "loss": metrics.loss,
         "num_images": metrics.num_images,
+        "num_unreadable": len(metrics.unreadable),
+        "unreadable": [str(dataset.path(index)) for index in metrics.unreadable],
         "images_per_second": metrics.num_images / seconds,
         "per_class": metrics.per_class,
         "images_per_class": metrics.images_per_class,
@@ -119,7 +127,7 @@ def _input_options(classifier: Classifier, options: EvalOptions, size: tuple[int
     return InputOptions(**{**settings, **given, "img_size": size})
 
 
-def _create_loader(classifier: Classifier, spec: InputSpec, options: EvalOptions, device: torch.device) -> Loader:
+def _open_data(classifier: Classifier, options: EvalOptions) -> ImageFolder:
     # timm's own models know ImageNet's classes, of which a folder may well hold a few only.
     is_timm_name = classifier.weights == options.source
     dataset = open_folder(
@@ -134,6 +142,12 @@ def _create_loader(classifier: Classifier, spec: InputSpec, options: EvalOptions
             f"{options.source} has {num_classes} classes without names, but {dataset.root} holds "
             f"{len(dataset.class_names)}; evaluate a run's folder, which knows its classes' names"
         )
+    return dataset
+
+
+def _create_loader(
+    dataset: ImageFolder, classifier: Classifier, spec: InputSpec, options: EvalOptions, device: torch.device
+) -> Loader:
     settings = classifier.settings
     of_run = settings.get("validation_batch_size") or settings.get("batch_size", DEFAULT_BATCH_SIZE)
     return create_eval_loader(
@@ -143,6 +157,7 @@ def _create_loader(classifier: Classifier, spec: InputSpec, options: EvalOptions
         workers=usable_workers(options.workers),
         device=device,
         pin_memory=device.type == "cuda",
+        on_bad_image=options.on_bad_image,
     )
 
 
@@ -180,7 +195,15 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     if results[0]["labels"] == "by order":
         console.print("the weights do not name their classes: folders, sorted by name, were taken for labels 0, 1, ...")
+    _show_unreadable(console, results[-1])
     _show_classes(console, results[-1])
+
+
+def _show_unreadable(console: Console, result: dict[str, Any]) -> None:
+    names = result["unreadable"]
+    if names:
+        of_all = f"{len(names)} of {len(names) + result['num_images']} images cannot be read and are not counted"
+        console.print(f"{of_all}: {listed(names, most=MOST_FILES_SHOWN)}", soft_wrap=True, markup=False)
 
 
 def _show_classes(console: Console, result: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class EvalOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(
-        description="a run's folder, a folder with config.json and weights, a checkpoint file, or a timm model name"
+        description="a run's folder, a folder with config.json and weights, a checkpoint, or a timm model name"
     )
     data_dir: Path = Field(description="folder of images: DATA/SPLIT/CLASS/IMAGE")
     split: str = Field("val", description="folder of DATA to evaluate on")
@@ -49,6 +49,9 @@ class EvalOptions(BaseModel):
 
     batch_size: int | None = Field(None, gt=0, description="images a batch; the run's own, else 64")
     workers: int = Field(4, ge=0, description="processes that read images")
+    on_bad_image: Literal["stop", "skip"] = Field(
+        "stop", description="an image that cannot be read ends the evaluation, or is left out and listed"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     amp: bool = Field(False, description="evaluate under automatic mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="precision under --amp")

@@ -1,9 +1,17 @@
-"""Writing files so that a crash or a full disk leaves the old file or the new one, never half of one."""
+"""Writing files so that a crash or a full disk leaves the old file or the new one, never half of one.
 
+What is not whole yet, or on its way out, has a hidden name until it is: `.NAME.part` or `.NAME.gone`.
+"""
+
+import errno
+import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+_LEFTOVERS = (".*.part", ".*.gone")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -11,21 +19,19 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises OSError, naming the file and the mend, where it cannot be written; `path` is then as it was.
     """
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = scratch_of(path)
     try:
         with scratch.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
+        sync_folder(path.parent)
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
-        # torch.save ends with an error of its own after the one that the disk gave.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise cannot_write(path, cause) from error
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,13 +51,60 @@ def replace_files(scratch: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for file in files:
         file.replace(folder / file.name)
-    _sync_folder(folder)
+    sync_folder(folder)
     scratch.rmdir()
 
 
-def cannot_write(path: Path, error: Exception) -> OSError:
+def write_verified(path: Path, data: bytes | memoryview) -> str:
+    """Write a new file, flush it to the disk and read it back; returns its SHA-256 in hexadecimal.
+
+    Raises OSError where it cannot be written, or where other bytes come back.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            # Forget what is cached, so that it is the disk that is read.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if sha256_of(path) != digest:
+        raise OSError(errno.EIO, "what was read back is not what was written")
+    return digest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that a crash on the way leaves nothing under its name."""
+    doomed = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def scratch_of(path: Path) -> Path:
+    """Where a file or folder is written until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed have left half written, or half deleted, in `folder`."""
+    for pattern in _LEFTOVERS:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
     """`error` as one sentence that names the file and the mend."""
-    why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+    why = error.strerror or reason(error)
     return OSError(
         f"cannot write {path}: {why[:1].lower()}{why[1:]}; make room or choose another --output (what was "
         "written before is kept)"
@@ -63,7 +116,7 @@ def reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in `folder` last, where the system can open a folder."""
     if os.name != "posix":
         return

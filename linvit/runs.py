@@ -3,24 +3,26 @@
 args.yaml      the resolved configuration; training from it alone repeats the run
 summary.csv    a row per epoch
 best/ last/    config.json and model.safetensors, for `timm.create_model("local-dir:RUN/best", pretrained=True)`
-checkpoints/   training states, to go on from
+checkpoints/   training states, to go on from (`linvit.checkpoint`)
 README.md      model card
+bad_images.txt images that could not be read and were left out, where there are any
+logs/          what processes besides the first have to say
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
+from torch import Tensor
 
+from linvit.checkpoint import is_checkpoint, write_weights
 from linvit.data.transforms import InputSpec
-from linvit.files import cannot_write, replace_files
+from linvit.files import cannot_write, replace_files, scratch_of
 from linvit.timmmodel import TimmModel, create_model
 from linvit.weights import SavedWeights, compact, fit_weights, read_weights, weights_file
 from linvit.yamlfile import read_settings
@@ -53,25 +55,38 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.txt"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
     def card(self) -> Path:
         return self.path / "README.md"
 
 
 def save_classifier(
-    folder: Path, model: TimmModel, *, class_names: Sequence[str], spec: InputSpec, about: dict[str, Any]
+    folder: Path,
+    model: TimmModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    class_names: Sequence[str],
+    spec: InputSpec,
+    about: dict[str, Any],
 ) -> None:
     """Put a model, its class names and its input into a timm `local-dir:` folder, in place of what was there.
 
-    `about` is kept in config.json under "linvit". Each file is replaced whole, the weights before config.json. Raises
-    OSError, with what was there before kept, where the files cannot be written.
+    The weights are the model's own, or those in `state_dict` in place of them. `about` is kept in config.json under
+    "linvit". Each file is replaced whole, the weights before config.json. Raises OSError, with what was there before
+    kept, where the files cannot be written.
     """
-    scratch = folder.with_name(f".{folder.name}.part")
+    scratch = scratch_of(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        # Not timm's save_for_hf: safetensors refuses the strides that channels-last training leaves.
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+        write_weights(scratch / "model.safetensors", state_dict or model.state_dict())
         save_config_for_hf(
             model,
             str(scratch / "config.json"),
@@ -86,7 +101,7 @@ def save_classifier(
             },
         )
         replace_files(scratch, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise cannot_write(folder, error) from error
 
@@ -112,23 +127,23 @@ def load_classifier(
     model_kwargs: dict[str, Any] | None = None,
     use_ema: bool = False,
 ) -> Classifier:
-    """The classifier in a run's folder, a `local-dir:` folder or a checkpoint file, or timm's pretrained one of a name.
+    """The classifier in a run's folder, a `local-dir:` folder or a checkpoint, or timm's pretrained one of a name.
 
     Args:
         source: path or name.
         weights: which weights of a run's folder.
         img_size: (height, width) to adapt the model to; default its own.
-        model_name: model of a checkpoint file that does not say it.
+        model_name: model of a checkpoint that does not say it.
         model_kwargs: further arguments of the model.
-        use_ema: take the averaged weights of a checkpoint file that has both.
+        use_ema: take the averaged weights of a checkpoint that has both.
 
     Raises ValueError where `source` is none of these, or its weights do not fit.
     """
     path = Path(source)
     arguments = {"img_size": img_size, **(model_kwargs or {})}
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         return _from_folder(path, weights, arguments)
-    if path.is_file():
+    if path.exists():
         return _from_file(read_weights(path, use_ema=use_ema), model_name, arguments)
     if "/" in source and ":" not in source:
         raise ValueError(f"{source}: there is no such file or folder, and it is no timm model name")

@@ -4,7 +4,7 @@ from typing import Any
 
 import timm
 from timm.models import resolve_model_input_args
-from torch import nn
+from torch import Tensor, nn
 
 import linvit.models  # noqa: F401  registers the linvit_* names
 from linvit.validation import unknown
@@ -22,6 +22,11 @@ class TimmModel(nn.Module):
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
+        raise NotImplementedError
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int, norm: bool, output_fmt: str, intermediates_only: bool
+    ) -> list[Tensor]:
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """Strict checks of settings against a pydantic model, with errors of one sentence that name the mend."""
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,6 +22,12 @@ def unknown(kind: str, name: str, choices: Collection[str]) -> str:
     """The sentence that refuses `name`, a `kind` of thing, and suggests the nearest of `choices`."""
     suggestion = nearest(name, choices)
     return f"unknown {kind} {name!r}" + (f"; did you mean {suggestion!r}?" if suggestion else "")
+
+
+def listed(names: Sequence[str], *, most: int) -> str:
+    """The first `most` names in one line, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def validate(

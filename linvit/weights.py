@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, model_entrypoint
 from torch import Tensor
 
+from linvit.checkpoint import is_checkpoint, read_checkpoint
 from linvit.files import reason
 from linvit.timmmodel import TimmModel
 
@@ -37,16 +38,17 @@ class SavedWeights:
 
 
 def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
-    """The weights in a run's folder (its best), a folder with config.json, or a file (.safetensors, .pth, .pt, .bin).
+    """The weights in a run's folder (its best), a folder with config.json, one of a run's checkpoints, or a file.
 
+    A file is .safetensors, .pth, .pt or .bin.
     `use_ema` takes the averaged weights of a training checkpoint that has both. Raises ValueError where there are none.
     """
     folder = source / "best" if (source / "best").is_dir() else source
-    if folder.is_dir():
+    if folder.is_dir() and not is_checkpoint(folder):
         return _read_folder(folder)
-    if not source.is_file():
+    if not source.exists():
         raise ValueError(f"{source}: there is no such file or folder to take weights from")
-    checkpoint = _read_file(source)
+    checkpoint = read_checkpoint(source) if source.is_dir() else _read_file(source)
     averaged = ("state_dict_ema", "model_ema") if use_ema else ()
     key = next((key for key in (*averaged, "state_dict", "model") if checkpoint.get(key) is not None), None)
     if key is None:

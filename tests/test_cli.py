@@ -73,6 +73,8 @@ def test_every_command_is_listed_and_works(capsys):
     assert [line.split()[0] for line in listing.split("commands:\n")[1].split("\n\n")[0].splitlines()] == [
         "train",
         "eval",
+        "average",
+        "lr-find",
         "data",
         "models",
         "bench",
@@ -92,7 +94,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give a command: train, eval, data, models, bench (linvit --help says more)"),
+        ([], "give a command: train, eval, average, lr-find, data, models, bench (linvit --help says more)"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
         (["eval", "run", "data", "--img-sizes", "3"], "unknown option '--img-sizes'; did you mean '--img-size'?"),

@@ -61,7 +61,7 @@ def values(result: dict[str, Any]) -> tuple[float, ...]:
 def test_the_last_digit_is_that_of_training(run: Path, data: Path, tmp_path: Path) -> None:
     row = read_summary(run)[-1]
     assert values(evaluated(run, data, tmp_path, weights="last")) == columns(row)
-    state = run / "checkpoints/state-0002-000000.pth"
+    state = run / "checkpoints/state-0002-000000"
     assert values(evaluated(state, data, tmp_path)) == columns(row)
     assert values(evaluated(state, data, tmp_path, use_ema=True)) == columns(row, "eval_ema")
     assert columns(row) != columns(row, "eval_ema")
@@ -220,6 +220,39 @@ def test_a_source_that_is_none_is_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_an_unreadable_image_ends_the_evaluation_or_is_listed_and_not_counted(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("with", "without"):
+        shutil.copytree(data / "val", tmp_path / split / "val")
+    broken = [tmp_path / "with/val" / name for name in ("blue/0.png", "green/3.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+        (tmp_path / "without" / path.relative_to(tmp_path / "with")).unlink()
+    with pytest.raises(ValueError, match=r"blue/0\.png: is truncated"):
+        evaluated(run, tmp_path / "with", tmp_path)
+    capsys.readouterr()
+    # One image at a time, so that the batches are the same in both.
+    found = evaluated(run, tmp_path / "with", tmp_path, on_bad_image="skip", batch_size=1)
+    shown = capsys.readouterr().out
+    assert f"2 of 15 images cannot be read and are not counted: {broken[0]}, {broken[1]}\n" in shown
+    assert (found["num_images"], found["num_unreadable"]) == (13, 2)
+    assert found["unreadable"] == [str(path) for path in broken]
+    assert found["images_per_class"] == {"red": 5, "blue": 4, "green": 4}
+    expected = evaluated(run, tmp_path / "without", tmp_path, batch_size=1)
+    assert (expected["num_unreadable"], expected["unreadable"]) == (0, [])
+    assert values(found) == values(expected)
+    assert found["per_class"] == expected["per_class"]
+
+
+def test_nothing_to_evaluate_is_an_error(run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "val", tmp_path / "val")
+    for path in tmp_path.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 15 images to evaluate on can be read"):
+        evaluated(run, tmp_path, tmp_path, on_bad_image="skip")
+
+
 def test_a_run_without_weights_yet_is_said(run: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     shutil.copy(run / "args.yaml", tmp_path / "new")
@@ -241,4 +274,4 @@ def test_options_read_sizes_as_people_write_them() -> None:
 
 def test_states_hold_plain_values_alone(run: Path) -> None:
     # read_state loads with weights_only=True.
-    assert read_state(run, "state-0002-000000.pth")["class_names"] == ["red", "blue", "green"]
+    assert read_state(run, "state-0002-000000")["class_names"] == ["red", "blue", "green"]

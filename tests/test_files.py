@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-import torch
 
-from linvit.files import replace_files, write_file, write_text
+from linvit.files import delete_folder, remove_leftovers, replace_files, write_file, write_text, write_verified
 
 
 def fail_when_full(*args: Any) -> None:
@@ -40,9 +39,15 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"ne")
         fail_when_full()
 
-    with pytest.raises(OSError, match="no space left"):
-        write_file(path, write_half)
-    assert path.read_bytes() == b"old"
+    def stop(file: BinaryIO) -> None:
+        file.write(b"ne")
+        raise KeyboardInterrupt
+
+    for write, kind in ((write_half, OSError), (stop, KeyboardInterrupt)):
+        with pytest.raises(kind):
+            write_file(path, write)
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,19 +90,46 @@ def test_a_folders_files_are_replaced_weights_first(tmp_path: Path, monkeypatch:
     assert not scratch.exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on file sizes")
-def test_torch_running_out_of_room_is_told_as_such(tmp_path: Path) -> None:
-    """The system itself refuses to write on, as on a full disk; torch then fails in a way of its own."""
-    import resource
+def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the three letters, from the standard itself (FIPS 180-2, appendix B.1).
+    assert write_verified(tmp_path / "file", b"abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+    assert (tmp_path / "file").read_bytes() == b"abc"
+    with pytest.raises(FileExistsError):
+        write_verified(tmp_path / "file", b"abd")
+    fsync = os.fsync
 
-    path = tmp_path / "state.pth"
-    path.write_bytes(b"old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*state.pth: file too large; make room"):
-            write_file(path, lambda file: torch.save({"weight": torch.zeros(1_000_000)}, file))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    def cut(handle: int) -> None:
+        fsync(handle)
+        os.ftruncate(handle, 2)
+
+    monkeypatch.setattr(os, "fsync", cut)
+    with pytest.raises(OSError, match="what was read back is not what was written"):
+        write_verified(tmp_path / "other", b"abc")
+
+
+def test_a_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("folder", ".folder.gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    unlink = os.unlink
+
+    def watched(path: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append((tmp_path / "folder").exists())
+        unlink(path, *args, **kwargs)
+
+    seen: list[bool] = []
+    monkeypatch.setattr(os, "unlink", watched)
+    delete_folder(tmp_path / "folder")
+    # What an earlier, killed deletion left goes first.
+    assert seen == [True, False]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.part", "b.part", ".hidden", "c"):
+        (tmp_path / name).touch()
+    for name in (".d.gone", ".e.part", "f"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b.part", "c", "f"]

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 from timm_options import TIMM_OPTIONS
+from tiny_runs import make_images, read_summary
 
+import train_imagenet
 from linvit.commandline import UsageError, flag_of
 from linvit.training.config import TrainConfig, parse
 from linvit.training.not_taken import NOT_TAKEN
@@ -66,30 +68,60 @@ def test_the_page_of_flags_says_what_is_true():
     assert {flag: row[:2] for flag, row in table("Other defaults").items()} == others
 
 
+# The published recipe of DeiT-S (Touvron et al. 2021, Table 9, and the defaults of its main.py) on four GPUs, in timm's
+# names; what it does not name stands at timm's default.
 DEIT_SMALL = {
     "data": "/imagenet",
     "model": "deit_small_patch16_224",
     "batch_size": 256,
+    "epochs": 300,
     "opt": "adamw",
+    "opt_eps": 1e-8,
+    "momentum": 0.9,
     "lr": 1e-3,
     "weight_decay": 0.05,
+    "sched": "cosine",
     "warmup_lr": 1e-6,
+    "warmup_epochs": 5,
     "min_lr": 1e-5,
+    "cooldown_epochs": 10,
+    "decay_epochs": 30.0,
+    "dr": 0.1,
+    "drop": 0.0,
     "drop_path": 0.1,
     "color_jitter": 0.3,
     "aa": "rand-m9-mstd0.5-inc1",
+    "smoothing": 0.1,
     "train_interpolation": "bicubic",
+    "aug_repeats": 3.0,
     "reprob": 0.25,
+    "remode": "pixel",
+    "recount": 1,
     "mixup": 0.8,
     "cutmix": 1.0,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch",
     "model_ema": True,
     "model_ema_decay": 0.99996,
     "amp": True,
+    "workers": 10,
+    "pin_mem": True,
+    "seed": 0,
 }
+DEIT_SMALL_COMMAND = """
+/imagenet --model deit_small_patch16_224 -b 256 --epochs 300 --opt adamw --opt-eps 1e-8 --momentum 0.9 --lr 1e-3
+--weight-decay 0.05 --sched cosine --warmup-lr 1e-6 --warmup-epochs 5 --min-lr 1e-5 --cooldown-epochs 10
+--decay-epochs 30 --dr 0.1 --drop 0.0 --drop-path 0.1 --color-jitter 0.3 --aa rand-m9-mstd0.5-inc1 --smoothing 0.1
+--train-interpolation bicubic --aug-repeats 3 --reprob 0.25 --remode pixel --recount 1 --mixup 0.8 --cutmix 1.0
+--mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch --model-ema --model-ema-decay 0.99996 --amp -j 10 --pin-mem
+--seed 0
+"""
 
 
 def timm_args(**settings):
     """What timm's train.py writes as args.yaml: every option, by its name in Python."""
+    settings = {TIMM_FIELDS.get(f"--{name}", name): value for name, value in settings.items()}
     return {name: TIMM_OPTIONS[flag] for flag, name in TIMM_FIELDS.items()} | {"data": None} | settings
 
 
@@ -97,7 +129,7 @@ def test_an_args_yaml_of_timm_is_read_as_it_is(tmp_path):
     config = TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL)))
     for name, value in DEIT_SMALL.items():
         if name not in ("data", "color_jitter"):
-            assert getattr(config, name) == value, name
+            assert getattr(config, TIMM_FIELDS.get(f"--{name}", name)) == value, name
     assert (config.data_dir, config.color_jitter) == (Path("/imagenet"), (0.3,))
     # What timm writes as an empty string is not given.
     assert (config.resume, config.experiment, config.class_map, config.output) == (None, None, None, Path("output"))
@@ -105,12 +137,32 @@ def test_an_args_yaml_of_timm_is_read_as_it_is(tmp_path):
 
 
 def test_an_args_yaml_of_timm_is_refused_with_the_reason_for_every_option_that_is_not_taken(tmp_path):
-    path = write(tmp_path, timm_args(**DEIT_SMALL, aug_repeats=3, sync_bn=True, log_wandb=True))
+    others = {"resplit": True, "sync_bn": True, "kd_model_name": "regnety_160"}
     with pytest.raises(UsageError) as error:
-        TrainConfig.load(path)
-    for name in ("aug_repeats", "sync_bn", "log_wandb"):
+        TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL, **others)))
+    for name in others:
         assert f"{name} ({NOT_TAKEN[name].reason})" in str(error.value)
     assert "tta" not in str(error.value)
+
+
+def test_a_command_line_of_timm_is_read_as_it_is(tmp_path):
+    from_yaml = TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL)))
+    from_flags = parse(DEIT_SMALL_COMMAND.split())
+    # What neither names stands at the default of each program.
+    same = {TIMM_FIELDS.get(f"--{name}", name) for name in DEIT_SMALL} - {"data"}
+    assert from_flags.model_dump(include=same) == from_yaml.model_dump(include=same)
+    assert from_flags.data_dir == from_yaml.data_dir
+
+
+def test_the_recipe_of_deit_trains(tmp_path):
+    data = make_images(tmp_path / "data", train=16)
+    path = write(tmp_path, timm_args(**DEIT_SMALL, device="cpu"))
+    # All as published but what a test has no time for.
+    tiny = "--epochs 2 --warmup-epochs 1 --cooldown-epochs 0 -b 16 -j 0 --img-size 32 --no-amp --no-pin-mem"
+    size = "embed_dim=32 depth=2 num_heads=2"
+    argv = f"{data} -c {path} {tiny} --model-kwargs {size} --output {tmp_path} --experiment run"
+    assert train_imagenet.main(argv.split()) == 0
+    assert len(read_summary(tmp_path / "run")) == 2
 
 
 def test_the_short_forms_of_timm():

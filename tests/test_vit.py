@@ -311,6 +311,7 @@ def test_checkpoint_brings_its_rows_and_columns():
     assert loaded.blocks[0].attn.key_projection.weight_h.shape == (1, 4, 4)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     trained.set_input_size(img_size=(16, 64))
+    trained.requires_grad_(False)
     torch.testing.assert_close(loaded(images((16, 64))), trained(images((16, 64))), rtol=0, atol=0)
     narrow = make(**options, img_size=(8, 128))
     with pytest.raises(ValueError, match="as 4×4 cells does not fit a 2×32 patch grid"):

@@ -15,6 +15,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_imagenet
+from linvit.checkpoint import list_checkpoints, read_checkpoint
 
 # On models this small one thread is faster than several, and always adds up in one order.
 torch.set_num_threads(1)
@@ -66,7 +67,23 @@ def read_summary(run: Path) -> list[dict[str, str]]:
 
 
 def read_state(run: Path, name: str) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / name, weights_only=True)
+    """The training state in one of a run's checkpoints."""
+    return read_checkpoint(run / "checkpoints" / name)
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """Fail unless two runs ended with the same state, summary and weights to the bit; settings and clock may differ."""
+    assert read_summary(a) == read_summary(b)
+    left, right = (read_checkpoint(list_checkpoints(run / "checkpoints")[-1]) for run in (a, b))
+    for state in (left, right):
+        del state["settings"]
+        for row in state["progress"]["summary"]:
+            for column in TIMING:
+                del row[column]
+    assert_same(left, right)
+    for weights in ("best", "last"):
+        one, other = (run / weights / "model.safetensors" for run in (a, b))
+        assert one.read_bytes() == other.read_bytes(), weights
 
 
 def assert_same(a: Any, b: Any, path: str = "") -> None:

@@ -13,22 +13,29 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from linvit.data.augfile import check_image
 from linvit.data.folder import ImageFolder
+from linvit.data.geometry import Size
 from linvit.data.options import AugmentOptions
-from linvit.data.read import read_image
+from linvit.data.read import UnreadableImage, read_image
 from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler, sample_generators
 from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline
+from linvit.data.workers import obey_parent_alone
 
-# (height, width) in pixels.
-Size = tuple[int, int]
+# Whether an image that cannot be read ends the iteration or is left out of its batch.
+OnBadImage = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, 3, H, W) normalised and labels (B,) int64 on the device; dataset indices (B,) int64 on the CPU."""
+    """Images (B, 3, H, W) normalised and labels (B,) int64 on the device; dataset indices (B,) int64 on the CPU.
+
+    B is less than the batch size, even 0, where images could not be read and are to be left out.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    # Indices of the images left out.
+    unreadable: tuple[int, ...] = ()
 
 
 class Loader:
@@ -56,6 +63,7 @@ class Loader:
         channels_last: bool,
         dtype: torch.dtype,
         epoch_sizes: Sequence[Size] = (),
+        on_bad_image: OnBadImage = "stop",
     ) -> None:
         self.batch_size = sampler.batch_size
         self.num_images = sampler.num_drawn
@@ -66,7 +74,7 @@ class Loader:
         self._dtype = dtype
         self._keys = _Keys(sampler)
         self._loader: DataLoader[Any] = DataLoader(
-            _Samples(dataset, pipelines, tuple(epoch_sizes) or (spec.size,), seed),
+            _Samples(dataset, pipelines, tuple(epoch_sizes) or (spec.size,), seed, on_bad_image),
             batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=_as_is,
@@ -91,7 +99,7 @@ class Loader:
         """Batches of the current epoch from number `batch` on.
 
         Raises:
-            ValueError: naming the file, where an image cannot be read.
+            ValueError: naming the file, where an image cannot be read and is not to be left out.
         """
         assert 0 <= batch <= len(self), f"batch {batch} of {len(self)}"
         self._keys.first = batch
@@ -104,7 +112,8 @@ class Loader:
                 dtype=self._dtype,
                 channels_last=self._channels_last,
             )
-            yield Batch(images, item.labels.to(self._device, non_blocking=True), item.indices)
+            labels = item.labels.to(self._device, non_blocking=True)
+            yield Batch(images, labels, item.indices, tuple(item.unreadable))
 
 
 def create_train_loader(
@@ -124,6 +133,7 @@ def create_train_loader(
     sampling: Literal["shuffle", "balanced"] = "shuffle",
     repeats: float = 1.0,
     epoch_sizes: Sequence[Size] = (),
+    on_bad_image: OnBadImage = "stop",
 ) -> Loader:
     """Shuffled and augmented batches of equal size; what is left of an epoch after the last whole batch is not used.
 
@@ -131,6 +141,7 @@ def create_train_loader(
         sampling: every image once an epoch, or every class equally often.
         repeats: show each image so often in an epoch, and fewer of them.
         epoch_sizes: (height, width) of the images in each epoch, the last also after it; default `spec.size`.
+        on_bad_image: whether an image that cannot be read ends the iteration or is left out of its batch.
 
     Raises:
         ValueError: where the images do not fill one batch, or for an `aug_file` that cannot be used.
@@ -157,6 +168,7 @@ def create_train_loader(
         channels_last=channels_last,
         dtype=dtype,
         epoch_sizes=epoch_sizes,
+        on_bad_image=on_bad_image,
     )
 
 
@@ -172,8 +184,12 @@ def create_eval_loader(
     pin_memory: bool = False,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    on_bad_image: OnBadImage = "stop",
 ) -> Loader:
-    """Every image exactly once over all ranks, in order, without padding: the last batch may be smaller."""
+    """Every image exactly once over all ranks, in order, without padding: the last batch may be smaller.
+
+    With `on_bad_image="skip"` a batch names the images that it lacks because they cannot be read.
+    """
     sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     return Loader(
         dataset,
@@ -186,6 +202,7 @@ def create_eval_loader(
         pin_memory=pin_memory,
         channels_last=channels_last,
         dtype=dtype,
+        on_bad_image=on_bad_image,
     )
 
 
@@ -209,11 +226,12 @@ def _mean_and_std(
 
 
 class _RawBatch(NamedTuple):
-    """What a worker sends: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64."""
+    """What a worker sends: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64, what it left out."""
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    unreadable: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -242,12 +260,18 @@ class _Samples(Dataset[Any]):
     """Reads and augments whole batches."""
 
     def __init__(
-        self, dataset: ImageFolder, pipelines: Mapping[Size, A.Compose], epoch_sizes: Sequence[Size], seed: int
+        self,
+        dataset: ImageFolder,
+        pipelines: Mapping[Size, A.Compose],
+        epoch_sizes: Sequence[Size],
+        seed: int,
+        on_bad_image: OnBadImage,
     ) -> None:
         self.dataset = dataset
         self.pipelines = pipelines
         self.epoch_sizes = epoch_sizes
         self.seed = seed
+        self.on_bad_image = on_bad_image
 
     def __getitems__(self, keys: list[SampleKey]) -> _RawBatch | _Failure:
         size = self._size_in(keys[0].epoch)
@@ -256,28 +280,36 @@ class _Samples(Dataset[Any]):
             # Filled where the main process will read it, instead of copied there when sent.
             images.share_memory_()
         pixels = images.numpy()
+        indices: list[int] = []
+        unreadable: list[int] = []
         try:
-            for row, key in enumerate(keys):
-                pixels[row] = self._augmented(key, self.pipelines[size])
+            for key in keys:
+                try:
+                    image = read_image(self.dataset.path(key.image))
+                except UnreadableImage:
+                    if self.on_bad_image == "stop":
+                        raise
+                    unreadable.append(key.image)
+                    continue
+                pixels[len(indices)] = self._augmented(image, key, self.pipelines[size])
+                indices.append(key.image)
         except ValueError as error:
             return _Failure(str(error))
-        indices = [key.index for key in keys]
-        labels = [self.dataset.label(index) for index in indices]
-        return _RawBatch(images, torch.tensor(labels), torch.tensor(indices))
+        labels = torch.tensor([self.dataset.label(index) for index in indices], dtype=torch.int64)
+        return _RawBatch(images[: len(indices)], labels, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
 
     def _size_in(self, epoch: int) -> Size:
         """Of the images; a function of the epoch alone, because workers outlive epochs and read ahead."""
         return self.epoch_sizes[min(epoch, len(self.epoch_sizes) - 1)]
 
-    def _augmented(self, key: SampleKey, pipeline: A.Compose) -> np.ndarray:
-        path = self.dataset.path(key.index)
-        image = read_image(path)
+    def _augmented(self, image: np.ndarray, key: SampleKey, pipeline: A.Compose) -> np.ndarray:
         pipeline.set_random_state(*sample_generators(self.seed, *key))
         try:
             image = pipeline(image=image)["image"]
             check_image(image)
         except Exception as error:
             # A user's own pipeline may raise anything.
+            path = self.dataset.path(key.image)
             raise ValueError(f"{path}: the augmentation fails: {type(error).__name__}: {error}") from error
         return image
 
@@ -287,6 +319,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
+    obey_parent_alone()
     # Workers are the parallelism; more threads in each would fight over the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

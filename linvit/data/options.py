@@ -177,9 +177,32 @@ class AugmentOptions(_Options):
 
 
 class LoaderOptions(_Options):
-    batch_size: int = Field(128, ge=1, description="images in a training batch, per process")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        128,
+        title="a whole number of at least 1, or auto",
+        description="images in a training batch, per process; auto: the largest that fits in the GPU's memory",
+    )
     validation_batch_size: int | None = Field(
         None, ge=1, description="images in an evaluation batch, per process (default: batch_size)"
     )
     workers: int = Field(4, ge=0, description="processes that read and augment images, per training process")
+    on_bad_image: Literal["stop", "skip"] = Field(
+        "stop", description="an image that cannot be read ends the run, or is left out and listed in bad_images.txt"
+    )
     pin_mem: bool = Field(False, description="page-locked host memory, for faster copies to a GPU")
+    aug_repeats: float = Field(
+        0.0,
+        ge=0.0,
+        description="show each image of an epoch so many times, each time augmented anew, and so fewer of the images; "
+        "0 and 1 are off",
+    )
+    sampler: Literal["shuffle", "balanced"] = Field(
+        "shuffle", description="draw every image once an epoch, or every class equally often"
+    )
+
+    @field_validator("aug_repeats")
+    @classmethod
+    def _repeats(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(f"takes at least 1, or 0 for none, not {value}")
+        return value

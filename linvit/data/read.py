@@ -12,6 +12,10 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
+class UnreadableImage(ValueError):
+    """An image file that cannot be read; its message names the file and the mend."""
+
+
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file as RGB.
 
@@ -23,19 +27,19 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        ValueError: naming the file, where it is missing, empty, truncated or no image.
+        UnreadableImage: naming the file, where it is missing, empty, truncated or no image.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
     if not data:
-        raise ValueError(f"{path}: is empty; restore or remove the file")
+        raise UnreadableImage(f"{path}: is empty; restore or remove the file")
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part it could decode.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise ValueError(f"{path}: cannot be decoded ({error.err}); restore or remove the file") from error
+        raise UnreadableImage(f"{path}: cannot be decoded ({error.err}); restore or remove the file") from error
     if image is None:
-        raise ValueError(f"{path}: is truncated, damaged or no image; restore or remove the file")
+        raise UnreadableImage(f"{path}: is truncated, damaged or no image; restore or remove the file")
     return image

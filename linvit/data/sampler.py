@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
 
     epoch: int
     # In the data set.
-    index: int
+    image: int
     # How often the image was shown in this epoch before: each time it is augmented anew.
     repeat: int = 0
 
@@ -28,9 +28,7 @@ def _philox(seed: int, epoch: int, stream: int, index: int, repeat: int = 0) -> 
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, repeat, index, stream]))
 
 
-def sample_generators(
-    seed: int, epoch: int, index: int, repeat: int = 0
-) -> tuple[np.random.Generator, random.Random]:
+def sample_generators(seed: int, epoch: int, index: int, repeat: int = 0) -> tuple[np.random.Generator, random.Random]:
     """The two generators that albumentations draws from, for one showing of one image in one epoch."""
     generator = _philox(seed, epoch, 0, index, repeat)
     return generator, random.Random(int(generator.integers(2**63)))
@@ -64,7 +62,8 @@ class TrainSampler:
         labels: Sequence[int] | None = None,
     ) -> None:
         assert 0 <= rank < world_size
-        assert repeats >= 1 and (repeats == 1 or labels is None)
+        assert repeats >= 1
+        assert repeats == 1 or labels is None
         total = batch_size * world_size
         if num_images < total:
             processes = f" in each of {world_size} processes" if world_size > 1 else ""

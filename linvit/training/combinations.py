@@ -21,6 +21,12 @@ _NEEDS = {
     "layer_decay_no_opt_scale": "layer_decay",
     "torchcompile_mode": "torchcompile",
     "no_resume_opt": "resume",
+    "distill_mode": "distill_teacher",
+    "distill_temperature": "distill_teacher",
+    "distill_weight": "distill_teacher",
+    "wandb_project": "log_wandb",
+    "wandb_tags": "log_wandb",
+    "wandb_resume_id": "log_wandb",
 }
 
 
@@ -34,6 +40,9 @@ def check_combinations(config: TrainConfig) -> None:
     _check_training(config)
     _check_schedule(config)
     _check_loss(config)
+    _check_sampling(config)
+    _check_sizes(config)
+    _check_distillation(config)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -78,11 +87,44 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ValueError("lr_noise takes where the noise starts, or where it starts and stops, as shares of the run")
 
 
+def _check_sampling(config: TrainConfig) -> None:
+    if config.aug_repeats > 1 and config.sampler == "balanced":
+        raise ValueError("aug_repeats and sampler balanced both say how often an image is shown: keep one")
+    if config.class_weights is not None and config.bce_loss:
+        raise ValueError("class_weights weighs the classes of cross-entropy: remove it or bce_loss")
+    if config.class_weights == "balanced" and config.sampler == "balanced":
+        raise ValueError("class_weights balanced and sampler balanced both even out the classes: keep one")
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    sizes = config.train_img_sizes
+    if sizes is None:
+        return
+    if not sizes:
+        raise ValueError("train_img_sizes takes at least one size; remove it to train at img_size alone")
+    if config.img_size not in (None, (sizes[-1], sizes[-1])):
+        raise ValueError(
+            f"train_img_sizes must end with the model's own size: set img_size to {sizes[-1]} or remove it"
+        )
+    if len(sizes) > config.epochs:
+        raise ValueError(f"train_img_sizes has {len(sizes)} sizes for {config.epochs} epochs: give each size an epoch")
+
+
+def _check_distillation(config: TrainConfig) -> None:
+    if config.distill_teacher is not None and config.batch_size == "auto":
+        raise ValueError("batch_size auto is tried without the teacher: give a number, or remove distill_teacher")
+    if config.distill_teacher is not None and config.distill_mode == "features":
+        if config.patch_drop:
+            raise ValueError("distill_mode features compares all tokens: remove patch_drop")
+        if config.distill_temperature != 4.0:
+            raise ValueError("distill_temperature softens logits: remove it or set distill_mode logits")
+
+
 def _check_loss(config: TrainConfig) -> None:
     is_mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     if config.cutmix_minmax is not None and config.cutmix_minmax[0] >= config.cutmix_minmax[1]:
         raise ValueError(f"cutmix_minmax {list(config.cutmix_minmax)} must rise from the smallest to the largest box")
     if config.mixup_off_epoch and not is_mixing:
         raise ValueError("mixup_off_epoch has nothing to turn off: set mixup or cutmix, or remove it")
-    if is_mixing and config.batch_size % 2:
+    if is_mixing and config.batch_size != "auto" and config.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size {config.batch_size} must be even")

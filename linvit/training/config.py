@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -14,12 +14,14 @@ from linvit.training.not_taken import NOT_TAKEN, review
 from linvit.training.options import (
     MODEL_ARGUMENTS,
     DeviceOptions,
+    DistillOptions,
     EmaOptions,
     LossOptions,
     ModelOptions,
     OptimizerOptions,
     RunOptions,
     ScheduleOptions,
+    TrackerOptions,
 )
 from linvit.validation import unknown, validate
 from linvit.yamlfile import read_settings, write_settings
@@ -45,8 +47,10 @@ class TrainConfig(
     ScheduleOptions,
     AugmentOptions,
     LossOptions,
+    DistillOptions,
     EmaOptions,
     RunOptions,
+    TrackerOptions,
 ):
     """The resolved configuration of one training run: flat fields under the names of timm's flags."""
 
@@ -75,23 +79,44 @@ class TrainConfig(
 
     def save(self, path: str | Path) -> None:
         """Write every option to a YAML file, from which `load` gives an equal configuration."""
+        write_settings(Path(path), self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """Every option as plain values, in the order of the sections."""
         values = self.model_dump(mode="json")
         sections = [base.model_fields for base in type(self).__bases__ if issubclass(base, BaseModel)]
-        write_settings(Path(path), {name: values[name] for section in sections for name in section})
+        return {name: values[name] for section in sections for name in section}
+
+    @property
+    def images_per_batch(self) -> int:
+        """`batch_size`, once it is a number."""
+        assert isinstance(self.batch_size, int), "batch_size auto is settled before it is read"
+        return self.batch_size
 
     def model_arguments(self) -> dict[str, Any]:
         """The keywords for `timm.create_model` that were set, besides `num_classes` and what concerns weights."""
         values = {argument: getattr(self, name) for name, argument in MODEL_ARGUMENTS.items()}
+        if self.train_img_sizes is not None:
+            # Built at the last size: other grids are resampled per batch, and no parameter is ever replaced.
+            values |= {"img_size": (self.train_img_sizes[-1],) * 2, "dynamic_img_size": True}
         return {name: value for name, value in values.items() if value is not None} | self.model_kwargs
 
 
-def training_parser(prog: str = "train_imagenet.py") -> argparse.ArgumentParser:
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def training_parser(
+    prog: str = "train_imagenet.py",
+    kind: type[TrainConfig] = TrainConfig,
+    description: str = "Train an image classifier on folders of images.",
+    spellings: Mapping[str, Sequence[str]] | None = None,
+) -> argparse.ArgumentParser:
     parser = build_parser(
-        TrainConfig,
+        kind,
         prog=prog,
-        description="Train an image classifier on folders of images. Flags carry timm's names and override the YAML.",
+        description=f"{description} Flags carry timm's names and override the YAML.",
         positionals=_POSITIONALS,
-        spellings=_SPELLINGS,
+        spellings={**_SPELLINGS, **(spellings or {})},
         bare=_BARE,
     )
     parser.add_argument(
@@ -102,11 +127,16 @@ def training_parser(prog: str = "train_imagenet.py") -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str], prog: str = "train_imagenet.py") -> TrainConfig:
     """The configuration that a command line gives, over its `--config` file and the defaults; raises UsageError."""
+    return parse_with(training_parser(prog), argv, TrainConfig)
+
+
+def parse_with(parser: argparse.ArgumentParser, argv: Sequence[str], kind: type[Config]) -> Config:
+    """`parse` for options beside those of training, with a `training_parser` for that kind of configuration."""
     not_taken = {flag_of(name): entry.reason for name, entry in NOT_TAKEN.items()}
     not_taken["--local_rank"] = not_taken["--local-rank"]
-    flags = read_flags(training_parser(prog), TrainConfig, argv, positionals=_POSITIONALS, not_taken=not_taken)
+    flags = read_flags(parser, kind, argv, positionals=_POSITIONALS, not_taken=not_taken)
     path = flags.pop("config", None)
-    config = TrainConfig._from_settings(_read_taken(path) if path else {}, flags, path)
+    config = kind._from_settings(_read_taken(path) if path else {}, flags, path)
     if config.data_dir is None:
         raise UsageError("give the folder of images: DATA on the command line or data_dir in the YAML")
     return config

@@ -1,6 +1,9 @@
 """The processes of a run: one, or as many as torchrun starts; each knows its device and its rank."""
 
+import json
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,12 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
 Value = TypeVar("Value")
+# What a process that lost the others waits, so that the one that failed is first to be noticed and to speak.
+SECONDS_TO_SPEAK_LAST = 3.0
+
+
+class RankError(ValueError):
+    """What ended one of several processes; its message begins with the process's rank."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,52 @@ def usable_workers(workers: int) -> int:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the other processes, if torchrun (or SLURM) started several: gloo on CPUs, nccl on GPUs."""
+    """Join the other processes, if torchrun (or SLURM) started several: gloo on CPUs, nccl on GPUs.
+
+    An error in one of them ends it at once, with its rank, and torchrun then ends the others; RankError stands for
+    ValueError and OSError.
+    """
     found = init_distributed_device_so(device=choose_device(device))
-    yield Ranks(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"])
+    ranks = Ranks(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"])
+    try:
+        yield ranks
+    except Exception as error:
+        if ranks.world_size == 1:
+            raise
+        sentence = _sentence(ranks, error)
+        if sentence is None:
+            raise
+        raise RankError(sentence) from error
     # Not after an error: the others may be waiting, and leaving would wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _sentence(ranks: Ranks, error: Exception) -> str | None:
+    """What ended a process, with its rank, also put where torchrun's last words come from; None: a bug's traceback."""
+    if _is_lost_connection(error):
+        time.sleep(SECONDS_TO_SPEAK_LAST)
+        return f"rank {ranks.rank}: another process has failed, and its own message says why"
+    if isinstance(error, ValueError | OSError):
+        sentence = f"rank {ranks.rank}: {error}"
+        _report_to_torchrun(sentence)
+        return sentence
+    error.add_note(f"in the process of rank {ranks.rank}")
+    _report_to_torchrun("".join(traceback.format_exception(error)))
+    return None
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    # gloo raises a plain RuntimeError that names its own source file.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _report_to_torchrun(text: str) -> None:
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with open(file, "w", encoding="utf-8") as report:
+            json.dump({"message": {"message": text, "extraInfo": extra}}, report)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -1,39 +1,54 @@
 """One step of training: forward and backward over a group of batches, then a single update of the weights."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from linvit.timmmodel import TimmModel
 from linvit.training.config import TrainConfig
+from linvit.training.distill import Distillation
 from linvit.training.distributed import Ranks, sum_over_ranks
+from linvit.training.microbatch import MicroBatches
+from linvit.training.mixing import mix
 from linvit.training.precision import autocast, autocast_dtype
 from linvit.training.signals import StopRequest
 
-
-class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite; no weight has been touched by it."""
+# taken: the weights have changed; skipped: gradients overflowed float16 and the loss scaler lowers its scale; refused:
+# loss or gradients are not finite; empty: no image of the group could be read. All but the first change nothing.
+Outcome = Literal["taken", "skipped", "refused", "empty"]
 
 
 class Update(NamedTuple):
-    """What an update reports."""
+    """What an update reports; the same in all processes, except for what is said to be of this one."""
 
-    # Mean over the group's batches and all processes.
+    outcome: Outcome
+    # Mean over the group's images of all processes.
     loss: float
-    # Whether any process was asked to stop; all processes read the same.
+    # Norm of all gradients, before they are clipped.
+    gradient_norm: float
+    # Whether any process was asked to stop.
     stop: bool
+    # Of the batches of this process, those whose own loss is not finite, counted from the start of the group.
+    bad_batches: tuple[int, ...]
+    # What this process has to say about memory.
+    notes: tuple[str, ...]
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss is a number that may be averaged with others."""
+        return self.outcome in ("taken", "skipped")
 
 
 class TrainStep:
     """Turns batches into updates: `backward` for each batch of a group, then `update` once.
+
+    Every image of a group has the same weight, also where batches lack images or run in parts.
 
     Args:
         model: what is called, compiled and wrapped as it may be.
@@ -41,6 +56,7 @@ class TrainStep:
         optimizer, scheduler, ema, mixup, loss_fn: as the other parts of `linvit.training` build them.
         config: precision and clipping.
         stop: the wish to stop that updates share between processes.
+        distillation: what is learnt from a teacher; `model` is then its `trained`, compiled and wrapped.
     """
 
     def __init__(
@@ -56,6 +72,7 @@ class TrainStep:
         config: TrainConfig,
         ranks: Ranks,
         stop: StopRequest,
+        distillation: Distillation | None = None,
     ) -> None:
         self.model, self.plain_model = model, plain_model
         self.optimizer, self.scheduler, self.ema = optimizer, scheduler, ema
@@ -63,12 +80,17 @@ class TrainStep:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.amp_dtype = autocast_dtype(config.amp, config.amp_dtype)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.amp_dtype is torch.float16)
-        self.clipped_parameters = _clipped_parameters(plain_model, config.clip_mode)
+        self.distillation = distillation
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.micro_batches = MicroBatches(
+            model, self.parameters, forward=self._forward, loss_of=self._loss_of, scaler=self.scaler, ranks=ranks
+        )
         self.num_updates = 0
         # Updates that the fp16 loss scaler left out because the scaled gradients overflowed.
         self.num_skipped = 0
-        self._loss = torch.zeros((), device=ranks.device)
-        self._read_report: Callable[[], list[float]] = lambda: [math.nan, 0.0]
+        # Of the group so far: the shares of its batches in the loss, and its images in this process.
+        self._losses: list[Tensor] = []
+        self._num_images = 0
 
     @property
     def weights(self) -> dict[str, TimmModel]:
@@ -89,84 +111,108 @@ class TrainStep:
             self.scheduler.step(epoch + 1)
 
     def backward(self, images: Tensor, labels: Tensor, *, group_size: int, closes_group: bool) -> None:
-        """Add a batch's gradients: images (B, 3, H, W), labels (B,); its loss is 1/`group_size` of the update's."""
+        """Add a batch's gradients: images (B, 3, H, W), labels (B,); B may be less than the batch size, even 0."""
+        self._group_size = group_size
+        self._num_images += len(images)
+        weight = 1 / (self.config.images_per_batch * group_size)
+        if not len(images):
+            if not (closes_group and self.ranks.world_size > 1):
+                self._losses.append(torch.zeros((), device=self.ranks.device))
+                return
+            # The other processes wait for this one's gradients: those of a blank image that does not count.
+            images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), 0.0
         if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
-        with self._gradient_exchange(closes_group):
-            with autocast(self.ranks.device, self.amp_dtype):
-                logits = self.model(images)
-            loss = self.loss_fn(logits.float(), labels) / group_size
-            self._loss += loss.detach()
-            if closes_group:
-                self._read_report = self._send_report()
-            self.scaler.scale(loss).backward()
+            images, labels = mix(self.mixup, images, labels)
+        self._losses.append(self.micro_batches.backward(images, labels, weight=weight, exchanges=closes_group))
 
     def update(self) -> Update:
-        """Change the weights by the gradients of the group.
-
-        Raises NonFiniteLossError, in every process and before anything is changed, where the loss is not finite.
-        """
-        loss, stop = self._read_report()
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss became {loss} at update {self.num_updates + 1}; the weights were left as they were before. "
-                "Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and go on from the last state with --resume"
-            )
-        if self.config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.clipped_parameters, self.config.clip_grad, mode=self.config.clip_mode)
-        if self._step_optimizer():
-            self.num_updates += 1
-            if self.ema is not None:
-                self.ema.update(self.plain_model, step=self.num_updates)
-            if self.scheduler is not None:
-                self.scheduler.step_update(self.num_updates)
-        else:
-            self.num_skipped += 1
+        """Change the weights by the gradients of the group, unless loss or gradients are not finite."""
+        norm = self._gradient_norm()
+        *sizes, loss, num_images, stop, gradient_norm = self._report(norm)
+        self.micro_batches.agree([int(size) for size in sizes])
+        # Of the images that the group should have had.
+        share = num_images / (self.config.images_per_batch * self._group_size * self.ranks.world_size)
+        outcome: Outcome = "taken"
+        if share == 0:
+            outcome = "empty"
+        elif not math.isfinite(loss):
+            outcome = "refused"
+        elif not math.isfinite(gradient_norm):
+            outcome = "skipped" if self._lowers_loss_scale() else "refused"
+        scale = share * (self.scaler.get_scale() if outcome == "taken" else 1.0)
+        if outcome == "taken":
+            self._take_step(norm / scale, share=share)
+        self.num_skipped += outcome == "skipped"
+        bad_batches = self._bad_batches() if outcome == "refused" else ()
+        notes = tuple(self.micro_batches.notes)
+        self.micro_batches.notes.clear()
         self.optimizer.zero_grad()
-        return Update(loss, stop=stop > 0)
+        self._losses, self._num_images = [], 0
+        return Update(outcome, loss / (share or 1.0), gradient_norm / (scale or 1.0), stop > 0, bad_batches, notes)
 
-    def _step_optimizer(self) -> bool:
-        """Step, unless the loss scaler finds an overflow; whether the step was taken."""
+    def _forward(self, images: Tensor) -> Any:
+        with autocast(self.ranks.device, self.amp_dtype):
+            return self.model(images)
+
+    def _loss_of(self, outputs: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the images: of the logits (B, C), or of what distillation has the model return."""
+        if self.distillation is not None:
+            return self.distillation.loss(outputs, images, labels, self.loss_fn)
+        loss: Tensor = self.loss_fn(outputs.float(), labels)
+        return loss
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients together, as the loss scaler left them; processes have the same ones."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return get_total_norm(gradients).to(self.ranks.device)
+
+    def _report(self, norm: Tensor) -> list[float]:
+        """Read at once: each process's size of parts, loss, images and wish to stop over all processes, and `norm`."""
+        world_size, rank = self.ranks.world_size, self.ranks.rank
+        told = torch.zeros(world_size + 2)
+        told[rank] = self.micro_batches.size or 0
+        told[-2], told[-1] = self._num_images, float(self.stop.signal_number > 0)
+        loss = torch.stack(self._losses).sum()
+        on_device = told.to(norm.device, non_blocking=True)
+        report = torch.cat([on_device[:-2], loss[None] / world_size, on_device[-2:]])
+        if world_size > 1:
+            sum_over_ranks(report)
+        return torch.cat([report, norm[None]]).tolist()
+
+    def _bad_batches(self) -> tuple[int, ...]:
+        return tuple(torch.stack(self._losses).isfinite().logical_not().nonzero().flatten().tolist())
+
+    def _lowers_loss_scale(self) -> bool:
+        """Have the loss scaler lower its scale; whether that may mend gradients which are not finite."""
         if not self.scaler.is_enabled():
-            self.optimizer.step()
-            return True
-        scale = self.scaler.get_scale()
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.update()
+        # At a scale of 1 the gradients are their own: they would be the same without float16's scaling.
+        return before > 1 and self.scaler.get_scale() < before
+
+    def _take_step(self, norm: Tensor, *, share: float) -> None:
+        """Clip, step, and move what follows the weights; `norm` is that of the gradients of the mean loss."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if share != 1:
+            torch._foreach_mul_(gradients, 1 / share)
+        clip_grad, clip_mode = self.config.clip_grad, self.config.clip_mode
+        if clip_grad is not None and clip_mode == "norm":
+            clip_grads_with_norm_(self.parameters, clip_grad, norm)
+        elif clip_grad is not None:
+            dispatch_clip_grad(self._clipped_one_by_one(), clip_grad, mode=clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= scale
+        self.num_updates += 1
+        if self.ema is not None:
+            self.ema.update(self.plain_model, step=self.num_updates)
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.num_updates)
 
-    def _send_report(self) -> Callable[[], list[float]]:
-        """Sum the group's loss over processes and send it to the host while backward still runs."""
-        stop = torch.full_like(self._loss, float(self.stop.signal_number > 0))
-        report = sum_over_ranks(torch.stack([self._loss / self.ranks.world_size, stop]))
-        self._loss = torch.zeros_like(self._loss)
-        return read_early(report)
-
-    def _gradient_exchange(self, closes_group: bool) -> AbstractContextManager[None]:
-        """Processes average their gradients once, with the last batch of a group."""
-        if isinstance(self.model, DistributedDataParallel) and not closes_group:
-            return self.model.no_sync()
-        return nullcontext()
-
-
-def read_early(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying to the host; the call returned waits for that copy alone, not for work queued after it."""
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> list[float]:
-        copied.synchronize()
-        return host.tolist()
-
-    return wait
-
-
-def _clipped_parameters(model: TimmModel, clip_mode: str) -> list[nn.Parameter]:
-    # Adaptive clipping spares the classifier (Brock et al. 2021, section 4.1).
-    spared = {id(parameter) for parameter in model.get_classifier().parameters()} if clip_mode == "agc" else set()
-    return [parameter for parameter in model.parameters() if id(parameter) not in spared]
+    def _clipped_one_by_one(self) -> list[nn.Parameter]:
+        # Adaptive clipping spares the classifier (Brock et al. 2021, section 4.1).
+        is_adaptive = self.config.clip_mode == "agc"
+        spared = {id(parameter) for parameter in self.plain_model.get_classifier().parameters()} if is_adaptive else ()
+        return [parameter for parameter in self.parameters if id(parameter) not in spared]

@@ -11,6 +11,8 @@ from typing import Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from linvit.training.trackers import Track
+
 Item = TypeVar("Item")
 SECONDS_BETWEEN_REFRESHES = 0.25
 
@@ -29,6 +31,7 @@ class EpochLog:
         images_per_batch: over all processes.
         log_interval: batches from one plain line to the next, and updates that the loss shown is a mean of.
         is_shown: whether this process prints.
+        track: gets the numbers of every plain line as well; see `linvit.training.trackers`.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class EpochLog:
         images_per_batch: int,
         log_interval: int,
         is_shown: bool,
+        track: Track | None = None,
     ) -> None:
         self.epoch, self.num_epochs = epoch, num_epochs
         self.first_batch, self.num_batches, self.batch = first_batch, num_batches, first_batch
         self.images_per_batch, self.log_interval, self.is_shown = images_per_batch, log_interval, is_shown
+        self.track = track
         self.recent_losses: deque[float] = deque(maxlen=log_interval)
         self.waited = 0.0
         self.started = self.refreshed = time.perf_counter()
@@ -79,22 +84,36 @@ class EpochLog:
         """Show an update after which `batch` batches of the epoch are done."""
         before, self.batch = self.batch, batch
         self.recent_losses.append(loss)
+        is_due = self.batch // self.log_interval > before // self.log_interval
+        if is_due and self.track is not None:
+            self.track(self._numbers(lr), self.epoch * self.num_batches + self.batch)
         if self.bar is not None:
             now = time.perf_counter()
             if now - self.refreshed >= SECONDS_BETWEEN_REFRESHES or self.batch == self.num_batches:
                 self.refreshed = now
                 self.bar.update(self.task, completed=self.batch, text=self._text(lr))
                 self.bar.refresh()
-        elif self.is_shown and self.batch // self.log_interval > before // self.log_interval:
+        elif is_due and self.is_shown:
             say(f"epoch {self.epoch}  {self.batch}/{self.num_batches}  {self._text(lr)}")
 
+    def _numbers(self, lr: float) -> dict[str, float]:
+        timing = self.timing(time.perf_counter() - self.started)
+        return {
+            "train/loss": self._mean_loss(),
+            "train/lr": lr,
+            "train/images_per_second": timing["images_per_second"],
+            "train/data_wait": timing["data_wait"],
+        }
+
+    def _mean_loss(self) -> float:
+        return sum(self.recent_losses) / len(self.recent_losses)
+
     def _text(self, lr: float) -> str:
-        loss = sum(self.recent_losses) / len(self.recent_losses)
         timing = self.timing(time.perf_counter() - self.started)
         batches_left = self.num_batches - self.batch + (self.num_epochs - self.epoch - 1) * self.num_batches
         seconds_left = batches_left * self.images_per_batch / max(timing["images_per_second"], 1e-9)
         return (
-            f"loss {loss:.4f}  {timing['images_per_second']:.1f} img/s  data {timing['data_wait']:.0%}  "
+            f"loss {self._mean_loss():.4f}  {timing['images_per_second']:.1f} img/s  data {timing['data_wait']:.0%}  "
             f"lr {lr:.2e}  left {timedelta(seconds=round(seconds_left))}"
         )
 

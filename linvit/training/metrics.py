@@ -23,10 +23,13 @@ class Metrics:
     loss: float
     top1: float
     top5: float
+    # Those that the values are over.
     num_images: int
     # Accuracy of each class; None for a class without images.
     per_class: dict[str, float | None]
     images_per_class: dict[str, int]
+    # Indices of the images that could not be read.
+    unreadable: tuple[int, ...] = ()
 
     def value(self, metric: str) -> float:
         """The metric of that name: top1, top5 or loss."""
@@ -54,8 +57,8 @@ class ImageRecords:
     """Label, loss and hits of every image of a data set, filled batch by batch on the model's device."""
 
     def __init__(self, num_images: int, device: torch.device) -> None:
-        # Columns: times seen, label, loss, top-1 hit, top-5 hit; float32 holds each of them exactly.
-        self.records = torch.zeros(num_images, 5, device=device)
+        # Columns: times seen, label, loss, top-1 hit, top-5 hit, unreadable; float32 holds each of them exactly.
+        self.records = torch.zeros(num_images, 6, device=device)
 
     def add(self, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Record a batch: indices (B,) in the data set, logits (B, C), labels (B,)."""
@@ -63,14 +66,30 @@ class ImageRecords:
         loss = F.cross_entropy(logits, labels, reduction="none")
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         hits = best == labels[:, None]
-        rows = torch.stack([torch.ones_like(loss), labels, loss, hits[:, 0], hits.any(1)], dim=1)
+        rows = torch.stack(
+            [torch.ones_like(loss), labels, loss, hits[:, 0], hits.any(1), torch.zeros_like(loss)], dim=1
+        )
         self.records.index_add_(0, indices.to(rows.device), rows)
 
+    def add_unreadable(self, indices: Sequence[int]) -> None:
+        """Record images that there is nothing to evaluate of."""
+        if indices:
+            self.records[list(indices), 5] += 1
+
     def compute(self, class_names: Sequence[str]) -> Metrics:
-        """The metrics over the images of all processes; every image must have been recorded exactly once."""
-        seen, labels, losses, top1, top5 = sum_over_ranks(self.records).cpu().double().unbind(1)
-        assert bool((seen == 1).all()), f"evaluated {int(seen.sum())} times, not each of {len(seen)} images once"
-        num_images = len(seen)
+        """The metrics over the images of all processes; every image must have been recorded exactly once.
+
+        Raises ValueError where none of them could be read.
+        """
+        records = sum_over_ranks(self.records).cpu().double()
+        seen, unreadable = records[:, 0], records[:, 5]
+        assert bool((seen + unreadable == 1).all()), (
+            f"evaluated {int(seen.sum())} times, not each of {len(seen)} images once"
+        )
+        _, labels, losses, top1, top5, _ = records[seen == 1].unbind(1)
+        num_images = len(labels)
+        if not num_images:
+            raise ValueError(f"none of the {len(seen)} images to evaluate on can be read; restore them")
         images = torch.bincount(labels.long(), minlength=len(class_names)).tolist()
         hits = torch.bincount(labels.long(), weights=top1, minlength=len(class_names)).tolist()
         return Metrics(
@@ -83,4 +102,5 @@ class ImageRecords:
                 name: 100 * hit / count if count else None for name, hit, count in zip(class_names, hits, images)
             },
             images_per_class=dict(zip(class_names, images)),
+            unreadable=tuple(unreadable.nonzero().flatten().tolist()),
         )

@@ -11,6 +11,7 @@ from linvit.timmmodel import TimmModel, create_model
 from linvit.training.config import TrainConfig
 from linvit.training.distributed import Ranks
 from linvit.training.options import DeviceOptions, ModelOptions
+from linvit.training.progressive import check_sizes
 from linvit.vit import LinformerViT
 from linvit.weights import classifier_parameters, fit_weights, load_exactly, read_weights
 
@@ -22,12 +23,19 @@ def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[Tim
     """
     if config.num_classes not in (None, len(class_names)):
         raise ValueError(f"--num-classes {config.num_classes}: the data has {len(class_names)} classes; leave it out")
-    model = create_model(
-        config.model,
-        num_classes=len(class_names),
-        pretrained=config.pretrained and config.pretrained_path is None,
-        **config.model_arguments(),
-    )
+    try:
+        model = create_model(
+            config.model,
+            num_classes=len(class_names),
+            pretrained=config.pretrained and config.pretrained_path is None,
+            **config.model_arguments(),
+        )
+    except ValueError as error:
+        if config.train_img_sizes is not None and "dynamic_img_size" in str(error):
+            raise ValueError(f"--train-img-sizes: {config.model} takes images of one size only; remove it") from error
+        raise
+    if config.train_img_sizes is not None:
+        check_sizes(model, config.train_img_sizes)
     if config.initial_checkpoint is not None:
         saved = read_weights(config.initial_checkpoint)
         load_exactly(model, saved.state_dict, path=saved.path)
@@ -65,7 +73,7 @@ def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
     model.set_grad_checkpointing(checkpointing)
 
 
-def wrap_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> nn.Module:
+def wrap_model(model: nn.Module, options: DeviceOptions, ranks: Ranks) -> nn.Module:
     """What the training step calls: the model itself, compiled and averaging gradients over processes as asked for."""
     wrapped: nn.Module = model
     if options.torchcompile is not None:

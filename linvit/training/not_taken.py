@@ -18,10 +18,9 @@ _FOLDERS = "images are read from folders; lay the set out as DATA/SPLIT/CLASS/IM
 _BATCH_NORM = "Vision Transformers have no batch norm"
 _SPLITS = "there are no augmentation splits"
 _TORCHSCRIPT = "use --torchcompile"
-_WANDB = "results are written to summary.csv in the run's folder"
-_SIZES = "a run trains at one size; fine-tune at the next with --pretrained-path and --img-size"
+_SIZES = "--train-img-sizes follow each other, each for its share of the epochs, in batches of one size"
 _NAFLEX = "images are trained at one size, not as NaFlex sequences"
-_DISTILLATION = "there is no distillation"
+_FEATURES = "features are projected to the teacher's width"
 
 NOT_TAKEN: dict[str, NotTaken] = {
     "dataset": NotTaken("", _FOLDERS),
@@ -44,7 +43,6 @@ NOT_TAKEN: dict[str, NotTaken] = {
     "device_modules": NotTaken(None, "import the device's module before calling train_imagenet.main"),
     "epoch_repeats": NotTaken(0.0, "an epoch is one pass over the images; raise --epochs"),
     "start_epoch": NotTaken(None, "--resume continues where the checkpoint stands"),
-    "aug_repeats": NotTaken(0, "repeated augmentation is not built: an epoch shows every image once; leave it at 0"),
     "aug_splits": NotTaken(0, _SPLITS),
     "jsd_loss": NotTaken(False, _SPLITS),
     "resplit": NotTaken(False, _SPLITS),
@@ -56,18 +54,11 @@ NOT_TAKEN: dict[str, NotTaken] = {
     "dist_bn": NotTaken("reduce", _BATCH_NORM),
     "split_bn": NotTaken(False, _BATCH_NORM),
     "worker_seeding": NotTaken("all", "every image has its own random state from seed, epoch and index"),
-    "recovery_interval": NotTaken(
-        0, "the state is saved after every epoch and when a run is told to stop; --resume auto goes on"
-    ),
+    "recovery_interval": NotTaken(0, "use --checkpoint-interval, which counts updates; --resume auto goes on"),
     "save_images": NotTaken(False, "batches are not written out"),
     "no_prefetcher": NotTaken(False, "there is one loader: bytes to the device, normalised there"),
     "tta": NotTaken(0, "every image is evaluated once, as it will be used"),
     "use_multi_epochs_loader": NotTaken(False, "workers always persist between epochs"),
-    "log_wandb": NotTaken(False, _WANDB),
-    "wandb_project": NotTaken(None, _WANDB),
-    "wandb_tags": NotTaken([], _WANDB),
-    "wandb_resume_id": NotTaken("", _WANDB),
-    "train_img_sizes": NotTaken(None, _SIZES),
     "train_batch_sizes": NotTaken(None, _SIZES),
     "train_size_probs": NotTaken(None, _SIZES),
     "train_size_schedule": NotTaken("constant", _SIZES),
@@ -83,15 +74,15 @@ NOT_TAKEN: dict[str, NotTaken] = {
     "naflex_patch_size_probs": NotTaken(None, _NAFLEX),
     "naflex_loss_scale": NotTaken("linear", _NAFLEX),
     "naflex_patchify_channels_first": NotTaken(False, _NAFLEX),
-    "kd_model_name": NotTaken(None, _DISTILLATION),
-    "kd_distill_type": NotTaken("logit", _DISTILLATION),
-    "kd_loss_type": NotTaken("kl", _DISTILLATION),
-    "distill_loss_weight": NotTaken(None, _DISTILLATION),
-    "task_loss_weight": NotTaken(None, _DISTILLATION),
-    "kd_temperature": NotTaken(4.0, _DISTILLATION),
-    "kd_student_feature_dim": NotTaken(None, _DISTILLATION),
-    "kd_teacher_feature_dim": NotTaken(None, _DISTILLATION),
-    "kd_token_distill_type": NotTaken("soft", _DISTILLATION),
+    "kd_model_name": NotTaken(None, "use --distill-teacher"),
+    "kd_distill_type": NotTaken("logit", "use --distill-mode"),
+    "kd_loss_type": NotTaken("kl", "logits are compared by Kullback-Leibler divergence, features by cosine"),
+    "distill_loss_weight": NotTaken(None, "use --distill-weight, the teacher's share of the loss"),
+    "task_loss_weight": NotTaken(None, "use --distill-weight; the labels have the rest of the loss"),
+    "kd_temperature": NotTaken(4.0, "use --distill-temperature"),
+    "kd_student_feature_dim": NotTaken(None, _FEATURES),
+    "kd_teacher_feature_dim": NotTaken(None, _FEATURES),
+    "kd_token_distill_type": NotTaken("soft", "models have no distillation token; use --distill-mode"),
 }
 
 

@@ -1,6 +1,8 @@
 """Optimizer, schedule and moving average, built by timm from the options of a run."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
@@ -12,20 +14,28 @@ from torch import nn
 from linvit.training.config import TrainConfig
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
 from linvit.validation import unknown
+from linvit.weights import compact
+
+# What options, and timm's scheduler from them, put into an optimizer's groups.
+_FROM_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 
 
 def learning_rate(config: TrainConfig, *, world_size: int) -> float:
     """`lr`, or `lr_base` grown with the global batch as timm grows it."""
     if config.lr is not None:
         return config.lr
-    ratio = config.batch_size * config.grad_accum_steps * world_size / config.lr_base_size
+    ratio = config.images_per_batch * config.grad_accum_steps * world_size / config.lr_base_size
     adaptive = any(family in config.opt.lower() for family in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
     return float(config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
 
 
-def create_optimizer(model: nn.Module, options: OptimizerOptions, *, lr: float) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: nn.Module, options: OptimizerOptions, *, lr: float, besides: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its parameter groups (weight decay, layer decay).
+
+    Parameters `besides` the model's are trained without either.
 
     Raises ValueError for an unknown name, an argument that the optimizer does not take, and optimizers that need second
     derivatives, which fused attention does not have.
@@ -40,7 +50,46 @@ def create_optimizer(model: nn.Module, options: OptimizerOptions, *, lr: float) 
         raise ValueError(f"--opt {options.opt} does not take these options: {error}") from error
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"--opt {options.opt} needs second derivatives, which attention does not have; choose adamw")
+    if besides:
+        optimizer.add_param_group({"params": list(besides), "weight_decay": 0.0})
     return optimizer
+
+
+def trained_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of an optimizer's parameters, in its order; of those that are not the model's, their number."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    others = itertools.count()
+    return [
+        names[id(parameter)] if id(parameter) in names else f"besides.{next(others)}"
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, names: Sequence[str], names_before: Sequence[str]
+) -> None:
+    """Load a state dict, by the parameters' names and into today's groups.
+
+    torch's own `load_state_dict` goes by numbers, and brings back the learning rate, weight decay, ... of then without
+    a word. Raises ValueError where other parameters are trained now.
+    """
+    if set(names) != set(names_before):
+        other = sorted(set(names) ^ set(names_before))
+        raise ValueError(f"{compact(other)} {'is' if len(other) == 1 else 'are'} trained in one of them alone")
+    number = {name: index for index, name in enumerate(names)}
+    group_before = {names_before[index]: group for group in saved["param_groups"] for index in group["params"]}
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        # Some optimizers count their steps in the group.
+        kept = {
+            key: value
+            for key, value in group_before[names[group["params"][0]]].items()
+            if key not in (*_FROM_SETTINGS, "params")
+        }
+        groups.append(kept | {key: group[key] for key in (*_FROM_SETTINGS, "params") if key in group})
+    state = {number[names_before[index]]: value for index, value in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class Schedule(NamedTuple):

@@ -116,6 +116,9 @@ class OptimizerOptions(_Options):
         default_factory=dict, description="further arguments of the optimizer, as foreach=false"
     )
     grad_accum_steps: int = Field(1, ge=1, description="batches whose gradients are added before a step")
+    max_bad_steps: int = Field(
+        10, ge=1, description="end the run after so many steps in a row whose loss or gradients are not finite"
+    )
     clip_grad: float | None = Field(None, gt=0.0, description="clip gradients at this value (default: never)")
     clip_mode: Literal["norm", "value", "agc"] = Field(
         "norm", description="clip the norm of all gradients, each value, or adaptively by the weights' norm"
@@ -143,6 +146,11 @@ class ScheduleOptions(_Options):
     lr_base_size: int = Field(256, ge=1, description="global batch that lr_base is meant for")
     lr_base_scale: Literal["linear", "sqrt"] | None = Field(
         None, description="how lr_base grows with the batch (default: sqrt for Adam's kin and LAMB, else linear)"
+    )
+    train_img_sizes: tuple[Length, ...] | None = Field(
+        None,
+        description="image sizes through training, such as 160 192 224: the epochs are divided among them, the last is "
+        "the model's own",
     )
     warmup_epochs: Count = Field(5, description="epochs of linear warm-up")
     warmup_lr: float = Field(1e-5, ge=0.0, description="learning rate that the warm-up starts from")
@@ -182,6 +190,36 @@ class LossOptions(_Options):
     bce_sum: bool = Field(False, description="sum the binary losses over classes instead of averaging")
     bce_target_thresh: Probability | None = Field(None, description="soft targets above this count as 1, others as 0")
     bce_pos_weight: float | None = Field(None, gt=0.0, description="weight of the positive targets")
+    class_weights: str | None = Field(
+        None,
+        description="weights of the classes in cross-entropy: balanced (by the inverse of their number of images), or "
+        "a YAML or JSON file with a weight for every class name (default: all alike)",
+    )
+
+
+class DistillOptions(_Options):
+    """A trained model whose answers, or tokens, the model learns to give beside the labels."""
+
+    distill_teacher: str | None = Field(
+        None, description="the teacher: a timm model with its published weights, a run's folder or local-dir:FOLDER"
+    )
+    distill_mode: Literal["logits", "features"] = Field(
+        "logits", description="learn the teacher's logits, or its last tokens through a learned projection"
+    )
+    distill_temperature: float = Field(4.0, gt=0.0, description="softens both distributions of the logits")
+    distill_weight: float = Field(
+        0.5, gt=0.0, le=1.0, description="share of the teacher in the loss; the labels have the rest"
+    )
+
+
+class TrackerOptions(_Options):
+    """Where else the run's numbers go."""
+
+    log_tensorboard: bool = Field(False, description="write TensorBoard events into the run's folder")
+    log_wandb: bool = Field(False, description="log to Weights & Biases (WANDB_MODE=offline needs no network)")
+    wandb_project: str | None = Field(None, description="project there (default: wandb's own)")
+    wandb_tags: tuple[str, ...] = Field((), description="tags there")
+    wandb_resume_id: str | None = Field(None, description="go on with the run of this ID there")
 
 
 class EmaOptions(_Options):
@@ -204,9 +242,18 @@ class RunOptions(_Options):
     no_resume_opt: bool = Field(False, description="resume the weights alone, with a fresh optimizer")
     seed: Count = Field(42, description="seed of weights, order and augmentation")
     deterministic: bool = Field(False, description="use deterministic algorithms only, at a price")
+    dry_run: bool = Field(
+        False, description="show configuration, model, cost and one batch (dry-run.png in output); train nothing"
+    )
     eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="what makes weights the best")
     val_interval: int = Field(1, ge=1, description="epochs from one evaluation to the next")
     log_interval: int = Field(50, ge=1, description="batches from one line of progress to the next")
+    checkpoint_interval: int | None = Field(
+        None, ge=1, description="updates from one training state to the next within an epoch (default: one an epoch)"
+    )
+    checkpoint_minutes: float | None = Field(
+        None, gt=0.0, description="minutes from one training state to the next within an epoch (default: one an epoch)"
+    )
     checkpoint_hist: int = Field(10, ge=1, description="training states to keep")
     save_epochs: tuple[Count, ...] = Field((), description="epochs whose training state is kept for good")
     early_stop_patience: int | None = Field(

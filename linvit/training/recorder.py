@@ -1,19 +1,31 @@
-"""What a run writes and prints while it goes; only the primary process does either."""
+"""What a run writes and prints while it goes; processes besides the first only keep a log each."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import linvit
+from linvit.checkpoint import prune_checkpoints, set_aside_later, write_checkpoint
 from linvit.data.loader import Loader
 from linvit.data.transforms import InputSpec
+from linvit.files import remove_leftovers
 from linvit.runs import RunFolder, save_classifier
 from linvit.training.card import write_card
+from linvit.training.changes import changed_settings
 from linvit.training.config import TrainConfig
 from linvit.training.engine import TrainStep
 from linvit.training.log import say
-from linvit.training.state import Progress, changed_settings, collect_state, save_state
+from linvit.training.progressive import size_in
+from linvit.training.saver import SaveClock, Saver
+from linvit.training.signals import StopRequest
+from linvit.training.snapshot import take_snapshot
+from linvit.training.state import Progress, collect_state
 from linvit.training.summary import EpochResult, write_summary
+from linvit.training.trackers import Track, numbers_of, open_trackers
 from linvit.weights import compact
+
+# Keys of the weights in a state.
+_STATE_DICTS = {"raw": "state_dict", "ema": "state_dict_ema"}
 
 
 class Recorder:
@@ -24,21 +36,42 @@ class Recorder:
         config: how it is trained.
         loader: what it is trained on.
         spec: how its images are prepared.
-        is_primary: whether this process writes and prints at all.
+        num_images: to train and to evaluate on.
+        rank: of this process; the first prints and writes, the others have a file of lines each in logs/.
+        saver: what writes in the background.
 
-    Every method raises OSError, naming the file, where something cannot be written; what was there before is kept.
+    While training, what cannot be written is reported and tried again with the next save. At the beginning and at the
+    end it raises OSError, naming the file; what was there before is kept.
     """
 
-    def __init__(self, folder: Path, *, config: TrainConfig, loader: Loader, spec: InputSpec, is_primary: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: TrainConfig,
+        loader: Loader,
+        spec: InputSpec,
+        num_images: tuple[int, int],
+        rank: int,
+        saver: Saver,
+    ) -> None:
         # Training from args.yaml alone repeats the run; it does not go on with it.
-        self.config = config.model_copy(update={"experiment": folder.name, "output": folder.parent, "resume": None})
+        apart = {"experiment": folder.name, "output": folder.parent, "resume": None, "no_resume_opt": False}
+        self.config = config.model_copy(update=apart)
+        self.track: Track | None = None
         self.run = RunFolder(folder)
-        self.loader, self.spec, self.is_primary = loader, spec, is_primary
+        self.loader, self.spec, self.rank, self.is_primary = loader, spec, rank, rank == 0
+        self.num_images, self.saver = num_images, saver
+        self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
 
     def say(self, text: str) -> None:
-        """Print a line, once."""
+        """Print a line in the first process; the others append it to a file of their own."""
         if self.is_primary:
             say(text)
+        else:
+            self.run.logs.mkdir(exist_ok=True)
+            with (self.run.logs / f"rank-{self.rank}.log").open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
 
     def begin(
         self,
@@ -46,14 +79,14 @@ class Recorder:
         progress: Progress,
         *,
         state: dict[str, Any] | None,
-        num_images: tuple[int, int],
         new_parameters: list[str],
     ) -> None:
-        """Say what is trained and where it is kept, and write args.yaml.
+        """Say what is trained and where it is kept, clear up after a run that was killed, and write args.yaml.
+
+        A run that begins saves its state at once: what cannot be saved should not begin.
 
         Args:
             state: what the run goes on from; None: it begins.
-            num_images: to train and to evaluate on.
             new_parameters: those that no given weights cover.
         """
         if not self.is_primary:
@@ -61,8 +94,8 @@ class Recorder:
         config = self.config
         say(f"run: {self.run.path}")
         say(
-            f"data: {config.data_dir}, {len(self.loader.class_names)} classes, {num_images[0]:,} images to train and "
-            f"{num_images[1]:,} to evaluate on"
+            f"data: {config.data_dir}, {len(self.loader.class_names)} classes, {self.num_images[0]:,} images to train "
+            f"and {self.num_images[1]:,} to evaluate on"
         )
         parameters = list(step.plain_model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -78,55 +111,109 @@ class Recorder:
             for change in changed_settings(state["settings"], config.model_dump(mode="json")):
                 say(f"changed since: {change}")
         self.run.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.run.path, self.run.checkpoints):
+            remove_leftovers(folder)
+        for path in set_aside_later(self.run.checkpoints, epoch=progress.epoch, batch=progress.batch):
+            say(f"set aside, being later than where the run goes on: {path}")
+        self.track = open_trackers(
+            config, self.run.path, first_batch=progress.epoch * len(self.loader) + progress.batch
+        )
         config.save(self.run.args)
         if progress.summary:
             write_summary(self.run.summary, progress.summary)
+        if state is None:
+            self.save_state(step, progress)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Say the size of the images, where it is another than in the epoch before."""
+        size = size_in(epoch, self.config)
+        if size is not None and (epoch == 0 or size != size_in(epoch - 1, self.config)):
+            self.say(f"epoch {epoch} on images of {size}×{size} px")
 
     def end_epoch(self, result: EpochResult, step: TrainStep, progress: Progress, *, best: str | None) -> None:
         """Write the epoch's row, the raw weights to last/, those named `best` to best/, and the run's state."""
         progress.summary.append(result.row())
+        self.say(result.describe() + (f"  best ({best})" if best is not None else ""))
         if not self.is_primary:
             return
-        say(result.describe() + (f"  best ({best})" if best is not None else ""))
-        write_summary(self.run.summary, progress.summary)
-        self._save_weights(self.run.last, result, step, "raw")
+        if self.track is not None:
+            self.track(numbers_of(progress.summary[-1]), progress.epoch * len(self.loader))
+        snapshot = self._snapshot(step, progress)
+        tasks: dict[str, Callable[[], object]] = {
+            "summary": lambda: write_summary(self.run.summary, snapshot()["progress"]["summary"]),
+            "last": lambda: self._write_weights(self.run.last, result, step, snapshot, "raw"),
+        }
         if best is not None:
-            self._save_weights(self.run.best, result, step, best)
-            write_card(
-                self.run.card,
-                config=self.config,
-                class_names=self.loader.class_names,
-                img_size=self.spec.size,
-                epoch=result.epoch,
-                weights=best,
-                metrics=result.metrics[best],
-            )
-        self.save_state(step, progress)
+            tasks["best"] = lambda: self._write_best(result, step, snapshot, best)
+        # Last: a state is never ahead of the results that a run going on from it would not make again.
+        self.saver.save(tasks | {"state": lambda: self._write_state(snapshot)})
+
+    def end_update(self, step: TrainStep, progress: Progress) -> None:
+        """Begin to save the state, where the time has come."""
+        if self.is_primary and self.clock.is_due():
+            snapshot = self._snapshot(step, progress)
+            self.saver.save({"state": lambda: self._write_state(snapshot)})
 
     def end(self, progress: Progress) -> None:
-        """Say what came out."""
+        """Wait until all is written, and say what came out."""
+        self.saver.finish()
         if progress.best is not None:
             self.say(f"best {self.config.eval_metric} {progress.best:.4f}; the weights are in {self.run.best}")
 
+    def stop(self, request: StopRequest, step: TrainStep, progress: Progress) -> int:
+        """Save the state, as the run was asked to stop, and wait until it is written; returns the exit status."""
+        self.save_state(step, progress)
+        self.say(f"stopped; go on with --resume {self.run.path}")
+        return request.exit_code
+
     def save_state(self, step: TrainStep, progress: Progress) -> None:
-        """Write all that going on from here needs, and delete states that are too old."""
-        if not self.is_primary:
-            return
+        """Save the state and wait until it, and all before, is written."""
+        if self.is_primary:
+            snapshot = self._snapshot(step, progress)
+            self.saver.save({"state": lambda: self._write_state(snapshot)})
+            self.saver.finish()
+
+    def _snapshot(self, step: TrainStep, progress: Progress) -> Callable[[], dict[str, Any]]:
+        # One at a time is in memory.
+        self.saver.wait()
+        self.clock.restart()
         state = collect_state(
             step,
             progress,
             settings=self.config.model_dump(mode="json"),
             class_names=self.loader.class_names,
+            num_images=self.num_images[0],
             num_batches=len(self.loader),
         )
-        save_state(self.run.checkpoints, state, keep=self.config.checkpoint_hist, milestones=self.config.save_epochs)
+        return take_snapshot(state, step.ranks.device)
 
-    def _save_weights(self, folder: Path, result: EpochResult, step: TrainStep, which: str) -> None:
+    def _write_state(self, snapshot: Callable[[], dict[str, Any]]) -> None:
+        write_checkpoint(self.run.checkpoints, snapshot())
+        prune_checkpoints(self.run.checkpoints, keep=self.config.checkpoint_hist, milestones=self.config.save_epochs)
+
+    def _write_best(
+        self, result: EpochResult, step: TrainStep, snapshot: Callable[[], dict[str, Any]], which: str
+    ) -> None:
+        self._write_weights(self.run.best, result, step, snapshot, which)
+        write_card(
+            self.run.card,
+            config=self.config,
+            class_names=self.loader.class_names,
+            img_size=self.spec.size,
+            epoch=result.epoch,
+            weights=which,
+            metrics=result.metrics[which],
+        )
+
+    def _write_weights(
+        self, folder: Path, result: EpochResult, step: TrainStep, snapshot: Callable[[], dict[str, Any]], which: str
+    ) -> None:
         metrics = result.metrics.get(which)
         values = {} if metrics is None else {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss}
         save_classifier(
             folder,
             step.weights[which],
+            snapshot()[_STATE_DICTS[which]],
             class_names=self.loader.class_names,
             spec=self.spec,
             about={"version": linvit.__version__, "epoch": result.epoch, "weights": which, "metrics": values},

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from timm.models import safe_model_name
 
+from linvit.checkpoint import is_checkpoint, list_checkpoints, verify_checkpoint
 from linvit.training.config import TrainConfig
 from linvit.training.log import say
-from linvit.training.state import list_states, load_state
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A run's folder, and the file of the state it goes on from; None: it begins."""
+    """A run's folder, and the checkpoint it goes on from; None: it begins."""
 
     folder: Path
     state: Path | None = None
@@ -57,9 +57,15 @@ def _make_new_folder(folder: Path) -> Path:
 
 
 def _state_at(path: Path) -> Path:
-    """The state that `--resume PATH` means: a file, or the newest of a run's folder."""
-    if path.is_file():
+    """The checkpoint that `--resume PATH` means: itself, or the newest of a run's folder."""
+    if is_checkpoint(path):
+        verify_checkpoint(path)
         return path
+    if path.is_file():
+        raise ValueError(
+            f"--resume {path}: is a file; give a run's folder or one of its checkpoints/state-*, or start from its "
+            "weights by --pretrained-path"
+        )
     if not path.is_dir():
         raise ValueError(f"--resume {path}: there is no such file or folder")
     state = _newest_state(path)
@@ -69,14 +75,14 @@ def _state_at(path: Path) -> Path:
 
 
 def _newest_state(run: Path) -> Path | None:
-    """The newest state of a run that can be read; None where it has not come to save one."""
-    states = list_states(run / "checkpoints")
-    for path in reversed(states):
+    """The newest checkpoint of a run that is whole; None where it has not come to save one."""
+    found = list_checkpoints(run / "checkpoints")
+    for path in reversed(found):
         try:
-            load_state(path)
+            verify_checkpoint(path)
             return path
         except ValueError as error:
-            say(f"{error}; going back to the state before")
-    if states or (run / "best").exists():
+            say(f"{error}; going back to the one before")
+    if found or (run / "best").exists():
         raise ValueError(f"{run}: none of its training states can be read; choose another --experiment to begin anew")
     return None

@@ -1,25 +1,20 @@
-"""The state of a training run: all that going on from it needs, and the files it is kept in.
+"""The state of a training run: all that going on from it needs, as a dict of plain values and tensors.
 
-A file is a dict of plain values and tensors that `torch.load(path, weights_only=True)` reads; `state_dict` and
-`state_dict_ema` are where timm looks for weights.
+`linvit.checkpoint` keeps it on disk; `state_dict` and `state_dict_ema` are where timm has the weights, too.
 """
 
-import pickle
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import get_model_args, get_model_input_config
 
-from linvit.files import reason, write_file
+from linvit.files import reason
+from linvit.training.changes import check_settings
 from linvit.training.engine import TrainStep
 from linvit.training.metrics import Metrics, best_of, is_better
-
-FORMAT = 1
-_FILE_NAME = re.compile(r"state-(\d+)-(\d+)\.pth")
+from linvit.training.optim import load_optimizer, trained_names
 
 
 @dataclass
@@ -32,6 +27,9 @@ class Progress:
     # Of the losses of this epoch's updates so far.
     loss_sum: float = 0.0
     num_losses: int = 0
+    # Updates refused because loss or gradients were not finite: of the run, and in a row up to here.
+    num_bad: int = 0
+    bad_in_row: int = 0
     # The best value of eval_metric yet, and how many evaluations ago it was found.
     best: float | None = None
     evaluations_since_best: int = 0
@@ -57,48 +55,66 @@ class Progress:
 
     def end_epoch(self) -> float:
         """Move to the start of the next epoch; returns the mean loss of the one that is over."""
-        mean = self.loss_sum / max(self.num_losses, 1)
+        mean = self.loss_sum / self.num_losses if self.num_losses else math.nan
         self.epoch, self.batch, self.loss_sum, self.num_losses = self.epoch + 1, 0, 0.0, 0
         return mean
 
 
 def collect_state(
-    step: TrainStep, progress: Progress, *, settings: dict[str, Any], class_names: Sequence[str], num_batches: int
+    step: TrainStep,
+    progress: Progress,
+    *,
+    settings: dict[str, Any],
+    class_names: Sequence[str],
+    num_images: int,
+    num_batches: int,
 ) -> dict[str, Any]:
-    """The state of a run between two updates.
+    """The state of a run between two updates; its tensors are those in use, not copies.
 
     Args:
         settings: the run's configuration as plain values.
         class_names: name of every label.
+        num_images: images that there are to train on.
         num_batches: batches that a process sees in an epoch.
     """
     model = step.plain_model
     return {
-        "format": FORMAT,
         "arch": model.pretrained_cfg["architecture"],
         "model_args": get_model_args(model),
         "settings": settings,
         "class_names": list(class_names),
         "img_size": tuple(get_model_input_config(model)["input_size"][1:]),
         "world_size": step.ranks.world_size,
+        "num_images": num_images,
         "num_batches": num_batches,
         "progress": asdict(progress),
         "num_updates": step.num_updates,
         "num_skipped": step.num_skipped,
+        "images_at_once": step.micro_batches.size,
         "state_dict": model.state_dict(),
         "state_dict_ema": step.ema.module.state_dict() if step.ema is not None else None,
         "optimizer": step.optimizer.state_dict(),
+        "optimizer_names": trained_names(step.optimizer, model),
         "scaler": step.scaler.state_dict(),
+        "distillation": {} if step.distillation is None else step.distillation.state_dict(),
     }
 
 
 def restore_state(
-    state: dict[str, Any], step: TrainStep, *, class_names: Sequence[str], num_batches: int, with_optimizer: bool = True
+    state: dict[str, Any],
+    step: TrainStep,
+    *,
+    settings: dict[str, Any],
+    class_names: Sequence[str],
+    num_images: int,
+    num_batches: int,
+    with_optimizer: bool = True,
 ) -> Progress:
     """Put a run's model, average, optimizer and loss scaler back to `state`; returns how far it had come.
 
-    Raises ValueError where the state is of other classes or another model, or stands inside an epoch that is cut into
-    other batches now.
+    What the settings say of the optimizer (learning rate, weight decay, ...) stays as they say now. Raises ValueError
+    where the state is of other classes, another model or optimizer, or stands inside an epoch whose batches are others
+    now; several processes may have become more or fewer with the same total batch.
     """
     model = step.plain_model
     if list(class_names) != state["class_names"]:
@@ -107,69 +123,60 @@ def restore_state(
             f"({_listed(class_names)}); to begin anew from its weights use --pretrained-path"
         )
     progress = Progress(**state["progress"])
-    if progress.batch and (state["world_size"], state["num_batches"]) != (step.ranks.world_size, num_batches):
-        raise ValueError(
-            f"--resume: the state stands at batch {progress.batch} of {state['num_batches']} in each of "
-            f"{state['world_size']} processes, not of {num_batches} in each of {step.ranks.world_size}; keep the "
-            "number of processes and --batch-size, or resume from the end of an epoch (state-*-000000.pth)"
-        )
+    check_settings(state["settings"], settings, within_epoch=progress.batch > 0, with_optimizer=with_optimizer)
+    now = {"settings": settings, "world_size": step.ranks.world_size, "num_images": num_images}
+    _check_batches(state, now | {"num_batches": num_batches}, batch=progress.batch)
     try:
         model.load_state_dict(state["state_dict"])
         if step.ema is not None:
             averaged = state["state_dict_ema"]
             step.ema.module.load_state_dict(averaged if averaged is not None else state["state_dict"])
+        if step.distillation is not None:
+            step.distillation.load_state_dict(state["distillation"])
         if with_optimizer:
-            step.optimizer.load_state_dict(state["optimizer"])
+            names = trained_names(step.optimizer, model)
+            load_optimizer(step.optimizer, state["optimizer"], names=names, names_before=state["optimizer_names"])
             if step.scaler.is_enabled() and state["scaler"]:
                 step.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"--resume: the state is of another model or optimizer than asked for ({reason(error)}); "
-            "resume with the run's own options, its args.yaml"
+            "resume with the run's own args.yaml"
         ) from error
     step.num_updates, step.num_skipped = state["num_updates"], state["num_skipped"]
+    step.micro_batches.size = state["images_at_once"]
     if step.scheduler is not None:
         step.scheduler.step(progress.epoch)
         step.scheduler.step_update(step.num_updates)
     return progress
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run does otherwise, as "name: before → now"."""
-    ignored = {"resume", "output", "experiment", "stop_epoch"}
-    return [
-        f"{name}: {before.get(name)} → {value}"
-        for name, value in now.items()
-        if name not in ignored and before.get(name) != value
-    ]
+def _check_batches(before: dict[str, Any], now: dict[str, Any], *, batch: int) -> None:
+    """Raise ValueError where batches are cut otherwise than before and `batch`, or the schedule, would mean another."""
+    if batch:
+        here, there = _cut(now), _cut(before)
+        if here != there:
+            raise ValueError(
+                f"--resume: the state stands at batch {batch} of {there}, but now it would be of {here}; keep the data "
+                "and --batch-size times the number of processes, or resume from the end of an epoch (state-*-000000)"
+            )
+        group = now["settings"]["grad_accum_steps"]
+        if batch % group and batch != now["num_batches"]:
+            raise ValueError(
+                f"--resume: the state stands at batch {batch}, inside a group of --grad-accum-steps {group}; keep "
+                "--grad-accum-steps, or resume from the end of an epoch (state-*-000000)"
+            )
+    updates = [-(-each["num_batches"] // each["settings"]["grad_accum_steps"]) for each in (before, now)]
+    if now["settings"]["sched_on_updates"] and updates[0] != updates[1]:
+        raise ValueError(
+            f"--resume: an epoch had {updates[0]} updates and would have {updates[1]} now, which --sched-on-updates "
+            "counts: keep the data, --batch-size times the number of processes and --grad-accum-steps"
+        )
 
 
-def save_state(folder: Path, state: dict[str, Any], *, keep: int, milestones: Sequence[int]) -> Path:
-    """Write a state's file, then delete all but the newest `keep`; the states that end epochs in `milestones` stay."""
-    progress = state["progress"]
-    path = folder / f"state-{progress['epoch']:04d}-{progress['batch']:06d}.pth"
-    write_file(path, lambda file: torch.save(state, file))
-    kept_for_good = {f"state-{epoch + 1:04d}-000000.pth" for epoch in milestones}
-    for old in [each for each in list_states(folder) if each.name not in kept_for_good][:-keep]:
-        old.unlink()
-    return path
-
-
-def list_states(folder: Path) -> list[Path]:
-    """The files of states in a folder, the oldest first."""
-    found = [(match, path) for path in folder.glob("state-*.pth") if (match := _FILE_NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda each: tuple(map(int, each[0].groups())))]
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """The state in a file; ValueError where it is none, or not whole."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a training state: {reason(error)}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a training state of linvit; start from its weights by --pretrained-path")
-    return state
+def _cut(state: dict[str, Any]) -> str:
+    total = state["settings"]["batch_size"] * state["world_size"]
+    return f"{state['num_batches']} of {total} images each, from {state['num_images']:,}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ class EpochResult:
     lr: float
     # Updates that the fp16 loss scaler has left out since the run began.
     num_skipped: int
+    # Updates refused since the run began, because loss or gradients were not finite.
+    num_bad: int
     # images_per_second, data_wait (share of the time) and seconds.
     timing: Mapping[str, float]
     # Of the weights evaluated, "raw" and "ema"; empty in an epoch without evaluation.
@@ -39,13 +41,16 @@ class EpochResult:
         for weights, metrics in self.metrics.items():
             prefix = _PREFIXES[weights]
             row |= {f"{prefix}_loss": metrics.loss, f"{prefix}_top1": metrics.top1, f"{prefix}_top5": metrics.top5}
-        return row | {"lr": self.lr, "skipped_updates": self.num_skipped} | dict(self.timing)
+        counts = {"skipped_updates": self.num_skipped, "bad_updates": self.num_bad}
+        return row | {"lr": self.lr} | counts | dict(self.timing)
 
     def describe(self) -> str:
         """One line for people."""
         parts = [f"epoch {self.epoch}", f"train loss {self.train_loss:.4f}"]
         for weights, metrics in self.metrics.items():
             parts.append(f"{weights} top1 {metrics.top1:.2f} top5 {metrics.top5:.2f} loss {metrics.loss:.4f}")
+        if self.num_bad:
+            parts.append(f"{self.num_bad} bad updates")
         parts.append(f"{self.timing['images_per_second']:.1f} img/s")
         parts.append(f"data {self.timing['data_wait']:.0%}")
         parts.append(str(timedelta(seconds=round(self.timing["seconds"]))))

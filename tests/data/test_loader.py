@@ -173,13 +173,42 @@ def test_a_broken_image_is_named_in_one_sentence(workers: int, folder: ImageFold
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_may_be_left_out_and_is_named(workers: int, folder: ImageFolder) -> None:
+    whole = images_by_index(list(eval_loader(folder)))
+    for index in (4, 5, 6, 7, 9):
+        folder.path(index).write_bytes(b"")
+    batches = list(eval_loader(folder, workers=workers, on_bad_image="skip"))
+    assert [batch.unreadable for batch in batches] == [(), (4, 5, 6, 7), (9,), ()]
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2, 3], [], [8, 10, 11], [12]]
+    assert batches[1].images.shape == (0, 3, 24, 32)
+    assert batches[1].labels.dtype == torch.int64
+    for batch in batches:
+        assert batch.labels.tolist() == [folder.label(index) for index in batch.indices]
+        for index, image in zip(batch.indices.tolist(), batch.images):
+            assert torch.equal(image, whole[index])
+
+
+def test_leaving_an_image_out_does_not_change_the_others(folder: ImageFolder) -> None:
+    whole = images_by_index(list(train_loader(folder)))
+    lost = next(iter(whole))
+    folder.path(lost).unlink()
+    batches = list(train_loader(folder, on_bad_image="skip"))
+    found = images_by_index(batches)
+    assert found.keys() == whole.keys() - {lost}
+    assert all(torch.equal(image, whole[index]) for index, image in found.items())
+    assert batches[0].unreadable == (lost,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_failing_augmentation_names_the_image(workers: int, make_folder: MakeFolder) -> None:
     data = make_folder({"train": {"a": 4}})
     own = data / "own.yaml"
     A.save(A.Compose([A.RandomCrop(height=64, width=64)]), own, data_format="yaml")
     folder = open_folder(data, split="train")
     augment = AugmentOptions(aug_file=own)
-    loader = create_train_loader(folder, augment, SPEC, batch_size=2, seed=0, workers=workers, device="cpu")
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "workers": workers, "device": "cpu"}
+    # The images are sound, so that none is left out.
+    loader = create_train_loader(folder, augment, SPEC, on_bad_image="skip", **settings)
     with pytest.raises(ValueError, match=r"\.png: the augmentation fails: CropSizeError: "):
         list(loader)
 

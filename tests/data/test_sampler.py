@@ -1,6 +1,12 @@
 """Batches cover an epoch over any number of ranks; every sample has a random state of its own."""
 
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
 import pytest
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from linvit.data.sampler import EvalSampler, TrainSampler, sample_generators
 
@@ -13,7 +19,7 @@ def train_batches(
         TrainSampler(num_images, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    return [[[index for _, index in batch] for batch in sampler.batches(epoch)] for sampler in samplers]
+    return [[[key.image for key in batch] for batch in sampler.batches(epoch)] for sampler in samplers]
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
@@ -54,7 +60,7 @@ def test_starting_in_the_middle(first: int) -> None:
 
 def test_keys_carry_the_epoch() -> None:
     sampler = TrainSampler(8, batch_size=8, seed=0, rank=0, world_size=1)
-    assert {epoch for batch in sampler.batches(5) for epoch, _ in batch} == {5}
+    assert {key.epoch for batch in sampler.batches(5) for key in batch} == {5}
 
 
 def test_fewer_images_than_a_batch_are_refused() -> None:
@@ -68,19 +74,90 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
 @pytest.mark.parametrize("num_images", [1, 5, 12])
 def test_evaluation_sees_every_image_once(num_images: int, world_size: int) -> None:
     samplers = [EvalSampler(num_images, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
-    ranks = [[[index for _, index in batch] for batch in sampler.batches(0)] for sampler in samplers]
+    ranks = [[[key.image for key in batch] for batch in sampler.batches(0)] for sampler in samplers]
     assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(num_images))
     assert [len(sampler) for sampler in samplers] == [len(batches) for batches in ranks]
     assert sum(sampler.num_drawn for sampler in samplers) == num_images
 
 
 def test_every_sample_has_numbers_of_its_own() -> None:
-    def first_numbers(seed: int, epoch: int, index: int) -> tuple[float, float]:
-        generator, python = sample_generators(seed, epoch, index)
+    def first_numbers(*key: int) -> tuple[float, float]:
+        generator, python = sample_generators(*key)
         return generator.random(), python.random()
 
-    keys = [(seed, epoch, index) for seed in (0, 1, 2**40) for epoch in (0, 1, 2) for index in range(50)]
+    keys = list(itertools.product((0, 1, 2**40), (0, 1, 2), range(20), (0, 1, 2)))
     drawn = [number for key in keys for number in first_numbers(*key)]
     assert len(set(drawn)) == 2 * len(keys)
-    assert first_numbers(3, 4, 5) == first_numbers(3, 4, 5)
+    assert first_numbers(3, 4, 5, 1) == first_numbers(3, 4, 5, 1)
+    # The first showing of an image is the only one where nothing is repeated.
+    assert first_numbers(3, 4, 5) == first_numbers(3, 4, 5, 0)
     assert 0.4 < sum(drawn) / len(drawn) < 0.6
+
+
+def drawn_keys(num_images: int, *, batch_size: int = 8, world_size: int = 1, epoch: int = 0, **how: Any) -> list:
+    """The keys of an epoch by total batch, each with those of all ranks in turn."""
+    samplers = [
+        TrainSampler(num_images, batch_size=batch_size, seed=7, rank=rank, world_size=world_size, **how)
+        for rank in range(world_size)
+    ]
+    return [[key for part in parts for key in part] for parts in zip(*(each.batches(epoch) for each in samplers))]
+
+
+@pytest.mark.parametrize("num_images", [40, 300, 1024])
+@pytest.mark.parametrize("repeats", [2.0, 2.5, 3.0])
+def test_repeated_images_are_as_many_as_those_of_timm(num_images: int, repeats: float) -> None:
+    timms = RepeatAugSampler(range(num_images), num_replicas=1, rank=0, num_repeats=repeats)
+    ours = [key for batch in drawn_keys(num_images, repeats=repeats) for key in batch]
+    # Both then leave out what does not fill a batch.
+    assert len(ours) == len(timms) // 8 * 8
+    times = sorted(Counter(key.image for key in ours).values())
+    expected = sorted(Counter(list(timms)[: len(ours)]).values())
+    assert times == expected
+    assert len({(key.image, key.repeat) for key in ours}) == len(ours)
+    assert {key.repeat for key in ours} == set(range(int(np.ceil(repeats))))
+
+
+def test_repeats_of_an_image_come_together_and_epochs_differ() -> None:
+    keys = [key for batch in drawn_keys(24, repeats=3.0) for key in batch]
+    for first in range(0, 24, 3):
+        assert len({key.image for key in keys[first : first + 3]}) == 1
+        assert [key.repeat for key in keys[first : first + 3]] == [0, 1, 2]
+    assert keys != [key for batch in drawn_keys(24, repeats=3.0, epoch=1) for key in batch]
+
+
+def test_a_batch_larger_than_the_round_number_is_drawn_all_the_same() -> None:
+    assert len(drawn_keys(400, batch_size=300, repeats=3.0)) == 1
+
+
+LABELS = [0] * 50 + [1] * 7 + [2] * 3
+
+
+def test_balanced_classes_are_drawn_equally() -> None:
+    keys = [key for batch in drawn_keys(60, batch_size=60, labels=LABELS) for key in batch]
+    assert Counter(LABELS[key.image] for key in keys) == {0: 20, 1: 20, 2: 20}
+    for label, members in ((0, 50), (1, 7), (2, 3)):
+        times = Counter(key.image for key in keys if LABELS[key.image] == label)
+        assert max(times.values()) == -(-20 // members)
+        assert max(times.values()) - min(times.values()) <= 1
+    # Each showing of an image is augmented anew.
+    assert len(set(keys)) == 60
+    assert [LABELS[key.image] for key in keys] != sorted(LABELS[key.image] for key in keys)
+
+
+def test_over_epochs_a_large_class_is_seen_whole_and_extra_draws_go_round() -> None:
+    labels = LABELS[:59]
+    epochs = [drawn_keys(59, batch_size=59, epoch=epoch, labels=labels)[0] for epoch in range(20)]
+    assert {key.image for keys in epochs for key in keys} == set(range(59))
+    counts = [Counter(LABELS[key.image] for key in keys) for keys in epochs]
+    assert {count[label] for count in counts for label in range(3)} == {19, 20}
+    assert len({label for count in counts for label in range(3) if count[label] == 19}) == 3
+
+
+@pytest.mark.parametrize("how", [{"labels": LABELS}, {"repeats": 3.0}])
+def test_repeats_and_balance_are_the_same_for_any_number_of_ranks(how: dict) -> None:
+    alone = drawn_keys(60, batch_size=12, **how)
+    assert alone == drawn_keys(60, batch_size=12, **how)
+    assert alone == drawn_keys(60, batch_size=6, world_size=2, **how)
+    assert alone == drawn_keys(60, batch_size=4, world_size=3, **how)
+    sampler = TrainSampler(60, batch_size=12, seed=7, rank=0, world_size=1, **how)
+    assert list(sampler.batches(0, 2)) == alone[2:]

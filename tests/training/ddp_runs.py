@@ -1,8 +1,9 @@
-"""Three runs in each of two processes, for test_distributed.py.
+"""Runs in each of two processes, for test_distributed.py.
 
-    torchrun --nproc-per-node 2 ddp_runs.py DATA OUTPUT PORT PORT
+    torchrun --nproc-per-node 2 ddp_runs.py DATA BROKEN OUTPUT PORT ...
 
-A whole one; one that process 1 alone is asked to stop; one in which the loss of process 1 alone becomes NaN.
+A whole one; one that process 1 alone is asked to stop; one in which the loss of process 1 alone becomes NaN; one in
+which process 1 alone runs out of memory; and one on the images of BROKEN, of which many cannot be read.
 """
 
 import json
@@ -12,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tiny_runs import train
 
 from linvit.training.engine import TrainStep
+from linvit.vit import LinformerViT
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
@@ -26,35 +29,55 @@ SETTINGS: dict[str, Any] = {
     "model_ema": True,
     "model_ema_warmup": True,
 }
+# What is another in each run.
+RUNS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "stopped": {},
+    "nan": {"max_bad_steps": 1},
+    "memory": {},
+    "unreadable": {"batch_size": 1, "on_bad_image": "skip"},
+}
 
 
-def disturbed(backward: Any, rank: int, how: str) -> Any:
-    """`backward` that once, in process 1, asks to stop or makes the images NaN."""
+def disturbed(backward: Any, how: str) -> Any:
+    """`backward` that once asks to stop or makes the images NaN."""
     calls = 0
 
     def call(self: TrainStep, images: Any, labels: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
-        if rank == 1 and calls == 1:
-            if how == "stop":
-                signal.raise_signal(signal.SIGTERM)
-            else:
-                images.fill_(float("nan"))
+        if calls == 1 and how == "stopped":
+            signal.raise_signal(signal.SIGTERM)
+        if calls == 1 and how == "nan":
+            images.fill_(float("nan"))
         backward(self, images, labels, **kwargs)
 
     return call
 
 
+def limited(forward: Any) -> Any:
+    """`forward` that runs out of memory with more than two images in training."""
+
+    def call(self: LinformerViT, images: torch.Tensor) -> torch.Tensor:
+        if self.training and len(images) > 2:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(self, images)
+
+    return call
+
+
 if __name__ == "__main__":
-    data, output, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-    backward = TrainStep.backward
+    data, broken, output, rank = *map(Path, sys.argv[1:4]), int(os.environ["RANK"])
+    backward, forward = TrainStep.backward, LinformerViT.forward
     statuses = {}
-    for experiment, port in zip(("whole", "stopped", "nan"), (None, *sys.argv[3:])):
+    for experiment, port in zip(RUNS, (None, *sys.argv[4:])):
         if port is not None:
             # torchrun's own meeting place knows the addresses of the run before, so each further run gets a new one.
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
-            TrainStep.backward = disturbed(backward, rank, "stop" if experiment == "stopped" else "nan")
-        statuses[experiment] = train(data, output, experiment, **SETTINGS)
+        TrainStep.backward = disturbed(backward, experiment) if rank == 1 else backward
+        LinformerViT.forward = limited(forward) if (experiment, rank) == ("memory", 1) else forward
+        images = broken if experiment == "unreadable" else data
+        statuses[experiment] = train(images, output, experiment, **SETTINGS | RUNS[experiment])
         if dist.is_initialized():
             dist.destroy_process_group()
     (output / f"statuses-{rank}.json").write_text(json.dumps(statuses))

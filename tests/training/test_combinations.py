@@ -33,6 +33,17 @@ from linvit.training.config import TrainConfig
         ({"cutmix_minmax": (0.8, 0.2)}, "cutmix_minmax [0.8, 0.2] must rise"),
         ({"mixup_off_epoch": 5}, "mixup_off_epoch has nothing to turn off"),
         ({"mixup": 0.2, "batch_size": 5}, "batch_size 5 must be even"),
+        ({"aug_repeats": 0.5}, "takes at least 1, or 0 for none"),
+        ({"aug_repeats": 2.0, "sampler": "balanced"}, "aug_repeats and sampler balanced both"),
+        ({"class_weights": "balanced", "sampler": "balanced"}, "both even out the classes"),
+        ({"class_weights": "balanced", "bce_loss": True}, "class_weights weighs the classes of cross-entropy"),
+        ({"train_img_sizes": ()}, "train_img_sizes takes at least one size"),
+        ({"train_img_sizes": (160, 192), "img_size": (224,)}, "set img_size to 192"),
+        ({"train_img_sizes": (160, 192), "epochs": 1, "warmup_epochs": 0}, "has 2 sizes for 1 epochs"),
+        ({"distill_weight": 0.2}, "distill_weight does nothing without distill_teacher"),
+        ({"distill_teacher": "a", "distill_mode": "features", "patch_drop": 0.5}, "remove patch_drop"),
+        ({"distill_teacher": "a", "distill_mode": "features", "distill_temperature": 2.0}, "set distill_mode logits"),
+        ({"wandb_project": "a"}, "wandb_project does nothing without log_wandb"),
         ({"aug_file": Path("a.yaml"), "vflip": 0.5}, "aug_file replaces the whole training pipeline"),
     ],
 )
@@ -46,5 +57,8 @@ def test_possible_combinations_are_taken():
     TrainConfig(epochs=3, warmup_prefix=True)
     TrainConfig(lr=1e-6, warmup_epochs=0)
     TrainConfig(bce_loss=True, bce_target_thresh=0.0)
+    TrainConfig(aug_repeats=1.0, sampler="balanced")
+    TrainConfig(class_weights="weights.yaml", sampler="balanced")
+    TrainConfig(train_img_sizes=(160, 192), img_size=(192,))
     TrainConfig(model="local-dir:run/best", k=8)
     TrainConfig(amp=True, amp_dtype="float16", device="cuda")

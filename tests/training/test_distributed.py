@@ -3,19 +3,22 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from ddp_runs import SETTINGS
+from ddp_runs import RUNS, SETTINGS
 from tiny_runs import make_images, read_state, read_summary, train
 
 from linvit.evaluate import evaluate_command
 from linvit.evaluate_options import EvalOptions
-from linvit.training.distributed import choose_device, on_primary, sum_over_ranks, usable_workers
+from linvit.training import distributed
+from linvit.training.distributed import choose_device, joined_ranks, on_primary, sum_over_ranks, usable_workers
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -35,27 +38,46 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that ddp_runs.py has filled."""
-    output = tmp_path_factory.mktemp("ddp")
-    first, *further = free_ports(3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", first]
-    command += [str(HERE / "ddp_runs.py"), str(data), str(output), *further]
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which two in three of the training set cannot be read, and one to evaluate on."""
+    folder = make_images(tmp_path_factory.mktemp("broken"))
+    for path in [*folder.glob("train/*/[0-4].png"), folder / "val/green/1.png"]:
+        path.write_bytes(b"")
+    return folder
+
+
+def torchrun(port: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += [str(HERE / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that ddp_runs.py has filled."""
+    output = tmp_path_factory.mktemp("ddp")
+    first, *further = free_ports(len(RUNS))
+    done = torchrun(first, "ddp_runs.py", data, broken, output, *further)
     assert done.returncode == 0, done.stderr
     return output
 
 
 def test_one_process_writes_for_both(runs: Path) -> None:
     assert [row["epoch"] for row in read_summary(runs / "whole")] == ["0", "1"]
-    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == ["nan", "stopped", "whole"]
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == sorted(RUNS)
+
+
+def test_other_processes_have_a_log_each(runs: Path) -> None:
+    assert [path.name for path in (runs / "whole/logs").iterdir()] == ["rank-1.log"]
+    lines = (runs / "whole/logs/rank-1.log").read_text().splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("epoch")] == ["epoch 0", "epoch 1"]
 
 
 def test_two_processes_train_as_one_with_batches_of_both(runs: Path, data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, **SETTINGS | {"batch_size": 8}) == 0
-    alone, together = (read_state(run, "state-0002-000000.pth") for run in (tmp_path / "run", runs / "whole"))
+    alone, together = (read_state(run, "state-0002-000000") for run in (tmp_path / "run", runs / "whole"))
     for name, weight in alone["state_dict"].items():
         torch.testing.assert_close(together["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
     for one, two in zip(alone["progress"]["summary"], together["progress"]["summary"]):
@@ -75,14 +97,97 @@ def test_two_processes_evaluate_as_one(runs: Path, data: Path, tmp_path: Path) -
 def test_a_wish_to_stop_in_one_process_stops_both_at_the_same_batch(runs: Path) -> None:
     statuses = [json.loads((runs / f"statuses-{rank}.json").read_text()) for rank in (0, 1)]
     assert [each["stopped"] for each in statuses] == [143, 143]
-    assert [path.name for path in (runs / "stopped/checkpoints").iterdir()] == ["state-0000-000002.pth"]
+    names = sorted(path.name for path in (runs / "stopped/checkpoints").iterdir())
+    assert names == ["state-0000-000000", "state-0000-000002"]
+
+
+def test_a_run_of_two_processes_goes_on_with_one_in_the_middle_of_an_epoch(
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "stopped", tmp_path / "stopped")
+    assert train(data, tmp_path, "stopped", resume="auto", **SETTINGS) == 1
+    error = capsys.readouterr().err
+    assert "at batch 2 of 3 of 8 images each, from 24, but now it would be of 6 of 4 images each, from 24" in error
+    assert train(data, tmp_path, "stopped", resume="auto", **SETTINGS | {"batch_size": 8}) == 0
+    alone, together = (read_state(run, "state-0002-000000") for run in (tmp_path / "stopped", runs / "whole"))
+    for name, weight in alone["state_dict"].items():
+        torch.testing.assert_close(together["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_in_one_process_stops_both_before_the_step(runs: Path) -> None:
     statuses = [json.loads((runs / f"statuses-{rank}.json").read_text()) for rank in (0, 1)]
     assert [each["whole"] for each in statuses] == [0, 0]
     assert [each["nan"] for each in statuses] == [1, 1]
-    assert list((runs / "nan/checkpoints").iterdir()) == []
+    assert [path.name for path in (runs / "nan/checkpoints").iterdir()] == ["state-0000-000000"]
+    state = read_state(runs / "nan", "state-0000-000000")
+    assert all(weight.isfinite().all() for weight in state["state_dict"].values())
+
+
+def test_memory_that_runs_out_in_one_process_makes_both_go_on_in_parts(runs: Path) -> None:
+    halved, whole = (read_state(runs / name, "state-0002-000000") for name in ("memory", "whole"))
+    assert (halved["images_at_once"], whole["images_at_once"]) == (2, None)
+    for name, weight in whole["state_dict"].items():
+        torch.testing.assert_close(halved["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+    lines = (runs / "memory/logs/rank-1.log").read_text().splitlines()
+    assert [line for line in lines if "out of memory" in line] == [
+        "out of memory with 4 images at once: going on with 2 at a time, in batches as before"
+    ]
+
+
+def test_images_left_out_in_one_process_weigh_as_with_one(runs: Path, broken: Path, tmp_path: Path) -> None:
+    assert train(broken, tmp_path, **SETTINGS | RUNS["unreadable"] | {"batch_size": 2}) == 0
+    alone, together = (read_state(run, "state-0002-000000") for run in (tmp_path / "run", runs / "unreadable"))
+    assert together["num_updates"] == alone["num_updates"]
+    for name, weight in alone["state_dict"].items():
+        torch.testing.assert_close(together["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+    lists = [(run / "bad_images.txt").read_text() for run in (tmp_path / "run", runs / "unreadable")]
+    assert (
+        lists[0] == lists[1] == "".join(f"{path}\n" for path in sorted(broken.glob("*/*/*")) if not path.stat().st_size)
+    )
+
+
+def test_a_process_that_fails_ends_the_others_and_has_the_last_word(data: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = torchrun(*free_ports(1), "ddp_failure.py", data, tmp_path)
+    assert time.monotonic() - started < 60
+    assert done.returncode == 1
+    assert "error: rank 1: image 7 bites\n" in done.stderr
+    assert "[rank1]: Traceback" not in done.stderr
+    # torchrun's own report is the end of it.
+    cause = done.stderr.split("Root Cause")[1]
+    assert "(local_rank: 1)" in cause
+    assert "traceback : rank 1: image 7 bites\n" in cause
+
+
+def failure(error: Exception, monkeypatch: pytest.MonkeyPatch, report: Path) -> Exception:
+    """What leaves `joined_ranks` in the second of two processes where `error` is raised."""
+    joined = {"device": "cpu", "global_rank": 1, "local_rank": 1, "world_size": 2}
+    monkeypatch.setattr(distributed, "init_distributed_device_so", lambda device: joined)
+    monkeypatch.setattr(distributed, "SECONDS_TO_SPEAK_LAST", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    with pytest.raises(Exception) as raised, joined_ranks("cpu"):
+        raise error
+    return raised.value
+
+
+def test_what_ends_a_process_names_its_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = tmp_path / "error.json"
+    for mistake in (ValueError("no such image"), OSError("no such image")):
+        found = failure(mistake, monkeypatch, report)
+        assert isinstance(found, ValueError)
+        assert str(found) == "rank 1: no such image"
+        assert json.loads(report.read_text())["message"]["message"] == "rank 1: no such image"
+    bug = KeyError("bug")
+    assert failure(bug, monkeypatch, report) is bug
+    assert bug.__notes__ == ["in the process of rank 1"]
+    assert "KeyError: 'bug'" in json.loads(report.read_text())["message"]["message"]
+
+
+def test_losing_the_others_is_not_taken_for_the_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    found = failure(lost, monkeypatch, tmp_path / "error.json")
+    assert str(found) == "rank 1: another process has failed, and its own message says why"
+    assert not (tmp_path / "error.json").exists()
 
 
 def test_alone_nothing_is_exchanged() -> None:

@@ -3,60 +3,11 @@ import math
 from typing import Any
 
 import pytest
-import timm
 import torch
-from torch import Tensor
+from tiny_runs import assert_same
+from tiny_steps import build_step, random_batch, weights_of
 
-from linvit.training.config import TrainConfig
-from linvit.training.distributed import Ranks
-from linvit.training.engine import NonFiniteLossError, TrainStep
-from linvit.training.loss import create_loss, create_mixup
-from linvit.training.optim import create_ema, create_optimizer, create_schedule
-from linvit.training.signals import StopRequest
-
-CLASSES = 3
-
-
-def build_step(*, updates_per_epoch: int = 4, **settings: Any) -> TrainStep:
-    config = TrainConfig.model_validate(
-        {"data_dir": "data", "lr": 1e-2, "opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "smoothing": 0.0}
-        | {"epochs": 2, "warmup_epochs": 0, "batch_size": 4}
-        | settings
-    )
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=16,
-        depth=1,
-        num_heads=2,
-        num_classes=CLASSES,
-    )
-    optimizer = create_optimizer(model, config, lr=1e-2)
-    scheduler, _ = create_schedule(optimizer, config, updates_per_epoch=updates_per_epoch)
-    step = TrainStep(
-        model,
-        model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        ema=create_ema(model, config),
-        mixup=create_mixup(config, num_classes=CLASSES),
-        loss_fn=create_loss(config),
-        config=config,
-        ranks=Ranks(torch.device("cpu")),
-        stop=StopRequest(),
-    )
-    step.start_epoch(0)
-    return step
-
-
-def random_batch(size: int = 4) -> tuple[Tensor, Tensor]:
-    return torch.randn(size, 3, 16, 16), torch.randint(0, CLASSES, (size,))
-
-
-def weights_of(step: TrainStep) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in step.plain_model.state_dict().items()}
+from linvit.training.engine import TrainStep
 
 
 def single_update(step: TrainStep) -> float:
@@ -77,31 +28,108 @@ def test_a_group_of_batches_updates_as_one_large_batch(group_size: int) -> None:
         torch.testing.assert_close(accumulated.plain_model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def everything_of(step: TrainStep) -> dict[str, Any]:
+    """Copies of all that an update changes."""
+    return copy.deepcopy(
+        {
+            "weights": step.plain_model.state_dict(),
+            "average": step.ema.module.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(),
+            "num_updates": step.num_updates,
+            "num_skipped": step.num_skipped,
+        }
+    )
+
+
+@pytest.mark.parametrize("amp", [{}, {"amp": True, "amp_dtype": "float16"}], ids=["float32", "float16"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_anything_changes(poison: float) -> None:
-    step = build_step(opt="adamw", model_ema=True)
+def test_a_loss_that_is_not_finite_changes_nothing(poison: float, amp: dict[str, Any]) -> None:
+    step = build_step(opt="adamw", model_ema=True, sched_on_updates=True, **amp)
     single_update(step)
-    before, average = weights_of(step), copy.deepcopy(step.ema.module.state_dict())
-    moments = copy.deepcopy(step.optimizer.state_dict())
+    before = everything_of(step)
     images, labels = random_batch()
     images[0, 0, 0, 0] = poison
     step.backward(images, labels, group_size=1, closes_group=True)
-    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at update 2; .* lower --lr"):
-        step.update()
-    assert all(torch.equal(before[name], weight) for name, weight in step.plain_model.state_dict().items())
-    assert all(torch.equal(average[name], weight) for name, weight in step.ema.module.state_dict().items())
-    for index, state in step.optimizer.state_dict()["state"].items():
-        assert all(torch.equal(moments["state"][index][name], value) for name, value in state.items())
-    assert step.num_updates == 1
+    update = step.update()
+    assert (update.outcome, update.has_loss, update.bad_batches) == ("refused", False, (0,))
+    assert math.isnan(update.loss)
+    assert_same(everything_of(step), before)
+    # The next batch is not touched by it.
+    single_update(step)
+    assert step.num_updates == 2
+    assert all(weight.isfinite().all() for weight in weights_of(step).values())
 
 
-def test_nan_in_any_batch_of_a_group_is_found() -> None:
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [{}, {"clip_grad": 1.0}, {"clip_grad": 1.0, "clip_mode": "agc"}])
+def test_gradients_that_are_not_finite_change_nothing(poison: float, clip: dict[str, Any]) -> None:
+    step = build_step(opt="adamw", model_ema=True, sched_on_updates=True, **clip)
+    single_update(step)
+    before = everything_of(step)
+    step.backward(*random_batch(), group_size=1, closes_group=True)
+    step.plain_model.head.weight.grad[0, 0] = poison
+    update = step.update()
+    assert (update.outcome, update.has_loss, update.bad_batches) == ("refused", False, ())
+    assert math.isfinite(update.loss)
+    assert not math.isfinite(update.gradient_norm)
+    assert_same(everything_of(step), before)
+
+
+def test_the_batch_of_a_group_that_is_bad_is_told() -> None:
     step = build_step()
     images, labels = random_batch()
-    step.backward(images * math.nan, labels, group_size=2, closes_group=False)
-    step.backward(images, labels, group_size=2, closes_group=True)
-    with pytest.raises(NonFiniteLossError):
-        step.update()
+    step.backward(images, labels, group_size=3, closes_group=False)
+    step.backward(images * math.nan, labels, group_size=3, closes_group=False)
+    step.backward(images, labels, group_size=3, closes_group=True)
+    assert step.update().bad_batches == (1,)
+
+
+def test_gradients_that_float16_does_not_explain_are_refused() -> None:
+    step = build_step(amp=True, amp_dtype="float16")
+    outcomes = []
+    for _ in range(18):
+        step.backward(*random_batch(), group_size=1, closes_group=True)
+        step.plain_model.head.weight.grad[0, 0] = math.nan
+        outcomes.append(step.update().outcome)
+    # The scale begins at 2**16 and is halved each time.
+    assert outcomes == ["skipped"] * 16 + ["refused"] * 2
+
+
+def test_the_norm_is_that_of_the_gradients_before_clipping_and_scaling() -> None:
+    images, labels = random_batch()
+    plain = build_step()
+    plain.backward(images, labels, group_size=1, closes_group=True)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in plain.plain_model.parameters()])
+    for settings in ({}, {"clip_grad": 1e-3}, {"amp": True, "amp_dtype": "float16"}):
+        step = build_step(**settings)
+        step.backward(images, labels, group_size=1, closes_group=True)
+        assert step.update().gradient_norm == pytest.approx(gradients.norm().item(), rel=2e-2 if settings else 1e-5)
+
+
+def test_every_image_of_a_group_weighs_the_same_where_batches_lack_some() -> None:
+    lacking, whole = build_step(), build_step(batch_size=5)
+    images, labels = random_batch(5)
+    lacking.backward(images[:1], labels[:1], group_size=3, closes_group=False)
+    lacking.backward(images[:0], labels[:0], group_size=3, closes_group=False)
+    lacking.backward(images[1:], labels[1:], group_size=3, closes_group=True)
+    whole.backward(images, labels, group_size=1, closes_group=True)
+    one, other = lacking.update(), whole.update()
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-5)
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(lacking)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_without_images_is_passed_over() -> None:
+    step = build_step(opt="adamw", model_ema=True)
+    single_update(step)
+    before = everything_of(step)
+    images, labels = random_batch(0)
+    step.backward(images, labels, group_size=1, closes_group=True)
+    update = step.update()
+    assert (update.outcome, update.has_loss) == ("empty", False)
+    assert_same(everything_of(step), before)
 
 
 def test_a_step_that_the_scaler_skips_moves_nothing() -> None:

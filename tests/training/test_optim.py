@@ -6,7 +6,15 @@ import torch
 
 from linvit.training.config import TrainConfig
 from linvit.training.freeze import freeze
-from linvit.training.optim import create_ema, create_optimizer, create_schedule, current_lr, learning_rate
+from linvit.training.optim import (
+    create_ema,
+    create_optimizer,
+    create_schedule,
+    current_lr,
+    learning_rate,
+    load_optimizer,
+    trained_names,
+)
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
 
 
@@ -89,3 +97,52 @@ def test_the_average_begins_at_the_weights() -> None:
     ema = create_ema(model, EmaOptions(model_ema=True))
     assert all(torch.equal(a, b) for a, b in zip(ema.module.parameters(), model.parameters()))
     assert not ema.module.training
+
+
+def trained(model: Any, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer that has made two steps."""
+    optimizer = create_optimizer(model, OptimizerOptions(**options), lr=options.pop("lr", 1e-2))
+    for _ in range(2):
+        model(torch.ones(1, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def reloaded(optimizer: torch.optim.Optimizer, model: Any, **options: Any) -> torch.optim.Optimizer:
+    names = trained_names(optimizer, model)
+    saved = optimizer.state_dict()
+    other = create_optimizer(model, OptimizerOptions(**options), lr=1e-3)
+    load_optimizer(other, saved, names=trained_names(other, model), names_before=names)
+    return other
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"layer_decay": 0.5}, {"weight_decay": 0.3}])
+def test_an_optimizer_goes_on_in_other_groups_by_the_names_of_its_parameters(options: dict[str, Any]) -> None:
+    model = tiny_vit()
+    before = trained(model)
+    after = reloaded(before, model, **options)
+    assert trained_names(after, model) != trained_names(before, model) or options == {"weight_decay": 0.3}
+    for parameter in model.parameters():
+        assert torch.equal(before.state[parameter]["exp_avg"], after.state[parameter]["exp_avg"])
+    expected = create_optimizer(model, OptimizerOptions(**options), lr=1e-3)
+    for own, fresh in zip(after.param_groups, expected.param_groups):
+        assert {key: own.get(key) for key in ("lr", "weight_decay", "lr_scale")} == {
+            key: fresh.get(key) for key in ("lr", "weight_decay", "lr_scale")
+        }
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adan", "lookahead_adamw"])
+def test_steps_that_an_optimizer_counts_in_its_groups_are_kept(opt: str) -> None:
+    model = tiny_vit()
+    key = "lookahead_step" if opt.startswith("lookahead") else "step"
+    optimizer = reloaded(trained(model, opt=opt), model, opt=opt)
+    assert {int(group[key]) for group in optimizer.param_groups} == {2}
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model = tiny_vit()
+    optimizer = trained(model)
+    freeze(model, ["blocks.0", "patch_embed"])
+    with pytest.raises(ValueError, match=r"blocks\.0\..*, patch_embed\.proj\.bias.* are trained in one of them alone"):
+        reloaded(optimizer, model)

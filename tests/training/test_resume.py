@@ -2,10 +2,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from linvit.checkpoint import write_checkpoint
 from linvit.training.config import TrainConfig
 from linvit.training.resume import StartingPoint, choose_start
-from linvit.training.state import save_state
 
 
 def config(output: Path, **settings: Any) -> TrainConfig:
@@ -20,8 +21,9 @@ def make_run(folder: Path, *epochs: int) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "args.yaml").touch()
     for epoch in epochs:
-        save_state(
-            folder / "checkpoints", {"format": 1, "progress": {"epoch": epoch, "batch": 0}}, keep=9, milestones=[]
+        progress = {"epoch": epoch, "batch": 0}
+        write_checkpoint(
+            folder / "checkpoints", {"progress": progress, "state_dict": {"a": torch.ones(2)}, "state_dict_ema": None}
         )
     return folder
 
@@ -42,7 +44,7 @@ def test_auto_goes_on_from_the_newest_state_or_begins(tmp_path: Path) -> None:
     assert start(tmp_path, resume="auto") == StartingPoint(tmp_path / "run")
     make_run(tmp_path / "other", 1, 2, 10)
     found = start(tmp_path, resume="auto", experiment="other")
-    assert found == StartingPoint(tmp_path / "other", tmp_path / "other/checkpoints/state-0010-000000.pth")
+    assert found == StartingPoint(tmp_path / "other", tmp_path / "other/checkpoints/state-0010-000000")
 
 
 def test_auto_begins_again_in_a_folder_that_has_nothing_yet(tmp_path: Path) -> None:
@@ -50,17 +52,24 @@ def test_auto_begins_again_in_a_folder_that_has_nothing_yet(tmp_path: Path) -> N
     assert start(tmp_path, resume="auto") == StartingPoint(tmp_path / "run")
 
 
-def test_auto_goes_back_past_a_broken_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "manifest.json"])
+def test_auto_goes_back_past_a_broken_state(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", 1, 2)
-    newest = run / "checkpoints/state-0002-000000.pth"
+    newest = run / "checkpoints/state-0002-000000" / name
     newest.write_bytes(newest.read_bytes()[:100])
-    assert start(tmp_path, resume="auto").state == run / "checkpoints/state-0001-000000.pth"
-    assert "state-0002-000000.pth cannot be read as a training state" in capsys.readouterr().out
+    assert start(tmp_path, resume="auto").state == run / "checkpoints/state-0001-000000"
+    said = capsys.readouterr().out
+    assert "state-0002-000000 cannot be used as a training checkpoint: " + name in said
+    assert said.endswith("; going back to the one before\n")
+    assert said.count("\n") == 1
+    # Asked for by its path, it is refused.
+    with pytest.raises(ValueError, match="state-0002-000000 cannot be used"):
+        start(tmp_path, resume=str(newest.parent))
 
 
 def test_results_without_a_readable_state_are_not_overwritten(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1)
-    (run / "checkpoints/state-0001-000000.pth").write_bytes(b"")
+    (run / "checkpoints/state-0001-000000/training.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="run: none of its training states can be read; choose another --experiment"):
         start(tmp_path, resume="auto")
     make_run(tmp_path / "finished")
@@ -71,14 +80,14 @@ def test_results_without_a_readable_state_are_not_overwritten(tmp_path: Path) ->
 
 def test_a_path_goes_on_in_its_own_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "here", 1, 2)
-    older = run / "checkpoints/state-0001-000000.pth"
+    older = run / "checkpoints/state-0001-000000"
     assert start(tmp_path / "out", experiment=None, resume=str(run)).folder == run
     assert start(tmp_path / "out", experiment=None, resume=str(older)) == StartingPoint(run, older)
     assert start(tmp_path, experiment="here", resume=str(older)) == StartingPoint(run, older)
 
 
 def test_a_path_and_another_experiment_make_a_new_run(tmp_path: Path) -> None:
-    older = make_run(tmp_path / "here", 1) / "checkpoints/state-0001-000000.pth"
+    older = make_run(tmp_path / "here", 1) / "checkpoints/state-0001-000000"
     assert start(tmp_path, experiment="there", resume=str(older)) == StartingPoint(tmp_path / "there", older)
 
 
@@ -88,6 +97,9 @@ def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "empty")
     with pytest.raises(ValueError, match="the run has no training states"):
         start(tmp_path, resume=str(run))
+    (run / "weights.pth").touch()
+    with pytest.raises(ValueError, match=r"weights.pth: is a file; give a run's folder .* --pretrained-path"):
+        start(tmp_path, resume=str(run / "weights.pth"))
 
 
 def test_an_output_that_cannot_be_made_is_said(tmp_path: Path) -> None:

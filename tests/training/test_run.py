@@ -43,7 +43,7 @@ def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "run"
 
 
-def states_equal(a: Path, b: Path, name: str = "state-0002-000000.pth") -> None:
+def states_equal(a: Path, b: Path, name: str = "state-0002-000000") -> None:
     left, right = read_state(a, name), read_state(b, name)
     for state in (left, right):
         for row in state["progress"]["summary"]:
@@ -65,9 +65,9 @@ def test_two_epochs_are_one_and_one_resumed_to_the_bit(data: Path, whole_run: Pa
         ).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
 def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(
-    number: signal.Signals, data: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, status: int, data: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = TrainStep.backward
     calls = 0
@@ -81,9 +81,10 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "backward", interrupted)
-        assert train(data, tmp_path, **EVERYTHING) == 128 + number
+        assert train(data, tmp_path, **EVERYTHING) == status
     # The epoch has three batches in groups of two: the first group is finished, the second not begun.
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["state-0000-000002.pth"]
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["state-0000-000000", "state-0000-000002"]
     assert train(data, tmp_path, resume="auto", **EVERYTHING) == 0
     states_equal(tmp_path / "run", whole_run)
     assert read_summary(tmp_path / "run") == read_summary(whole_run)
@@ -107,7 +108,7 @@ def test_mixed_precision_resumes_to_the_bit(amp_dtype: str, data: Path, tmp_path
 
 def test_seeds_differ(data: Path, whole_run: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, seed=43, **EVERYTHING) == 0
-    a, b = read_state(tmp_path / "run", "state-0002-000000.pth"), read_state(whole_run, "state-0002-000000.pth")
+    a, b = read_state(tmp_path / "run", "state-0002-000000"), read_state(whole_run, "state-0002-000000")
     assert not torch.equal(a["state_dict"]["head.weight"], b["state_dict"]["head.weight"])
 
 
@@ -145,7 +146,7 @@ def test_timm_loads_the_weights(share: str, data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, share=share, epochs=1, channels_last=True) == 0
     for name in ("best", "last"):
         model = timm.create_model(f"local-dir:{tmp_path / 'run' / name}", pretrained=True)
-        trained = read_state(tmp_path / "run", "state-0001-000000.pth")["state_dict"]
+        trained = read_state(tmp_path / "run", "state-0001-000000")["state_dict"]
         assert_same(dict(model.state_dict()), trained)
         assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
         assert model.share == share
@@ -160,9 +161,9 @@ def test_another_run_of_the_name_gets_a_number(data: Path, tmp_path: Path, capsy
 
 def test_a_finished_run_has_nothing_to_go_on_with(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path) == 0
-    before = read_state(tmp_path / "run", "state-0002-000000.pth")
+    before = read_state(tmp_path / "run", "state-0002-000000")
     assert train(data, tmp_path, resume="auto") == 0
-    assert_same(read_state(tmp_path / "run", "state-0002-000000.pth"), before)
+    assert_same(read_state(tmp_path / "run", "state-0002-000000"), before)
     # Longer training goes on, and says what is different.
     assert train(data, tmp_path, resume="auto", epochs=3) == 0
     assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0", "1", "2"]
@@ -171,7 +172,7 @@ def test_a_finished_run_has_nothing_to_go_on_with(data: Path, tmp_path: Path) ->
 def test_states_are_pruned_but_milestones_stay(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, epochs=4, checkpoint_hist=1, save_epochs=[1]) == 0
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert kept == ["state-0002-000000.pth", "state-0004-000000.pth"]
+    assert kept == ["state-0002-000000", "state-0004-000000"]
 
 
 def test_training_ends_when_nothing_gets_better(data: Path, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_training_ends_when_nothing_gets_better(data: Path, tmp_path: Path) -> N
 def test_evaluation_can_be_rarer_than_epochs(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, epochs=3, val_interval=2) == 0
     assert [bool(row["eval_top1"]) for row in read_summary(tmp_path / "run")] == [False, True, True]
-    # Every epoch's state is kept all the same.
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 3
+    # Every epoch's state is kept all the same, and the first.
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4
 
 
 def test_resuming_with_a_fresh_optimizer_keeps_the_schedule(data: Path, tmp_path: Path) -> None:
@@ -193,9 +194,9 @@ def test_resuming_with_a_fresh_optimizer_keeps_the_schedule(data: Path, tmp_path
         name = f"by-updates-{by_updates}"
         settings = {"sched_on_updates": by_updates, "epochs": 3, "experiment": name}
         assert train(data, tmp_path, stop_epoch=1, **settings) == 0
-        whole = read_state(tmp_path / name, "state-0001-000000.pth")
+        whole = read_state(tmp_path / name, "state-0001-000000")
         assert train(data, tmp_path, stop_epoch=2, resume="auto", no_resume_opt=True, **settings) == 0
-        fresh = read_state(tmp_path / name, "state-0002-000000.pth")
+        fresh = read_state(tmp_path / name, "state-0002-000000")
         assert fresh["num_updates"] == 2 * whole["num_updates"]
         # Of the fresh optimizer's own steps alone.
         assert fresh["optimizer"]["state"][0]["step"] == whole["num_updates"]
@@ -206,7 +207,7 @@ def test_resuming_with_a_fresh_optimizer_keeps_the_schedule(data: Path, tmp_path
 def test_frozen_weights_stay_and_others_move(data: Path, tmp_path: Path) -> None:
     for experiment, lr in (("slow", 1e-3), ("fast", 1e-2)):
         assert train(data, tmp_path, experiment, epochs=1, freeze=["blocks.0", "patch_embed"], lr=lr) == 0
-    a, b = (read_state(tmp_path / name, "state-0001-000000.pth")["state_dict"] for name in ("slow", "fast"))
+    a, b = (read_state(tmp_path / name, "state-0001-000000")["state_dict"] for name in ("slow", "fast"))
     for name, weight in a.items():
         is_frozen = name.startswith(("blocks.0.", "patch_embed."))
         assert torch.equal(weight, b[name]) == is_frozen, name
@@ -235,8 +236,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(nn.CrossEntropyLoss, "forward", poisoned)
-        assert train(data, tmp_path, smoothing=0.0) == 1
-    assert "error: the loss became nan at update 5" in capsys.readouterr().err
+        assert train(data, tmp_path, smoothing=0.0, max_bad_steps=1) == 1
+    assert "error: the loss became nan at epoch 1, batch 1" in capsys.readouterr().err
     assert train(data, tmp_path, smoothing=0.0, resume="auto") == 0
     assert train(data, tmp_path, experiment="unharmed", smoothing=0.0) == 0
     states_equal(tmp_path / "run", tmp_path / "unharmed")
@@ -296,4 +297,4 @@ def test_resuming_with_other_classes_or_another_model_is_refused(
     assert "the state's classes (blue, green, red) are not the data's (cat, dog, emu)" in capsys.readouterr().err
     deeper = {"model_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}}
     assert train(data, tmp_path, resume="auto", **deeper) == 1
-    assert "the state is of another model or optimizer than asked for" in capsys.readouterr().err
+    assert "--resume: model_kwargs was {'depth': 2," in capsys.readouterr().err

@@ -7,10 +7,16 @@ from linvit.training.summary import EpochResult, write_summary
 TIMING = {"images_per_second": 10.0, "data_wait": 0.25, "seconds": 65.0}
 
 
-def result(epoch: int, *weights: str) -> EpochResult:
+def result(epoch: int, *weights: str, num_bad: int = 0) -> EpochResult:
     metrics = Metrics(loss=0.5, top1=80.0, top5=99.0, num_images=5, per_class={}, images_per_class={})
     return EpochResult(
-        epoch=epoch, train_loss=1.5, lr=0.1, num_skipped=2, timing=TIMING, metrics=dict.fromkeys(weights, metrics)
+        epoch=epoch,
+        train_loss=1.5,
+        lr=0.1,
+        num_skipped=2,
+        num_bad=num_bad,
+        timing=TIMING,
+        metrics=dict.fromkeys(weights, metrics),
     )
 
 
@@ -25,7 +31,7 @@ def test_a_row_per_epoch_under_one_header(tmp_path: Path) -> None:
     assert list(read[0]) == [
         *("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5"),
         *("eval_ema_loss", "eval_ema_top1", "eval_ema_top5"),
-        *("lr", "skipped_updates", "images_per_second", "data_wait", "seconds"),
+        *("lr", "skipped_updates", "bad_updates", "images_per_second", "data_wait", "seconds"),
     ]
     assert [row["epoch"] for row in read] == ["0", "1"]
     assert [row["eval_ema_top1"] for row in read] == ["", "80.0"]
@@ -36,3 +42,4 @@ def test_an_epoch_in_one_line() -> None:
         "epoch 3  train loss 1.5000  raw top1 80.00 top5 99.00 loss 0.5000  ema top1 80.00 top5 99.00 loss 0.5000  "
         "10.0 img/s  data 25%  0:01:05"
     )
+    assert "  3 bad updates  10.0 img/s" in result(3, "raw", num_bad=3).describe()

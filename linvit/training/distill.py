@@ -1,0 +1,166 @@
+"""Distillation: the model learns from a trained teacher beside the labels, on the same images.
+
+Logits: the Kullback-Leibler divergence from the teacher's softened distribution, times T² (Hinton et al. 2015,
+section 2). Features: one minus the cosine between the teacher's last tokens and the model's, brought to the teacher's
+width by a learned projection and to its grid by resampling (after Romero et al. 2015, FitNets).
+
+B images, T tokens, P prefix tokens, D width of the model, C width of the teacher.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linvit.data.options import InputOptions
+from linvit.data.transforms import InputSpec, resolve_input
+from linvit.runs import load_classifier
+from linvit.timmmodel import TimmModel
+from linvit.training.config import TrainConfig
+from linvit.training.precision import autocast, autocast_dtype
+
+
+class Distillation:
+    """A teacher, what of it is learnt, and the loss of that.
+
+    Attributes:
+        trained: what is called and trained: the model itself, or with its projection (then it returns both the logits
+            and the projected tokens).
+
+    Raises ValueError where teacher and model do not go together.
+    """
+
+    trained: nn.Module
+
+    def __init__(
+        self,
+        model: TimmModel,
+        config: TrainConfig,
+        *,
+        spec: InputSpec,
+        class_names: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        assert config.distill_teacher is not None
+        self.temperature, self.weight = config.distill_temperature, config.distill_weight
+        self.amp_dtype, self.device = autocast_dtype(config.amp, config.amp_dtype), device
+        classifier = load_classifier(config.distill_teacher)
+        self.teacher = classifier.model.to(device).eval().requires_grad_(False)
+        self.view = _View(spec, resolve_input(self.teacher, InputOptions.model_validate({})), device)
+        self.projected: _ProjectedTokens | None = None
+        if config.distill_mode == "features":
+            if not isinstance(model, VisionTransformer):
+                raise ValueError(f"--distill-mode features needs a Vision Transformer, not {config.model}: use logits")
+            if not hasattr(self.teacher, "forward_intermediates"):
+                raise ValueError(f"--distill-mode features: {config.distill_teacher} gives no tokens; use logits")
+            width = self._teacher_tokens(torch.zeros(1, 3, *spec.size, device=device)).shape[1]
+            self.projected = _ProjectedTokens(model, width).to(device)
+        else:
+            _check_classes(config.distill_teacher, self.teacher, classifier.class_names, class_names)
+        self.trained = self.projected or model
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained besides the model: the projection of features."""
+        return [] if self.projected is None else list(self.projected.projection.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on from here needs besides the model."""
+        return {} if self.projected is None else self.projected.projection.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.projected is not None:
+            self.projected.projection.load_state_dict(state)
+
+    def loss(self, outputs: Any, images: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
+        """The labels' loss and the teacher's, each by its share; `outputs` are what `trained` gave for `images`."""
+        if self.projected is None:
+            logits, part = outputs, self._logits_loss(outputs, images)
+        else:
+            logits, tokens = outputs
+            part = self._tokens_loss(tokens, images)
+        return (1 - self.weight) * loss_fn(logits.float(), labels) + self.weight * part
+
+    def _logits_loss(self, logits: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(self.device, self.amp_dtype):
+            wanted = self.teacher(self.view(images))
+        given, wanted = (F.log_softmax(each.float() / self.temperature, dim=1) for each in (logits, wanted))
+        return F.kl_div(given, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+
+    def _tokens_loss(self, tokens: Tensor, images: Tensor) -> Tensor:
+        wanted = self._teacher_tokens(images).float()
+        given = F.interpolate(tokens.float(), wanted.shape[-2:], mode="bilinear", antialias=True)
+        return (1 - F.cosine_similarity(given, wanted, dim=1)).mean()
+
+    def _teacher_tokens(self, images: Tensor) -> Tensor:
+        """The teacher's last tokens as a grid (B, C, h, w)."""
+        with torch.no_grad(), autocast(self.device, self.amp_dtype):
+            maps = self.teacher.forward_intermediates(
+                self.view(images), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        return maps[-1]
+
+
+def create_distillation(
+    model: TimmModel, config: TrainConfig, *, spec: InputSpec, class_names: Sequence[str], device: torch.device
+) -> Distillation | None:
+    """What `distill_teacher` asks for; None where there is no teacher."""
+    if config.distill_teacher is None:
+        return None
+    return Distillation(model, config, spec=spec, class_names=class_names, device=device)
+
+
+class _ProjectedTokens(nn.Module):
+    """A Vision Transformer that also returns its last patch tokens, at the teacher's width.
+
+    One module, so that compiling it and averaging gradients over processes take in the projection.
+    """
+
+    def __init__(self, model: VisionTransformer, width: int) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = nn.Linear(model.embed_dim, width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and a grid of projected tokens (B, C, h, w)."""
+        tokens = self.model.forward_features(images)  # (B, P + T, D)
+        grid = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])
+        patches = self.projection(tokens[:, self.model.num_prefix_tokens :])  # (B, T, C)
+        return self.model.forward_head(tokens), patches.transpose(1, 2).unflatten(2, grid)
+
+
+class _View:
+    """Images normalised for the model, as the teacher wants them: its own size and normalisation."""
+
+    def __init__(self, model: InputSpec, teacher: InputSpec, device: torch.device) -> None:
+        self.size = teacher.size
+        self.is_same = (model.mean, model.std) == (teacher.mean, teacher.std)
+        self.mean, self.std, self.teacher_mean, self.teacher_std = (
+            torch.tensor(values, device=device).view(3, 1, 1)
+            for values in (model.mean, model.std, teacher.mean, teacher.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.is_same and tuple(images.shape[-2:]) == self.size:
+            return images
+        pixels = images * self.std + self.mean
+        if tuple(images.shape[-2:]) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        return (pixels - self.teacher_mean) / self.teacher_std
+
+
+def _check_classes(source: str, teacher: TimmModel, names: Sequence[str] | None, class_names: Sequence[str]) -> None:
+    if teacher.num_classes == len(class_names) and names in (None, list(class_names)):
+        return
+    raise ValueError(
+        f"--distill-teacher {source} has {teacher.num_classes} classes{_listed(names)}, the data has "
+        f"{len(class_names)}{_listed(class_names)}: choose a teacher of the same classes, or --distill-mode features"
+    )
+
+
+def _listed(names: Sequence[str] | None) -> str:
+    if names is None:
+        return ""
+    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

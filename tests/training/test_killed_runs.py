@@ -1,0 +1,309 @@
+"""Runs that are killed, interrupted or out of disk space, and end as if nothing had happened."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import assert_same, assert_same_runs, make_images, read_state, read_summary, train
+
+from linvit.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
+from linvit.training.engine import TrainStep
+from linvit.training.recorder import Recorder
+
+# Six batches and three updates an epoch, with all that draws random numbers or carries state from step to step.
+EVERYTHING: dict[str, Any] = {
+    "batch_size": 4,
+    "grad_accum_steps": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "drop_path": 0.2,
+    "drop": 0.1,
+    "model_ema": True,
+    "model_ema_warmup": True,
+    "model_ema_decay": 0.9,
+    "clip_grad": 1.0,
+    "reprob": 0.3,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "warmup_epochs": 1,
+    "sched_on_updates": True,
+    "share": "layerwise",
+    "checkpoint_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+def in_child(call: Callable[[], int]) -> int:
+    """The exit status of a process that makes the call, negative where a signal killed it."""
+
+    def child() -> None:
+        # A process group of its own, as a terminal or scheduler would signal it.
+        os.setpgrp()
+        status = 99
+        try:
+            status = call()
+        finally:
+            os._exit(status)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def at_update(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every run act when it is about to make update `number`."""
+    update = TrainStep.update
+
+    def acting(self: TrainStep) -> Any:
+        if self.num_updates == number - 1:
+            act()
+        return update(self)
+
+    monkeypatch.setattr(TrainStep, "update", acting)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not repeat itself to the bit by default")
+@pytest.mark.parametrize(
+    ("workers", "workers_after", "killed_at", "precision"),
+    [
+        (0, 2, 2, {}),
+        (2, 4, 5, {"amp": True, "amp_dtype": "bfloat16"}),
+        (4, 0, 4, {"amp": True, "amp_dtype": "float16", "device": "auto"}),
+    ],
+)
+def test_a_killed_run_ends_as_one_left_alone(
+    workers: int,
+    workers_after: int,
+    killed_at: int,
+    precision: dict[str, Any],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As many as asked for, however few cores there are.
+    monkeypatch.setattr("linvit.training.distributed.usable_workers", lambda workers: workers)
+    settings = EVERYTHING | precision
+    assert train(data, tmp_path, "whole", **settings) == 0
+    with monkeypatch.context() as patch:
+        at_update(killed_at, kill, patch)
+        assert in_child(lambda: train(data, tmp_path, workers=workers, **settings)) == -signal.SIGKILL
+    for path in list_checkpoints(tmp_path / "run/checkpoints"):
+        verify_checkpoint(path)
+    assert train(data, tmp_path, workers=workers_after, resume="auto", **settings) == 0
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_states_are_saved_by_updates_and_by_time(data: Path, tmp_path: Path) -> None:
+    for experiment, settings, batches in (
+        ("updates", {"checkpoint_interval": 2}, [0, 4]),
+        ("time", {"checkpoint_minutes": 1e-9}, [0, 2, 4, 6]),
+    ):
+        assert train(data, tmp_path, experiment, **EVERYTHING | {"checkpoint_interval": None} | settings) == 0
+        names = [path.name for path in list_checkpoints(tmp_path / experiment / "checkpoints")]
+        assert [name for name in names if name.startswith("state-0000")] == [
+            f"state-0000-{batch:06d}" for batch in batches
+        ]
+    assert_same_runs(tmp_path / "updates", tmp_path / "time")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_a_signal_to_all_processes_ends_the_step_with_batches_of_the_workers(
+    number: signal.Signals, status: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = TrainStep.backward
+    calls = 0
+
+    def signalled(self: TrainStep, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            # By another process, as a terminal or a scheduler does it.
+            subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"], process_group=0, check=True)
+        backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "backward", signalled)
+    settings = EVERYTHING | {"batch_size": 2, "grad_accum_steps": 12}
+    assert in_child(lambda: train(data, tmp_path, workers=2, **settings)) == status
+    names = [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")]
+    assert names == ["state-0000-000000", "state-0000-000012"]
+
+
+def test_the_second_ctrl_c_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_update(2, twice, monkeypatch)
+    settings = EVERYTHING | {"checkpoint_interval": None}
+    assert train(data, tmp_path, **settings) == 130
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["state-0000-000000"]
+
+
+def test_a_broken_newest_state_is_passed_over_and_set_aside(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path, "whole", **EVERYTHING) == 0
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", run)
+    for path in list_checkpoints(run / "checkpoints")[-2:]:
+        (path / "model.safetensors").write_bytes(b"rotten")
+    capsys.readouterr()
+    # Were they still to count, pruning would keep them in place of the new ones.
+    assert train(data, tmp_path, resume="auto", checkpoint_hist=1, **EVERYTHING) == 0
+    said = capsys.readouterr().out
+    assert "state-0002-000000 cannot be used as a training checkpoint: model.safetensors has 6 bytes, not" in said
+    assert f"set aside, being later than where the run goes on: {run}/checkpoints/aside-0-state-0001-000006" in said
+    assert "going on at epoch 1, batch 4" in said
+    assert_same_runs(run, tmp_path / "whole")
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["state-0002-000000"]
+
+
+def test_leftovers_of_a_killed_run_are_cleared_up(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, stop_epoch=1) == 0
+    leftovers = [tmp_path / "run" / name for name in (".best.part", "checkpoints/.state-0002-000000.part")]
+    for folder in leftovers:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    assert train(data, tmp_path, resume="auto") == 0
+    assert not any(folder.exists() for folder in leftovers)
+
+
+def limit_file_sizes(epochs: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the system refuse files of weights in these epochs, and whatever follows, until the next one begins."""
+    begin_epoch = Recorder.begin_epoch
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: Recorder, epoch: int) -> None:
+        self.saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]) if epoch in epochs else unlimited)
+        begin_epoch(self, epoch)
+
+    monkeypatch.setattr(Recorder, "begin_epoch", limited)
+
+
+@pytest.fixture
+def file_sizes() -> Any:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("file_sizes")
+def test_a_disk_that_is_full_for_a_while_costs_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"epochs": 3, "model_ema": True, "model_ema_decay": 0.5}
+    assert train(data, tmp_path, "unharmed", **settings) == 0
+    limit_file_sizes({1}, monkeypatch)
+    assert train(data, tmp_path, **settings) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: cannot write {tmp_path}/run/last: file too large; make room")
+    assert error.endswith("training goes on, and the next save tries again\n")
+    assert error.count("\n") == 1
+    assert_same_runs(tmp_path / "run", tmp_path / "unharmed")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "state-0000-000000",
+        "state-0001-000000",
+        "state-0003-000000",
+    ]
+
+
+@pytest.mark.usefixtures("file_sizes")
+def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert train(data, tmp_path, "unharmed") == 0
+    with monkeypatch.context() as patch:
+        limit_file_sizes({1}, patch)
+        assert train(data, tmp_path) == 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: cannot write")
+    assert error.startswith(f"error: cannot write {tmp_path}/run/last: file too large")
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    verify_checkpoint(run / "checkpoints/state-0001-000000")
+    assert train(data, tmp_path, resume="auto") == 0
+    assert_same_runs(run, tmp_path / "unharmed")
+
+
+@pytest.mark.usefixtures("file_sizes")
+def test_a_run_that_cannot_be_saved_does_not_begin(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    assert train(data, tmp_path) == 1
+    assert f"error: cannot write {tmp_path}/run/checkpoints/state-0000-000000" in capsys.readouterr().err
+
+
+def test_within_an_epoch_other_batches_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path, **EVERYTHING) == 0
+    inside, end = (str(tmp_path / "run/checkpoints" / name) for name in ("state-0001-000002", "state-0001-000000"))
+    for settings, sentence in (
+        ({"batch_size": 8}, "stands at batch 2 of 6 of 4 images each, from 24, but now it would be of 3 of 8 images"),
+        ({"grad_accum_steps": 3, "sched_on_updates": False}, "at batch 2, inside a group of --grad-accum-steps 3"),
+        ({"seed": 1}, "seed was 42 and is 1 now: that changes the order of the images"),
+    ):
+        assert train(data, tmp_path, "other", resume=inside, **EVERYTHING | settings) == 1
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert "resume from the end of an epoch" in error
+        assert error.count("\n") == 1
+        allowed = EVERYTHING | settings | {"sched_on_updates": False}
+        assert train(data, tmp_path, "other", resume=end, stop_epoch=1, **allowed) == 0
+        capsys.readouterr()
+    assert train(data, tmp_path, "other", resume=end, **EVERYTHING | {"batch_size": 8}) == 1
+    assert "an epoch had 3 updates and would have 2 now, which --sched-on-updates counts" in capsys.readouterr().err
+
+
+def test_other_settings_are_said_and_meant(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch brings back the weight decay and the learning rate of then, whatever the options say."""
+    settings = {"sched": "none", "epochs": 2}
+    assert train(data, tmp_path, stop_epoch=1, **settings) == 0
+    capsys.readouterr()
+    changes = {"weight_decay": 0.3, "lr": 1e-5, "opt_betas": [0.5, 0.6]}
+    assert train(data, tmp_path, resume="auto", **settings | changes) == 0
+    said = capsys.readouterr().out
+    for line in ("weight_decay: 0.05 → 0.3", "lr: 0.001 → 1e-05", "opt_betas: None → [0.5, 0.6]"):
+        assert f"changed since: {line}\n" in said
+    groups = read_state(tmp_path / "run", "state-0002-000000")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {(group["lr"], tuple(group["betas"])) for group in groups} == {(1e-5, (0.5, 0.6))}
+    assert [float(row["lr"]) for row in read_summary(tmp_path / "run")] == [1e-3, 1e-5]
+
+
+def test_a_checkpoint_gives_first_weights(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(data, tmp_path, model_ema=True, share="layerwise", epochs=1) == 0
+    path = tmp_path / "run/checkpoints/state-0001-000000"
+    for option in ("initial_checkpoint", "pretrained_path"):
+        assert train(data, tmp_path, option, share="layerwise", epochs=1, **{option: str(path)}) == 0
+        first = read_checkpoint(tmp_path / option / "checkpoints/state-0000-000000")["state_dict"]
+        # As from timm's checkpoints, the average is taken where there is one.
+        assert_same(first, read_checkpoint(path)["state_dict_ema"])
+    (path / "ema.safetensors").write_bytes(b"rotten")
+    assert train(data, tmp_path, "rotten", share="layerwise", epochs=1, pretrained_path=str(path)) == 1

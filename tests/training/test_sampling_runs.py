@@ -1,0 +1,108 @@
+"""Runs with repeated augmentation, evened-out classes, class weights and growing images: as asked, and exact."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stopped_runs import assert_stopping_changes_nothing
+from tiny_runs import make_images, train
+
+from linvit.data.loader import Loader
+from linvit.training.engine import TrainStep
+
+SIZES = [16, 24, 32]
+MIXING: dict[str, Any] = {"mixup": 0.8, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.3, "drop_path": 0.1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_images(tmp_path_factory.mktemp("data"), train=10)
+    for number in range(3, 10):
+        (folder / "train" / "red" / f"{number}.png").unlink()
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The images and labels that steps get."""
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    backward = TrainStep.backward
+
+    def watched(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        batches.append((images.clone(), labels.clone()))
+        backward(self, images, labels, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "backward", watched)
+    return batches
+
+
+def test_repeats_are_augmented_differently(data: Path, tmp_path: Path, seen: list) -> None:
+    assert train(data, tmp_path, epochs=1, aug_repeats=2.0) == 0
+    images = torch.cat([images for images, _ in seen])
+    assert len(images) == 16
+    assert len({image.numpy().tobytes() for image in images}) == 16
+
+
+def test_the_balanced_sampler_evens_classes_out(data: Path, tmp_path: Path, seen: list) -> None:
+    assert train(data, tmp_path, epochs=1, batch_size=23, sampler="balanced") == 0
+    (_, labels), *_ = seen
+    assert sorted(Counter(labels.tolist()).values()) == [7, 8, 8]
+
+
+def test_images_grow_to_the_size_of_the_model(data: Path, tmp_path: Path, seen: list, capsys: Any) -> None:
+    assert train(data, tmp_path, epochs=6, k=2, train_img_sizes=SIZES, workers=2) == 0
+    assert [images.shape[-1] for images, _ in seen] == [16] * 4 + [24] * 4 + [32] * 4
+    evaluated = capsys.readouterr().out
+    assert [line for line in evaluated.splitlines() if "images of" in line] == [
+        "epoch 0 on images of 16×16 px",
+        "epoch 2 on images of 24×24 px",
+        "epoch 4 on images of 32×32 px",
+    ]
+
+
+def test_evaluation_is_at_the_size_of_the_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    iter_from = Loader.iter_from
+
+    def watched(self: Loader, batch: int) -> Any:
+        for each in iter_from(self, batch):
+            sizes.append(each.images.shape[-1])
+            yield each
+
+    monkeypatch.setattr(Loader, "iter_from", watched)
+    assert train(data, tmp_path, epochs=2, k=2, train_img_sizes=[16, 32]) == 0
+    # Two training batches and two of validation in each epoch.
+    assert sizes == [16, 16, 32, 32, 32, 32, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "resnet18", "k": None, "model_kwargs": {}}, "resnet18 takes images of one size only"),
+        ({"train_img_sizes": [20, 32]}, "--train-img-sizes: the model does not take 20×20 px"),
+        # Four patches, and four keys.
+        ({"train_img_sizes": [16, 32], "k": 4, "projection": "linear"}, "does not take 16×16 px"),
+    ],
+)
+def test_sizes_that_the_model_cannot_take_are_refused(
+    settings: dict[str, Any], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path, **{"train_img_sizes": [16, 32], **settings}) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_img_sizes": [16, 32], "k": 2, "projection": "linear"},
+        {"sampler": "balanced"},
+        {"aug_repeats": 2.0, "class_weights": "balanced"},
+    ],
+    ids=["sizes", "balanced", "repeats"],
+)
+def test_stopping_in_an_epoch_changes_nothing(
+    settings: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_stopping_changes_nothing(data, tmp_path, monkeypatch, after=1, **MIXING, **settings)
