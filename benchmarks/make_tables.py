@@ -30,6 +30,9 @@ def read(name: str) -> dict[str, Any]:
 
 def bench() -> str:
     found = read(BENCH.stem)
+    # Measured again, with more rounds: the differences at this size are small.
+    again = read("bench_224_cpu")["rows"]
+    found["rows"] = again + [row for row in found["rows"] if row["image_size"] != 224]
     return "\n\n".join([_times(found["rows"]), _memory(found["rows"]), _long(found["rows"]) + _conditions(found)])
 
 
