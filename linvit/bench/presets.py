@@ -76,7 +76,7 @@ def _readme() -> Iterator[Group]:
         (*LENGTHS, LONG, *CHECKPOINTED),
         (1024, 1024),
         "train",
-        rounds=3,
+        rounds=2,
         warmup=0,
         memory=(TIMM, LONG, *CHECKPOINTED),
     )
