@@ -41,9 +41,9 @@ class Bench:
         Raises ValueError, naming the model, where one computes something else than it says, or fails.
         """
         self._check(group)
-        if group.dtype not in self.results.gemm_flops_per_second:
-            speed = gemm_flops_per_second(getattr(torch, group.dtype), self.device, clock=self._clock)
-            self.results.gemm_flops_per_second[group.dtype] = speed
+        # Anew for each group: a machine that others use does not keep its speed.
+        speed = gemm_flops_per_second(getattr(torch, group.dtype), self.device, clock=self._clock)
+        self.results.gemm_flops_per_second[group.dtype] = speed
         memory: dict[str, StepMemory] = {}
         runners = self._build(group)
         try:
