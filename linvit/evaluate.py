@@ -29,7 +29,6 @@ from linvit.validation import listed
 
 DEFAULT_BATCH_SIZE = 64
 MOST_CLASSES_SHOWN = 20
-MOST_FILES_SHOWN = 8
 
 
 @torch.no_grad()
@@ -203,7 +202,7 @@ def _show_unreadable(console: Console, result: dict[str, Any]) -> None:
     names = result["unreadable"]
     if names:
         of_all = f"{len(names)} of {len(names) + result['num_images']} images cannot be read and are not counted"
-        console.print(f"{of_all}: {listed(names, most=MOST_FILES_SHOWN)}", soft_wrap=True, markup=False)
+        console.print(f"{of_all}: {listed(names)}", soft_wrap=True, markup=False)
 
 
 def _show_classes(console: Console, result: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """The transformer's MLP with less memory traffic: fc2(GELU(fc1(x))), the same function as timm's `Mlp`.
 
 timm's layers keep the hidden activations twice for the backward pass (before and after the GELU), 8 of the 16 widths
-that a ViT block keeps a token. Here the GELU is computed again from what it was given, which leaves 4; with
-`recompute="hidden"` fc1 is computed again too, which leaves none.
+that a ViT block keeps a token. On a CPU the GELU is computed again here from what it was given, which leaves 4; with
+`recompute="hidden"` fc1 is computed again too, on a GPU as well, which leaves none.
 
-On a CPU the tokens go through in runs whose hidden activations fit the cache, in buffers that are used again: fresh
-memory is paid for page by page, which for long sequences costs more than the GELU does.
+On a CPU, too, the tokens go through in runs whose hidden activations fit the cache, in buffers that are used again:
+fresh memory is paid for page by page, which for long sequences costs more than the GELU does.
 
 B batch, T tokens, D width, D' hidden width, n = B·T rows.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linvit.eager import equal_runs, is_plain_linear, run_length, runs_eagerly
 
-# What the backward pass computes again: the GELU alone, or all that is hidden.
+# What the backward pass computes again: the GELU alone (on a CPU), or all that is hidden.
 Recompute = Literal["activation", "hidden"]
 
 # Hidden activations of one run over the tokens: 6 MiB in single precision, 1,024 tokens of a ViT-S.
@@ -109,8 +109,9 @@ def _forward(
     rows = x.flatten(0, -2)  # (n, D)
     out = rows.new_empty(rows.shape[0], w2.shape[0])
     kept = None if hidden is None else hidden.flatten(0, -2)
-    buffer = rows.new_empty(run_length(rows.shape[0], _run_tokens(rows, w1)), w1.shape[0])
-    for run in equal_runs(rows.shape[0], _run_tokens(rows, w1)):
+    wanted = _run_tokens(rows, w1)
+    buffer = rows.new_empty(run_length(rows.shape[0], wanted), w1.shape[0])
+    for run in equal_runs(rows.shape[0], wanted):
         activated = buffer[: run.stop - run.start]
         before = activated if kept is None else kept[run]
         _linear(rows[run], w1, b1, out=before)
@@ -127,9 +128,10 @@ def _backward(
     shapes = (rows.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     grads = [rows.new_empty(shape) if need else None for shape, need in zip(shapes, needed)]
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = grads
-    length = run_length(rows.shape[0], _run_tokens(rows, w1))
-    buffers = [rows.new_empty(length, w1.shape[0]) for _ in range(2 if hidden is not None else 3)]
-    for run in equal_runs(rows.shape[0], _run_tokens(rows, w1)):
+    wanted = _run_tokens(rows, w1)
+    length = run_length(rows.shape[0], wanted)
+    buffers = [rows.new_empty(length, w1.shape[0]) for _ in range(2 if kept is not None else 3)]
+    for run in equal_runs(rows.shape[0], wanted):
         activated, upstream, *spare = (buffer[: run.stop - run.start] for buffer in buffers)
         before = spare[0] if kept is None else kept[run]
         if kept is None:

@@ -24,7 +24,7 @@ def unknown(kind: str, name: str, choices: Collection[str]) -> str:
     return f"unknown {kind} {name!r}" + (f"; did you mean {suggestion!r}?" if suggestion else "")
 
 
-def listed(names: Sequence[str], *, most: int) -> str:
+def listed(names: Sequence[str], *, most: int = 8) -> str:
     """The first `most` names in one line, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -160,7 +160,8 @@ class LinformerViT(VisionTransformer):
         """What the backward pass computes again instead of keeping it.
 
         "full" (or True): whole blocks, which then keep their input alone. "mlp": the hidden activations of the MLPs,
-        half of what a block keeps for an eighth of its arithmetic. False: nothing but the GELU.
+        half of what a block keeps for an eighth of its arithmetic. False: nothing, on a CPU
+        the GELU.
         """
         if enable not in (True, False, "mlp", "full"):
             raise ValueError(f"unknown gradient checkpointing {enable!r} (there are mlp, full)")

@@ -81,7 +81,6 @@ def results(tmp_path):
     tables.RESULTS = tmp_path
     tables.BENCH = tmp_path / "bench_readme_cpu.json"
     tables.BENCH.write_text(json.dumps(found))
-    (tmp_path / "bench_224_cpu.json").write_text(json.dumps({"rows": []}))
     return tables
 
 

@@ -24,7 +24,7 @@ class Results:
     origin: dict[str, Any] = field(init=False)
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    # Operations a second of plain matrix products, by dtype, as measured before the last group.
+    # Operations a second of plain matrix products, by dtype, as measured around the last group.
     gemm_flops_per_second: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -8,8 +8,6 @@ import torch.distributed as dist
 from linvit.files import write_text
 from linvit.validation import listed
 
-MOST_FILES_SHOWN = 8
-
 
 class BadImages:
     """Collects them over an epoch and all processes.
@@ -38,7 +36,7 @@ class BadImages:
         if not names:
             return
         images = "1 image" if len(names) == 1 else f"{len(names):,} images"
-        self.say(f"left out {images} that cannot be read: {listed(names, most=MOST_FILES_SHOWN)} ({self.file})")
+        self.say(f"left out {images} that cannot be read: {listed(names)} ({self.file})")
         if self.is_primary:
             before = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
             write_text(self.file, "".join(f"{name}\n" for name in sorted({*before, *names})))

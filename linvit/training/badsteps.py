@@ -12,8 +12,6 @@ from linvit.training.engine import Update
 from linvit.training.state import Progress
 from linvit.validation import listed
 
-MOST_FILES_SHOWN = 8
-
 
 class NonFiniteLossError(ValueError):
     """Loss or gradients were not finite in too many updates in a row; no weight has been touched by them."""
@@ -64,7 +62,7 @@ class BadSteps:
         where = f"epoch {progress.epoch}, batch {group_start}"
         what = _describe(update)
         files = [[str(self.path_of(index)) for index in batch.tolist()] for batch in group]
-        suspects = listed(_suspects(files, update.bad_batches), most=MOST_FILES_SHOWN)
+        suspects = listed(_suspects(files, update.bad_batches))
         self.say(f"refused an update ({where}): {what}; its images: {suspects}")
         if progress.bad_in_row >= self.most_in_row:
             save(self._row_start)

@@ -21,6 +21,7 @@ from linvit.runs import load_classifier
 from linvit.timmmodel import TimmModel
 from linvit.training.config import TrainConfig
 from linvit.training.precision import autocast, autocast_dtype
+from linvit.validation import listed
 
 
 class Distillation:
@@ -154,13 +155,8 @@ class _View:
 def _check_classes(source: str, teacher: TimmModel, names: Sequence[str] | None, class_names: Sequence[str]) -> None:
     if teacher.num_classes == len(class_names) and names in (None, list(class_names)):
         return
+    theirs = f" ({listed(names)})" if names is not None else ""
     raise ValueError(
-        f"--distill-teacher {source} has {teacher.num_classes} classes{_listed(names)}, the data has "
-        f"{len(class_names)}{_listed(class_names)}: choose a teacher of the same classes, or --distill-mode features"
+        f"--distill-teacher {source} has {teacher.num_classes} classes{theirs}, the data has {len(class_names)} "
+        f"({listed(class_names)}): choose a teacher of the same classes, or --distill-mode features"
     )
-
-
-def _listed(names: Sequence[str] | None) -> str:
-    if names is None:
-        return ""
-    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

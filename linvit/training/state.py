@@ -15,6 +15,7 @@ from linvit.training.changes import check_settings
 from linvit.training.engine import TrainStep
 from linvit.training.metrics import Metrics, best_of, is_better
 from linvit.training.optim import load_optimizer, trained_names
+from linvit.validation import listed
 
 
 @dataclass
@@ -119,8 +120,8 @@ def restore_state(
     model = step.plain_model
     if list(class_names) != state["class_names"]:
         raise ValueError(
-            f"--resume: the state's classes ({_listed(state['class_names'])}) are not the data's "
-            f"({_listed(class_names)}); to begin anew from its weights use --pretrained-path"
+            f"--resume: the state's classes ({listed(state['class_names'])}) are not the data's "
+            f"({listed(class_names)}); to begin anew from its weights use --pretrained-path"
         )
     progress = Progress(**state["progress"])
     check_settings(state["settings"], settings, within_epoch=progress.batch > 0, with_optimizer=with_optimizer)
@@ -177,7 +178,3 @@ def _check_batches(before: dict[str, Any], now: dict[str, Any], *, batch: int) -
 def _cut(state: dict[str, Any]) -> str:
     total = state["settings"]["batch_size"] * state["world_size"]
     return f"{state['num_batches']} of {total} images each, from {state['num_images']:,}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
