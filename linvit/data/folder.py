@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from linvit.data.read import EXTENSIONS, read_image
+from linvit.data.imageset import ImageSet
+from linvit.data.read import EXTENSIONS, read_file
 
 # Names under which a split is looked for, the asked one first.
 _TRAIN_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
-class ImageFolder(Dataset[tuple[np.ndarray, int]]):
+class ImageFolder(ImageSet):
     """The images of one split, in the order of their class and path.
 
     Paths are kept as one block of bytes, so that millions of them cost little to copy to worker processes.
@@ -39,35 +39,18 @@ class ImageFolder(Dataset[tuple[np.ndarray, int]]):
         labels: Sequence[int],
     ) -> None:
         assert len(relative_paths) == len(labels)
-        self.root = root
-        self.split = split
-        self.class_names = list(class_names)
+        super().__init__(root, split=split, class_names=class_names, labels=labels)
         names = [os.fsencode(path) for path in relative_paths]
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self._labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """The image, (H, W, 3) uint8 RGB, and its label."""
-        return read_image(self.path(index)), self.label(index)
 
     def path(self, index: int) -> Path:
+        """The image's file."""
         start = self._ends[index - 1] if index > 0 else 0
         return self.root / os.fsdecode(self._names[start : self._ends[index]])
 
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.path(index) for index in range(len(self))]
-
-    @property
-    def labels(self) -> list[int]:
-        return self._labels.tolist()
+    def read_bytes(self, index: int) -> bytes:
+        return read_file(self.path(index))
 
 
 def open_folder(

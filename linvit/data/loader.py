@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from linvit.data.augfile import check_image
-from linvit.data.folder import ImageFolder
 from linvit.data.geometry import Size
+from linvit.data.imageset import ImageSet
 from linvit.data.options import AugmentOptions
-from linvit.data.read import UnreadableImage, read_image
+from linvit.data.read import UnreadableImage
 from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler, sample_generators
 from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline
 from linvit.data.workers import obey_parent_alone
@@ -51,7 +51,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageFolder,
+        dataset: ImageSet,
         pipelines: Mapping[Size, A.Compose],
         spec: InputSpec,
         sampler: TrainSampler | EvalSampler,
@@ -117,7 +117,7 @@ class Loader:
 
 
 def create_train_loader(
-    dataset: ImageFolder,
+    dataset: ImageSet,
     augment: AugmentOptions,
     spec: InputSpec,
     *,
@@ -173,7 +173,7 @@ def create_train_loader(
 
 
 def create_eval_loader(
-    dataset: ImageFolder,
+    dataset: ImageSet,
     spec: InputSpec,
     *,
     batch_size: int,
@@ -261,7 +261,7 @@ class _Samples(Dataset[Any]):
 
     def __init__(
         self,
-        dataset: ImageFolder,
+        dataset: ImageSet,
         pipelines: Mapping[Size, A.Compose],
         epoch_sizes: Sequence[Size],
         seed: int,
@@ -285,7 +285,7 @@ class _Samples(Dataset[Any]):
         try:
             for key in keys:
                 try:
-                    image = read_image(self.dataset.path(key.image))
+                    image = self.dataset.read(key.image)
                 except UnreadableImage:
                     if self.on_bad_image == "stop":
                         raise

@@ -17,29 +17,41 @@ class UnreadableImage(ValueError):
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file as RGB.
+    """Reads an image file as RGB, (H, W, 3) uint8; see `decode_image`."""
+    return decode_image(read_file(path), name=path)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file; UnreadableImage, naming it, where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+
+
+def decode_image(data: bytes, *, name: str | os.PathLike[str]) -> np.ndarray:
+    """Decodes an image file's bytes as RGB.
 
     The orientation that a camera wrote into EXIF is applied (Pillow, and so timm, ignores it). Grey and palette
     images become RGB, 16-bit ones keep their upper 8 bits, CMYK is converted, an alpha channel is dropped (the
     colours under it stay, as with Pillow's `convert("RGB")`), and of several frames the first is taken.
 
+    Args:
+        name: what to call the image in messages.
+
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        UnreadableImage: naming the file, where it is missing, empty, truncated or no image.
+        UnreadableImage: naming the image, where it is empty, truncated or no image.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
     if not data:
-        raise UnreadableImage(f"{path}: is empty; restore or remove the file")
+        raise UnreadableImage(f"{name}: is empty; restore or remove the file")
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part it could decode.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise UnreadableImage(f"{path}: cannot be decoded ({error.err}); restore or remove the file") from error
+        raise UnreadableImage(f"{name}: cannot be decoded ({error.err}); restore or remove the file") from error
     if image is None:
-        raise UnreadableImage(f"{path}: is truncated, damaged or no image; restore or remove the file")
+        raise UnreadableImage(f"{name}: is truncated, damaged or no image; restore or remove the file")
     return image
