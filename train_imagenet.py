@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> int:
     from linvit.training.recorder import Recorder
     from linvit.training.resume import choose_start
     from linvit.training.saver import Saver
+    from linvit.training.sharding import shard
     from linvit.training.signals import asked_anywhere, stop_on_signals
     from linvit.training.state import Progress, restore_state
     from linvit.training.summary import EpochResult
@@ -109,6 +110,9 @@ def train(config: TrainConfig) -> int:
         # Optimization.
         class_weights = read_class_weights(config.class_weights, class_names=class_names, labels=train_set.labels)
         distillation = create_distillation(model, config, spec=spec, class_names=class_names, device=ranks.device)
+        ema = create_ema(model, config)
+        trained = model if distillation is None else distillation.trained
+        undivided = shard(trained, model, ema=ema, options=config, ranks=ranks) if config.fsdp else None
         optimizer = create_optimizer(
             model,
             config,
@@ -118,17 +122,18 @@ def train(config: TrainConfig) -> int:
         scheduler, num_epochs = create_schedule(optimizer, config, updates_per_epoch=num_updates)
         num_epochs = min(num_epochs, config.stop_epoch or num_epochs)
         step = TrainStep(
-            wrap_model(model if distillation is None else distillation.trained, config, ranks),
+            wrap_model(trained, config, ranks),
             model,
             optimizer=optimizer,
             scheduler=scheduler,
-            ema=create_ema(model, config),
+            ema=ema,
             mixup=create_mixup(config, num_classes=len(class_names)),
             loss_fn=create_loss(config, class_weights=class_weights),
             config=config,
             ranks=ranks,
             stop=stop,
             distillation=distillation,
+            undivided=undivided,
         )
 
         # The run's folder, new or gone on with.
@@ -204,7 +209,8 @@ def train(config: TrainConfig) -> int:
             metrics: dict[str, Metrics] = {}
             best = None
             if progress.epoch % config.val_interval == 0 or progress.epoch == num_epochs:
-                for name, weights in step.weights.items():
+                for name in step.weights:
+                    weights = step.to_evaluate(name)
                     metrics[name] = evaluate(weights, val_loader, device=ranks.device, amp_dtype=step.amp_dtype)
                 best = progress.judge(metrics, config.eval_metric)
                 bad_images.add(map(val_set.path, metrics["raw"].unreadable))

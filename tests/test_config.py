@@ -155,6 +155,7 @@ APART = {
     "train_img_sizes": [160, 192, 224],
     "distill_teacher": "output/teacher",
     "distill_mode": "features",
+    "fsdp": True,
 }
 # Float16 on the CPU is refused.
 EVERYTHING["device"] = "cuda:1"

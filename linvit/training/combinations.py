@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from linvit.training.config import TrainConfig
 
 _LINFORMER_OPTIONS = ("k", "projection", "share", "projection_init")
+# Known to take the same steps on weights that are divided among processes as on whole ones. Others form norms, products
+# or factors of a whole matrix.
+SHARDED_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadam", "nadamw", "nesterov", "sgd")
 # Options that do nothing without another one.
 _NEEDS = {
     "bce_sum": "bce_loss",
@@ -38,6 +41,7 @@ def check_combinations(config: TrainConfig) -> None:
             raise ValueError(f"{name} does nothing without {other}: set {other} or remove {name}")
     _check_model(config)
     _check_training(config)
+    _check_sharding(config)
     _check_schedule(config)
     _check_loss(config)
     _check_sampling(config)
@@ -66,6 +70,21 @@ def _check_training(config: TrainConfig) -> None:
         raise ValueError("layer_decay has no layers left when freeze holds the backbone: remove one of them")
     if config.resume == "auto" and config.experiment is None:
         raise ValueError("resume auto goes on with the experiment of that name in output: set experiment")
+
+
+def _check_sharding(config: TrainConfig) -> None:
+    if not config.fsdp:
+        return
+    if config.opt.lower() not in SHARDED_OPTIMIZERS:
+        raise ValueError(f"fsdp goes with the optimizers {', '.join(SHARDED_OPTIMIZERS)}, not with {config.opt}")
+    if config.batch_size == "auto":
+        raise ValueError("batch_size auto is tried on one process alone: give a number, or remove fsdp")
+    if config.amp and config.amp_dtype == "float16":
+        raise ValueError("fsdp goes with amp_dtype bfloat16, which needs no loss scaler: set it, or remove fsdp")
+    if config.clip_mode == "agc":
+        raise ValueError("fsdp goes with clip_mode norm or value: agc needs the norms of whole rows")
+    if config.model_ema_force_cpu:
+        raise ValueError("fsdp divides the moving average among processes: remove model_ema_force_cpu")
 
 
 def _check_schedule(config: TrainConfig) -> None:

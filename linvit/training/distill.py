@@ -21,6 +21,7 @@ from linvit.runs import load_classifier
 from linvit.timmmodel import TimmModel
 from linvit.training.config import TrainConfig
 from linvit.training.precision import autocast, autocast_dtype
+from linvit.training.sharding import load_whole
 from linvit.validation import listed
 
 
@@ -58,7 +59,7 @@ class Distillation:
             if not hasattr(self.teacher, "forward_intermediates"):
                 raise ValueError(f"--distill-mode features: {config.distill_teacher} gives no tokens; use logits")
             width = self._teacher_tokens(torch.zeros(1, 3, *spec.size, device=device)).shape[1]
-            self.projected = _ProjectedTokens(model, width).to(device)
+            self.projected = _ProjectedTokens(model, width)
         else:
             _check_classes(config.distill_teacher, self.teacher, classifier.class_names, class_names)
         self.trained = self.projected or model
@@ -73,7 +74,7 @@ class Distillation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.projected is not None:
-            self.projected.projection.load_state_dict(state)
+            load_whole(self.projected.projection, state)
 
     def loss(self, outputs: Any, images: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
         """The labels' loss and the teacher's, each by its share; `outputs` are what `trained` gave for `images`."""
@@ -122,7 +123,7 @@ class _ProjectedTokens(nn.Module):
     def __init__(self, model: VisionTransformer, width: int) -> None:
         super().__init__()
         self.model = model
-        self.projection = nn.Linear(model.embed_dim, width)
+        self.projection = nn.Linear(model.embed_dim, width).to(next(model.parameters()).device)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and a grid of projected tokens (B, C, h, w)."""

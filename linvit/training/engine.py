@@ -17,6 +17,7 @@ from linvit.training.distributed import Ranks, sum_over_ranks
 from linvit.training.microbatch import MicroBatches
 from linvit.training.mixing import mix
 from linvit.training.precision import autocast, autocast_dtype
+from linvit.training.sharding import WholeModel, whole
 from linvit.training.signals import StopRequest
 
 # taken: the weights have changed; skipped: gradients overflowed float16 and the loss scaler lowers its scale; refused:
@@ -57,6 +58,7 @@ class TrainStep:
         config: precision and clipping.
         stop: the wish to stop that updates share between processes.
         distillation: what is learnt from a teacher; `model` is then its `trained`, compiled and wrapped.
+        undivided: what weights that are divided among processes are evaluated with.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class TrainStep:
         ranks: Ranks,
         stop: StopRequest,
         distillation: Distillation | None = None,
+        undivided: WholeModel | None = None,
     ) -> None:
         self.model, self.plain_model = model, plain_model
         self.optimizer, self.scheduler, self.ema = optimizer, scheduler, ema
@@ -80,7 +83,7 @@ class TrainStep:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.amp_dtype = autocast_dtype(config.amp, config.amp_dtype)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.amp_dtype is torch.float16)
-        self.distillation = distillation
+        self.distillation, self.undivided = distillation, undivided
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.micro_batches = MicroBatches(
             model, self.parameters, forward=self._forward, loss_of=self._loss_of, scaler=self.scaler, ranks=ranks
@@ -94,8 +97,13 @@ class TrainStep:
 
     @property
     def weights(self) -> dict[str, TimmModel]:
-        """The models to evaluate: "raw", and "ema" where there is a moving average."""
+        """The models whose weights are evaluated and kept: "raw", and "ema" where there is a moving average."""
         return {"raw": self.plain_model} | ({"ema": self.ema.module} if self.ema is not None else {})
+
+    def to_evaluate(self, name: str) -> TimmModel:
+        """A whole model with the weights of that name; all processes call it."""
+        weights = self.weights[name]
+        return weights if self.undivided is None else self.undivided.holding(weights)
 
     def start_epoch(self, epoch: int) -> None:
         """Train from here on, with mixing unless `mixup_off_epoch` has come."""
@@ -116,10 +124,12 @@ class TrainStep:
         self._num_images += len(images)
         weight = 1 / (self.config.images_per_batch * group_size)
         if not len(images):
-            if not (closes_group and self.ranks.world_size > 1):
+            # In a group only its last batch is waited for, with weights that are divided every one.
+            is_waited_for = closes_group or self.undivided is not None
+            if not (is_waited_for and self.ranks.world_size > 1):
                 self._losses.append(torch.zeros((), device=self.ranks.device))
                 return
-            # The other processes wait for this one's gradients: those of a blank image that does not count.
+            # The other processes need this one to take part, with a blank image that does not count.
             images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), 0.0
         if self.mixup is not None:
             images, labels = mix(self.mixup, images, labels)
@@ -164,7 +174,7 @@ class TrainStep:
     def _gradient_norm(self) -> Tensor:
         """Of all gradients together, as the loss scaler left them; processes have the same ones."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return get_total_norm(gradients).to(self.ranks.device)
+        return whole(get_total_norm(gradients)).to(self.ranks.device)
 
     def _report(self, norm: Tensor) -> list[float]:
         """Read at once: each process's size of parts, loss, images and wish to stop over all processes, and `norm`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from linvit.training.distributed import Ranks
+from linvit.training.sharding import is_sharded
 
 
 class MicroBatches:
@@ -43,6 +44,11 @@ class MicroBatches:
         self.size: int | None = None
         self.notes: list[str] = []
 
+    @property
+    def can_split(self) -> bool:
+        """Whether a batch may run in parts: not where every part is waited for by the other processes."""
+        return not is_sharded(self.model)
+
     def backward(self, images: Tensor, labels: Tensor, *, weight: float, exchanges: bool) -> Tensor:
         """Add the gradients of a batch, images (B, 3, H, W), to the parameters'; returns its loss, a detached scalar.
 
@@ -57,7 +63,8 @@ class MicroBatches:
         while start < len(images):
             stop = min(start + (self.size or len(images)), len(images))
             part = images[start:stop], labels[start:stop]
-            is_exchanged = exchanges and stop == len(images) and isinstance(self.model, DistributedDataParallel)
+            is_last = exchanges and stop == len(images)
+            is_exchanged = not self.can_split or (is_last and isinstance(self.model, DistributedDataParallel))
             loss = self._attempt(*part, weight=weight, is_exchanged=is_exchanged)
             if loss is None:
                 self._halve(stop - start, images)
@@ -87,10 +94,10 @@ class MicroBatches:
                 loss = self.loss_of(outputs, images, labels) * (weight * len(images))
                 self.scaler.scale(loss).backward()
         except torch.OutOfMemoryError as error:
-            if is_exchanged and has_answered:
-                # The other processes are waiting for gradients that are exchanged in part already.
+            if not self.can_split or (is_exchanged and has_answered):
+                # The other processes are waiting for weights, or for gradients that are exchanged in part already.
                 raise ValueError(
-                    f"memory ran out while processes exchanged gradients, with {len(images)} images at once: "
+                    f"memory ran out with {len(images)} images at once while processes exchanged weights or gradients: "
                     "set a lower --batch-size (--grad-accum-steps keeps the whole), or --grad-checkpointing"
                 ) from error
             if held is not None:

@@ -61,10 +61,14 @@ def _initialise_classifier(model: TimmModel, options: ModelOptions) -> None:
 
 
 def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
-    """Move the model to its device, in the memory layout and with the checkpointing asked for."""
-    model.to(ranks.device)
-    if options.channels_last:
-        model.to(memory_format=torch.channels_last)
+    """Move the model to its device, in the memory layout and with the checkpointing asked for.
+
+    One that is to be divided among processes stays as it is: it may not fit whole, and is divided along rows.
+    """
+    if not options.fsdp:
+        model.to(ranks.device)
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
     checkpointing = options.grad_checkpointing
     if not isinstance(model, LinformerViT):
         if checkpointing == "mlp":
@@ -74,7 +78,12 @@ def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
 
 
 def wrap_model(model: nn.Module, options: DeviceOptions, ranks: Ranks) -> nn.Module:
-    """What the training step calls: the model itself, compiled and averaging gradients over processes as asked for."""
+    """What the training step calls: the model itself, compiled and averaging gradients over processes as asked for.
+
+    One that `linvit.training.sharding` has divided does both already.
+    """
+    if options.fsdp:
+        return model
     wrapped: nn.Module = model
     if options.torchcompile is not None:
         wrapped = cast(nn.Module, torch.compile(model, backend=options.torchcompile, mode=options.torchcompile_mode))

@@ -13,6 +13,7 @@ from torch import nn
 
 from linvit.training.config import TrainConfig
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
+from linvit.training.sharding import divided_like
 from linvit.validation import unknown
 from linvit.weights import compact
 
@@ -88,7 +89,11 @@ def load_optimizer(
             if key not in (*_FROM_SETTINGS, "params")
         }
         groups.append(kept | {key: group[key] for key in (*_FROM_SETTINGS, "params") if key in group})
-    state = {number[names_before[index]]: value for index, value in saved["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {}
+    for index, values in saved["state"].items():
+        now = number[names_before[index]]
+        state[now] = {key: divided_like(value, parameters[now]) for key, value in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

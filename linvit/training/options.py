@@ -102,6 +102,11 @@ class DeviceOptions(_Options):
         None, description="compile the model, with this torch.compile backend (alone: inductor)"
     )
     torchcompile_mode: str | None = Field(None, description="torch.compile mode, such as max-autotune")
+    fsdp: bool = Field(
+        False,
+        description="divide weights, gradients and the optimizer's state among the processes (FSDP2), for models too "
+        "large for one",
+    )
 
 
 class OptimizerOptions(_Options):

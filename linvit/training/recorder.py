@@ -13,6 +13,7 @@ from linvit.runs import RunFolder, save_classifier
 from linvit.training.card import write_card
 from linvit.training.changes import changed_settings
 from linvit.training.config import TrainConfig
+from linvit.training.distributed import on_primary
 from linvit.training.engine import TrainStep
 from linvit.training.log import say
 from linvit.training.progressive import size_in
@@ -89,8 +90,19 @@ class Recorder:
             state: what the run goes on from; None: it begins.
             new_parameters: those that no given weights cover.
         """
-        if not self.is_primary:
-            return
+        if self.is_primary:
+            self._introduce(step, progress, state=state, new_parameters=new_parameters)
+        if state is None:
+            self.save_state(step, progress)
+
+    def _introduce(
+        self,
+        step: TrainStep,
+        progress: Progress,
+        *,
+        state: dict[str, Any] | None,
+        new_parameters: list[str],
+    ) -> None:
         config = self.config
         say(f"run: {self.run.path}")
         say(
@@ -121,8 +133,6 @@ class Recorder:
         config.save(self.run.args)
         if progress.summary:
             write_summary(self.run.summary, progress.summary)
-        if state is None:
-            self.save_state(step, progress)
 
     def begin_epoch(self, epoch: int) -> None:
         """Say the size of the images, where it is another than in the epoch before."""
@@ -134,11 +144,11 @@ class Recorder:
         """Write the epoch's row, the raw weights to last/, those named `best` to best/, and the run's state."""
         progress.summary.append(result.row())
         self.say(result.describe() + (f"  best ({best})" if best is not None else ""))
-        if not self.is_primary:
-            return
         if self.track is not None:
             self.track(numbers_of(progress.summary[-1]), progress.epoch * len(self.loader))
         snapshot = self._snapshot(step, progress)
+        if snapshot is None:
+            return
         tasks: dict[str, Callable[[], object]] = {
             "summary": lambda: write_summary(self.run.summary, snapshot()["progress"]["summary"]),
             "last": lambda: self._write_weights(self.run.last, result, step, snapshot, "raw"),
@@ -150,9 +160,14 @@ class Recorder:
 
     def end_update(self, step: TrainStep, progress: Progress) -> None:
         """Begin to save the state, where the time has come."""
-        if self.is_primary and self.clock.is_due():
-            snapshot = self._snapshot(step, progress)
-            self.saver.save({"state": lambda: self._write_state(snapshot)})
+        if self._is_due(step):
+            self._begin_to_save(step, progress)
+
+    def _is_due(self, step: TrainStep) -> bool:
+        if step.undivided is None:
+            return self.is_primary and self.clock.is_due()
+        # All processes take part in a save, at the same update whatever their clocks say.
+        return self.clock.is_set and on_primary(self.clock.is_due)
 
     def end(self, progress: Progress) -> None:
         """Wait until all is written, and say what came out."""
@@ -167,13 +182,19 @@ class Recorder:
         return request.exit_code
 
     def save_state(self, step: TrainStep, progress: Progress) -> None:
-        """Save the state and wait until it, and all before, is written."""
-        if self.is_primary:
-            snapshot = self._snapshot(step, progress)
-            self.saver.save({"state": lambda: self._write_state(snapshot)})
-            self.saver.finish()
+        """Save the state and wait until it, and all before, is written; all processes call it."""
+        self._begin_to_save(step, progress)
+        self.saver.finish()
 
-    def _snapshot(self, step: TrainStep, progress: Progress) -> Callable[[], dict[str, Any]]:
+    def _begin_to_save(self, step: TrainStep, progress: Progress) -> None:
+        snapshot = self._snapshot(step, progress)
+        if snapshot is not None:
+            self.saver.save({"state": lambda: self._write_state(snapshot)})
+
+    def _snapshot(self, step: TrainStep, progress: Progress) -> Callable[[], dict[str, Any]] | None:
+        """A copy of the state, in the first process; the others have None, having given their parts of it."""
+        if not self.is_primary and step.undivided is None:
+            return None
         # One at a time is in memory.
         self.saver.wait()
         self.clock.restart()
@@ -185,7 +206,7 @@ class Recorder:
             num_images=self.num_images[0],
             num_batches=len(self.loader),
         )
-        return take_snapshot(state, step.ranks.device)
+        return take_snapshot(state, step.ranks.device) if self.is_primary else None
 
     def _write_state(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         write_checkpoint(self.run.checkpoints, snapshot())

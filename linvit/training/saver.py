@@ -88,6 +88,11 @@ class SaveClock:
         self._updates, self._seconds = updates, None if minutes is None else minutes * 60
         self.restart()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether a save within an epoch is ever due."""
+        return self._updates is not None or self._seconds is not None
+
     def restart(self) -> None:
         """Take note of a save."""
         self._num_updates, self._started = 0, time.monotonic()

@@ -15,6 +15,7 @@ from linvit.training.changes import check_settings
 from linvit.training.engine import TrainStep
 from linvit.training.metrics import Metrics, best_of, is_better
 from linvit.training.optim import load_optimizer, trained_names
+from linvit.training.sharding import gathered, load_whole
 from linvit.validation import listed
 
 
@@ -72,6 +73,8 @@ def collect_state(
 ) -> dict[str, Any]:
     """The state of a run between two updates; its tensors are those in use, not copies.
 
+    Where they are divided among processes, all of them must call it; the first has them whole, the others none.
+
     Args:
         settings: the run's configuration as plain values.
         class_names: name of every label.
@@ -79,7 +82,7 @@ def collect_state(
         num_batches: batches that a process sees in an epoch.
     """
     model = step.plain_model
-    return {
+    state = {
         "arch": model.pretrained_cfg["architecture"],
         "model_args": get_model_args(model),
         "settings": settings,
@@ -99,6 +102,7 @@ def collect_state(
         "scaler": step.scaler.state_dict(),
         "distillation": {} if step.distillation is None else step.distillation.state_dict(),
     }
+    return gathered(state, keep=step.ranks.is_primary) if step.undivided is not None else state
 
 
 def restore_state(
@@ -128,10 +132,10 @@ def restore_state(
     now = {"settings": settings, "world_size": step.ranks.world_size, "num_images": num_images}
     _check_batches(state, now | {"num_batches": num_batches}, batch=progress.batch)
     try:
-        model.load_state_dict(state["state_dict"])
+        load_whole(model, state["state_dict"])
         if step.ema is not None:
             averaged = state["state_dict_ema"]
-            step.ema.module.load_state_dict(averaged if averaged is not None else state["state_dict"])
+            load_whole(step.ema.module, averaged if averaged is not None else state["state_dict"])
         if step.distillation is not None:
             step.distillation.load_state_dict(state["distillation"])
         if with_optimizer:
@@ -145,7 +149,8 @@ def restore_state(
             "resume with the run's own args.yaml"
         ) from error
     step.num_updates, step.num_skipped = state["num_updates"], state["num_skipped"]
-    step.micro_batches.size = state["images_at_once"]
+    if step.micro_batches.can_split:
+        step.micro_batches.size = state["images_at_once"]
     if step.scheduler is not None:
         step.scheduler.step(progress.epoch)
         step.scheduler.step_update(step.num_updates)

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,26 @@ def limited(forward: Any) -> Any:
     return call
 
 
-if __name__ == "__main__":
-    data, broken, output, rank = *map(Path, sys.argv[1:4]), int(os.environ["RANK"])
+def run_all(
+    runs: dict[str, dict[str, Any]], *, data: Path, broken: Path, output: Path, further_ports: Sequence[str]
+) -> None:
+    """Do the runs one after the other, each after the first at a port of its own; statuses go to a file."""
+    rank = int(os.environ["RANK"])
     backward, forward = TrainStep.backward, LinformerViT.forward
     statuses = {}
-    for experiment, port in zip(RUNS, (None, *sys.argv[4:])):
+    for (experiment, settings), port in zip(runs.items(), (None, *further_ports)):
         if port is not None:
             # torchrun's own meeting place knows the addresses of the run before, so each further run gets a new one.
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
         TrainStep.backward = disturbed(backward, experiment) if rank == 1 else backward
         LinformerViT.forward = limited(forward) if (experiment, rank) == ("memory", 1) else forward
         images = broken if experiment == "unreadable" else data
-        statuses[experiment] = train(images, output, experiment, **SETTINGS | RUNS[experiment])
+        statuses[experiment] = train(images, output, **{"experiment": experiment} | SETTINGS | settings)
         if dist.is_initialized():
             dist.destroy_process_group()
     (output / f"statuses-{rank}.json").write_text(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    data, broken, output = map(Path, sys.argv[1:4])
+    run_all(RUNS, data=data, broken=broken, output=output, further_ports=sys.argv[4:])

@@ -184,5 +184,5 @@ def test_during_an_exchange_it_is_an_error_rather_than_a_hang(exchanging: Callab
     step = build_step(batch_size=8)
     limit_memory(step, 2, "backward")
     exchanging(step)
-    with pytest.raises(ValueError, match="memory ran out while processes exchanged gradients, with 8 images at once"):
+    with pytest.raises(ValueError, match="memory ran out with 8 images at once while processes exchanged"):
         step.backward(*random_batch(8), group_size=1, closes_group=True)

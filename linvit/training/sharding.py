@@ -1,0 +1,114 @@
+"""FSDP2: weights, gradients, optimizer state and average divided among the processes, for models too large for one.
+
+Gathered again they have the names and shapes of a model that was never divided: checkpoints and weights are the same
+files with and without sharding, and a run goes on with any number of processes.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from linvit.timmmodel import TimmModel
+from linvit.training.distributed import Ranks
+from linvit.training.options import DeviceOptions
+
+
+class WholeModel:
+    """An undivided copy of a model, in the CPU's memory, that divided weights are put into to be evaluated.
+
+    A divided model cannot be evaluated: processes have different numbers of batches, and a gather waits for all.
+    """
+
+    def __init__(self, model: TimmModel) -> None:
+        self._model = copy.deepcopy(model).cpu()
+
+    @torch.no_grad()
+    def holding(self, divided: nn.Module) -> TimmModel:
+        """The copy with the weights of `divided`; all processes call it."""
+        self._model.load_state_dict(gathered(divided.state_dict(), keep=True))
+        return self._model
+
+
+def shard(
+    trained: nn.Module, model: TimmModel, *, ema: ModelEmaV3 | None, options: DeviceOptions, ranks: Ranks
+) -> WholeModel:
+    """Divide a model and its average among the processes, in place; returns a whole one to evaluate them with.
+
+    On a GPU this is also what brings them there, part by part. The optimizer must be made after it.
+
+    Args:
+        trained: what is called in training: the model, or a module around it.
+        model: its blocks are gathered one at a time, all else at once.
+
+    Raises ValueError where there is one process alone.
+    """
+    if ranks.world_size == 1:
+        raise ValueError("--fsdp divides the model among processes, but there is only one: use torchrun, or remove it")
+    undivided = WholeModel(model)
+    blocks = _separable_blocks(model)
+    if options.torchcompile is not None:
+        # Whole, a model would be cut into graphs at each of the gathers.
+        for block in blocks:
+            block.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
+    _divide(blocks, trained)
+    if ema is not None:
+        _divide(_separable_blocks(ema.module), ema.module)
+    return undivided
+
+
+def _divide(blocks: Sequence[nn.Module], rest: nn.Module) -> None:
+    for module in (*blocks, rest):
+        fully_shard(module)
+
+
+def _separable_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a Vision Transformer; none where they share parameters, which must be gathered together."""
+    blocks = list(getattr(model, "blocks", ()))
+    parameters = [parameter for block in blocks for parameter in block.parameters()]
+    return blocks if len(set(parameters)) == len(parameters) else []
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's weights are divided among the processes."""
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A divided tensor put together, in every process; any other as it is. All processes call it in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(value: Any, *, keep: bool) -> Any:
+    """A nest of dicts and lists with its divided tensors put together, on the CPU; all processes call it.
+
+    One tensor at a time is whole on the device. With `keep=False` this process only takes part, and the result has
+    empty tensors in place of them.
+    """
+    if isinstance(value, DTensor):
+        tensor = whole(value.detach())
+        return tensor.cpu() if keep else tensor.new_empty(0, device="cpu")
+    if isinstance(value, dict):
+        return {key: gathered(part, keep=keep) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(gathered(part, keep=keep) for part in value)
+    return value
+
+
+def divided_like(tensor: Any, other: Tensor) -> Any:
+    """This process's part of a whole tensor, divided as `other` is; the whole where it is not, or has another shape."""
+    if not isinstance(other, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != other.shape:
+        return tensor
+    # Every process has read the whole one, so that nothing need be sent.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def load_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """`load_state_dict` with whole tensors, into a model that may be divided."""
+    own = model.state_dict()
+    model.load_state_dict({name: divided_like(tensor, own.get(name, tensor)) for name, tensor in state_dict.items()})

@@ -1,0 +1,35 @@
+"""Runs of a model divided among two processes, for test_sharding.py.
+
+    torchrun --nproc-per-node 2 fsdp_runs.py DATA BROKEN OUTPUT PORT ...
+
+Whole ones: as it comes, with one E for all layers, compiled, learning from the first, and on images of BROKEN, of which
+many cannot be read; and one that process 1 alone is asked to stop, after which it goes on.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ddp_runs import RUNS as DDP_RUNS
+from ddp_runs import run_all
+
+FSDP: dict[str, Any] = {"fsdp": True, "opt": "adamw", "lr": 1e-3, "clip_grad": 0.5}
+
+
+def runs(output: Path) -> dict[str, dict[str, Any]]:
+    """The settings of each run, in order."""
+    teacher = {"distill_teacher": str(output / "whole"), "distill_mode": "features"}
+    return {
+        "whole": FSDP,
+        "layerwise": FSDP | {"share": "layerwise"},
+        "compiled": FSDP | {"torchcompile": "eager", "clip_grad": None},
+        "taught": FSDP | teacher,
+        "unreadable": FSDP | DDP_RUNS["unreadable"],
+        "stopped": FSDP | {"checkpoint_minutes": 1e-9},
+        "stopped-and-on": FSDP | {"experiment": "stopped", "resume": "auto"},
+    }
+
+
+if __name__ == "__main__":
+    data, broken, output = map(Path, sys.argv[1:4])
+    run_all(runs(output), data=data, broken=broken, output=output, further_ports=sys.argv[4:])
