@@ -6,6 +6,7 @@ best/ last/    config.json and model.safetensors, for `timm.create_model("local-
 checkpoints/   training states, to go on from (`linvit.checkpoint`)
 README.md      model card
 bad_images.txt images that could not be read and were left out, where there are any
+.lock          held by the process that trains in the folder
 logs/          what processes besides the first have to say
 """
 

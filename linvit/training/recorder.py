@@ -17,6 +17,7 @@ from linvit.training.distributed import on_primary
 from linvit.training.engine import TrainStep
 from linvit.training.log import say
 from linvit.training.progressive import size_in
+from linvit.training.runlock import lock_run
 from linvit.training.saver import SaveClock, Saver
 from linvit.training.signals import StopRequest
 from linvit.training.snapshot import take_snapshot
@@ -42,7 +43,8 @@ class Recorder:
         saver: what writes in the background.
 
     While training, what cannot be written is reported and tried again with the next save. At the beginning and at the
-    end it raises OSError, naming the file; what was there before is kept.
+    end it raises OSError, naming the file; what was there before is kept. Raises ValueError where another process is
+    training in the folder.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Recorder:
         self.run = RunFolder(folder)
         self.loader, self.spec, self.rank, self.is_primary = loader, spec, rank, rank == 0
         self.num_images, self.saver = num_images, saver
+        self._lock = lock_run(folder) if self.is_primary else None
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
 
     def say(self, text: str) -> None:

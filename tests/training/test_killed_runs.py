@@ -243,7 +243,7 @@ def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
     assert warning.startswith("warning: cannot write")
     assert error.startswith(f"error: cannot write {tmp_path}/run/last: file too large")
     run = tmp_path / "run"
-    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".lock"]
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
     verify_checkpoint(run / "checkpoints/state-0001-000000")
     assert train(data, tmp_path, resume="auto") == 0

@@ -119,6 +119,7 @@ def test_workers_do_not_change_the_weights(data: Path, whole_run: Path, tmp_path
 
 def test_the_folder_holds_what_the_design_says(whole_run: Path) -> None:
     assert sorted(path.name for path in whole_run.iterdir()) == [
+        ".lock",
         "README.md",
         "args.yaml",
         "best",

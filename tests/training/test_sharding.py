@@ -119,7 +119,8 @@ def test_every_weight_is_divided(single_group: None) -> None:
     shard(step.model, step.plain_model, ema=step.ema, options=step.config, ranks=ranks)
     for weights in step.weights.values():
         for name, parameter in weights.named_parameters():
-            assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), name
+            assert isinstance(parameter, DTensor), name
+            assert parameter.placements == (Shard(0),), name
 
 
 def test_memory_that_runs_out_is_an_error_rather_than_a_hang(
