@@ -19,6 +19,13 @@ Value = TypeVar("Value")
 SECONDS_TO_SPEAK_LAST = 3.0
 
 
+# Where a batch runs in parts, memory may run out without a word of this.
+OUT_OF_MEMORY = (
+    "memory ran out where running a batch in parts does not help: set a smaller --model or --img-size, or --fsdp on "
+    "several GPUs, and go on with --resume from the last checkpoint"
+)
+
+
 class RankError(ValueError):
     """What ended one of several processes; its message begins with the process's rank."""
 
@@ -66,7 +73,10 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     found = init_distributed_device_so(device=choose_device(device))
     ranks = Ranks(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"])
     try:
-        yield ranks
+        try:
+            yield ranks
+        except torch.OutOfMemoryError as error:
+            raise ValueError(OUT_OF_MEMORY) from error
     except Exception as error:
         if ranks.world_size == 1:
             raise

@@ -183,6 +183,13 @@ def test_what_ends_a_process_names_its_rank(monkeypatch: pytest.MonkeyPatch, tmp
     assert "KeyError: 'bug'" in json.loads(report.read_text())["message"]["message"]
 
 
+def test_memory_that_runs_out_anywhere_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="memory ran out where") as raised, joined_ranks("cpu"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    found = failure(torch.OutOfMemoryError("CUDA out of memory."), monkeypatch, tmp_path / "error.json")
+    assert str(found) == f"rank 1: {raised.value}"
+
+
 def test_losing_the_others_is_not_taken_for_the_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     found = failure(lost, monkeypatch, tmp_path / "error.json")
