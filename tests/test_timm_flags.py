@@ -137,7 +137,7 @@ def test_an_args_yaml_of_timm_is_read_as_it_is(tmp_path):
 
 
 def test_an_args_yaml_of_timm_is_refused_with_the_reason_for_every_option_that_is_not_taken(tmp_path):
-    others = {"resplit": True, "sync_bn": True, "kd_model_name": "regnety_160"}
+    others = {"resplit": True, "sync_bn": True, "kd_token_distill_type": "hard"}
     with pytest.raises(UsageError) as error:
         TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL, **others)))
     for name in others:

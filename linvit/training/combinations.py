@@ -24,9 +24,10 @@ _NEEDS = {
     "layer_decay_no_opt_scale": "layer_decay",
     "torchcompile_mode": "torchcompile",
     "no_resume_opt": "resume",
-    "distill_mode": "distill_teacher",
-    "distill_temperature": "distill_teacher",
-    "distill_weight": "distill_teacher",
+    "kd_distill_type": "kd_model_name",
+    "kd_temperature": "kd_model_name",
+    "distill_loss_weight": "kd_model_name",
+    "task_loss_weight": "kd_model_name",
     "wandb_project": "log_wandb",
     "wandb_tags": "log_wandb",
     "wandb_resume_id": "log_wandb",
@@ -130,13 +131,17 @@ def _check_sizes(config: TrainConfig) -> None:
 
 
 def _check_distillation(config: TrainConfig) -> None:
-    if config.distill_teacher is not None and config.batch_size == "auto":
-        raise ValueError("batch_size auto is tried without the teacher: give a number, or remove distill_teacher")
-    if config.distill_teacher is not None and config.distill_mode == "features":
+    if config.kd_model_name is None:
+        return
+    if config.batch_size == "auto":
+        raise ValueError("batch_size auto is tried without the teacher: give a number, or remove kd_model_name")
+    if config.distill_loss_weight is None and (config.task_loss_weight or 0.0) > 1:
+        raise ValueError("task_loss_weight above 1 leaves the teacher less than nothing: set distill_loss_weight, too")
+    if config.kd_distill_type == "feature":
         if config.patch_drop:
-            raise ValueError("distill_mode features compares all tokens: remove patch_drop")
-        if config.distill_temperature != 4.0:
-            raise ValueError("distill_temperature softens logits: remove it or set distill_mode logits")
+            raise ValueError("kd_distill_type feature compares all tokens: remove patch_drop")
+        if config.kd_temperature != 4.0:
+            raise ValueError("kd_temperature softens logits: remove it or set kd_distill_type logit")
 
 
 def _check_loss(config: TrainConfig) -> None:

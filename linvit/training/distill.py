@@ -46,22 +46,23 @@ class Distillation:
         class_names: Sequence[str],
         device: torch.device,
     ) -> None:
-        assert config.distill_teacher is not None
-        self.temperature, self.weight = config.distill_temperature, config.distill_weight
+        assert config.kd_model_name is not None
+        self.temperature = config.kd_temperature
+        self.label_weight, self.teacher_weight = _weights(config)
         self.amp_dtype, self.device = autocast_dtype(config.amp, config.amp_dtype), device
-        classifier = load_classifier(config.distill_teacher)
+        classifier = load_classifier(config.kd_model_name)
         self.teacher = classifier.model.to(device).eval().requires_grad_(False)
         self.view = _View(spec, resolve_input(self.teacher, InputOptions.model_validate({})), device)
         self.projected: _ProjectedTokens | None = None
-        if config.distill_mode == "features":
+        if config.kd_distill_type == "feature":
             if not isinstance(model, VisionTransformer):
-                raise ValueError(f"--distill-mode features needs a Vision Transformer, not {config.model}: use logits")
+                raise ValueError(f"--kd-distill-type feature needs a Vision Transformer, not {config.model}: use logit")
             if not hasattr(self.teacher, "forward_intermediates"):
-                raise ValueError(f"--distill-mode features: {config.distill_teacher} gives no tokens; use logits")
+                raise ValueError(f"--kd-distill-type feature: {config.kd_model_name} gives no tokens; use logit")
             width = self._teacher_tokens(torch.zeros(1, 3, *spec.size, device=device)).shape[1]
             self.projected = _ProjectedTokens(model, width)
         else:
-            _check_classes(config.distill_teacher, self.teacher, classifier.class_names, class_names)
+            _check_classes(config.kd_model_name, self.teacher, classifier.class_names, class_names)
         self.trained = self.projected or model
 
     def parameters(self) -> list[nn.Parameter]:
@@ -77,13 +78,13 @@ class Distillation:
             load_whole(self.projected.projection, state)
 
     def loss(self, outputs: Any, images: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
-        """The labels' loss and the teacher's, each by its share; `outputs` are what `trained` gave for `images`."""
+        """The labels' loss and the teacher's, each by its weight; `outputs` are what `trained` gave for `images`."""
         if self.projected is None:
             logits, part = outputs, self._logits_loss(outputs, images)
         else:
             logits, tokens = outputs
             part = self._tokens_loss(tokens, images)
-        return (1 - self.weight) * loss_fn(logits.float(), labels) + self.weight * part
+        return self.label_weight * loss_fn(logits.float(), labels) + self.teacher_weight * part
 
     def _logits_loss(self, logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.amp_dtype):
@@ -108,10 +109,18 @@ class Distillation:
 def create_distillation(
     model: TimmModel, config: TrainConfig, *, spec: InputSpec, class_names: Sequence[str], device: torch.device
 ) -> Distillation | None:
-    """What `distill_teacher` asks for; None where there is no teacher."""
-    if config.distill_teacher is None:
+    """What `kd_model_name` asks for; None where there is no teacher."""
+    if config.kd_model_name is None:
         return None
     return Distillation(model, config, spec=spec, class_names=class_names, device=device)
+
+
+def _weights(config: TrainConfig) -> tuple[float, float]:
+    """Of the labels' loss and of the teacher's, by timm's rule: 1 unless set, but the rest of 1 to a task's alone."""
+    task, teacher = config.task_loss_weight, config.distill_loss_weight
+    if teacher is None:
+        teacher = 1.0 if task is None else 1.0 - task
+    return 1.0 if task is None else task, teacher
 
 
 class _ProjectedTokens(nn.Module):
@@ -158,6 +167,6 @@ def _check_classes(source: str, teacher: TimmModel, names: Sequence[str] | None,
         return
     theirs = f" ({listed(names)})" if names is not None else ""
     raise ValueError(
-        f"--distill-teacher {source} has {teacher.num_classes} classes{theirs}, the data has {len(class_names)} "
-        f"({listed(class_names)}): choose a teacher of the same classes, or --distill-mode features"
+        f"--kd-model-name {source} has {teacher.num_classes} classes{theirs}, the data has {len(class_names)} "
+        f"({listed(class_names)}): choose a teacher of the same classes, or --kd-distill-type feature"
     )

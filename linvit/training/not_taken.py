@@ -74,15 +74,10 @@ NOT_TAKEN: dict[str, NotTaken] = {
     "naflex_patch_size_probs": NotTaken(None, _NAFLEX),
     "naflex_loss_scale": NotTaken("linear", _NAFLEX),
     "naflex_patchify_channels_first": NotTaken(False, _NAFLEX),
-    "kd_model_name": NotTaken(None, "use --distill-teacher"),
-    "kd_distill_type": NotTaken("logit", "use --distill-mode"),
     "kd_loss_type": NotTaken("kl", "logits are compared by Kullback-Leibler divergence, features by cosine"),
-    "distill_loss_weight": NotTaken(None, "use --distill-weight, the teacher's share of the loss"),
-    "task_loss_weight": NotTaken(None, "use --distill-weight; the labels have the rest of the loss"),
-    "kd_temperature": NotTaken(4.0, "use --distill-temperature"),
     "kd_student_feature_dim": NotTaken(None, _FEATURES),
     "kd_teacher_feature_dim": NotTaken(None, _FEATURES),
-    "kd_token_distill_type": NotTaken("soft", "models have no distillation token; use --distill-mode"),
+    "kd_token_distill_type": NotTaken("soft", "models have no distillation token; use --kd-distill-type"),
 }
 
 

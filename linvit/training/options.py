@@ -203,17 +203,22 @@ class LossOptions(_Options):
 
 
 class DistillOptions(_Options):
-    """A trained model whose answers, or tokens, the model learns to give beside the labels."""
+    """A trained model whose answers, or tokens, the model learns to give beside the labels (knowledge distillation)."""
 
-    distill_teacher: str | None = Field(
+    kd_model_name: str | None = Field(
         None, description="the teacher: a timm model with its published weights, a run's folder or local-dir:FOLDER"
     )
-    distill_mode: Literal["logits", "features"] = Field(
-        "logits", description="learn the teacher's logits, or its last tokens through a learned projection"
+    kd_distill_type: Literal["logit", "feature"] = Field(
+        "logit", description="learn the teacher's logits, or its last tokens through a learned projection"
     )
-    distill_temperature: float = Field(4.0, gt=0.0, description="softens both distributions of the logits")
-    distill_weight: float = Field(
-        0.5, gt=0.0, le=1.0, description="share of the teacher in the loss; the labels have the rest"
+    kd_temperature: float = Field(4.0, gt=0.0, description="softens both distributions of the logits")
+    distill_loss_weight: float | None = Field(
+        None,
+        gt=0.0,
+        description="weight of the teacher's part of the loss (default: 1, or what the task's leaves of 1)",
+    )
+    task_loss_weight: float | None = Field(
+        None, ge=0.0, description="weight of the labels' part of the loss (default: 1)"
     )
 
 

@@ -18,7 +18,7 @@ FSDP: dict[str, Any] = {"fsdp": True, "opt": "adamw", "lr": 1e-3, "clip_grad": 0
 
 def runs(output: Path) -> dict[str, dict[str, Any]]:
     """The settings of each run, in order."""
-    teacher = {"distill_teacher": str(output / "whole"), "distill_mode": "features"}
+    teacher = {"kd_model_name": str(output / "whole"), "kd_distill_type": "feature"}
     return {
         "whole": FSDP,
         "layerwise": FSDP | {"share": "layerwise"},

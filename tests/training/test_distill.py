@@ -41,7 +41,7 @@ def build(teacher: str, **settings: Any) -> tuple[nn.Module, Distillation]:
     torch.manual_seed(2)
     size = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     model = create_model("linvit_mini_patch4_64", num_classes=3, img_size=(32, 32), k=4, **size)
-    config = TrainConfig(data_dir=Path("data"), distill_teacher=teacher, lr=0.1, **settings)
+    config = TrainConfig(data_dir=Path("data"), kd_model_name=teacher, lr=0.1, **settings)
     distillation = create_distillation(model, config, spec=STUDENT, class_names=CLASSES, device=CPU)
     assert distillation is not None
     return model, distillation
@@ -73,8 +73,19 @@ def test_the_teacher_sees_the_pixels_in_its_own_normalisation_and_size() -> None
     assert _View(STUDENT, STUDENT, CPU)(same) is same
 
 
-def test_logits_are_learnt_at_a_temperature(teacher: str) -> None:
-    model, distillation = build(teacher, distill_temperature=3.0, distill_weight=0.25)
+@pytest.mark.parametrize(
+    ("weights", "of_labels", "of_teacher"),
+    [
+        ({}, 1.0, 1.0),
+        ({"distill_loss_weight": 5.0}, 1.0, 5.0),
+        ({"task_loss_weight": 0.75}, 0.75, 0.25),
+        ({"task_loss_weight": 2.0, "distill_loss_weight": 0.5}, 2.0, 0.5),
+    ],
+)
+def test_logits_are_learnt_at_a_temperature(
+    weights: dict[str, float], of_labels: float, of_teacher: float, teacher: str
+) -> None:
+    model, distillation = build(teacher, kd_temperature=3.0, **weights)
     assert distillation.trained is model
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     logits = model(images)
@@ -82,7 +93,7 @@ def test_logits_are_learnt_at_a_temperature(teacher: str) -> None:
     wanted = distillation.teacher(_View(STUDENT, TEACHER, CPU)(images))
     p, q = (F.softmax(each / 3.0, dim=1) for each in (wanted, logits))
     divergence = (p * (p.log() - q.log())).sum(1).mean() * 9
-    torch.testing.assert_close(loss, 0.75 * F.cross_entropy(logits, labels) + 0.25 * divergence)
+    torch.testing.assert_close(loss, of_labels * F.cross_entropy(logits, labels) + of_teacher * divergence)
 
 
 def test_a_teacher_is_in_evaluation_mode_and_learns_nothing(tmp_path: Path) -> None:
@@ -100,7 +111,9 @@ def test_a_teacher_is_in_evaluation_mode_and_learns_nothing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_features_are_the_last_tokens_of_both(name: str, tmp_path: Path) -> None:
-    model, distillation = build(save_teacher(tmp_path / "teacher", name), distill_mode="features", distill_weight=1.0)
+    model, distillation = build(
+        save_teacher(tmp_path / "teacher", name), kd_distill_type="feature", task_loss_weight=0.0
+    )
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     logits, tokens = distillation.trained(images)
     torch.testing.assert_close(logits, model(images))
@@ -118,7 +131,7 @@ def test_features_are_the_last_tokens_of_both(name: str, tmp_path: Path) -> None
 
 
 def test_the_projection_is_trained_besides_the_model(teacher: str) -> None:
-    model, distillation = build(teacher, distill_mode="features", layer_decay=0.5)
+    model, distillation = build(teacher, kd_distill_type="feature", layer_decay=0.5)
     config = TrainConfig(data_dir=Path("data"), lr=0.1, layer_decay=0.5)
     optimizer = create_optimizer(model, config, lr=0.1, besides=distillation.parameters())
     trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -129,18 +142,18 @@ def test_the_projection_is_trained_besides_the_model(teacher: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"distill_teacher": "{two}"}, "has 2 classes (blue, red), the data has 3 (blue, green, red)"),
-        ({"distill_teacher": "{other}"}, "has 3 classes (blue, green, grey), the data has 3 (blue, green, red)"),
-        ({"distill_teacher": "vit_tinny_patch16_224"}, "unknown model 'vit_tinny_patch16_224'; did you mean"),
+        ({"kd_model_name": "{two}"}, "has 2 classes (blue, red), the data has 3 (blue, green, red)"),
+        ({"kd_model_name": "{other}"}, "has 3 classes (blue, green, grey), the data has 3 (blue, green, red)"),
+        ({"kd_model_name": "vit_tinny_patch16_224"}, "unknown model 'vit_tinny_patch16_224'; did you mean"),
         (
             {
-                "distill_teacher": "{two}",
-                "distill_mode": "features",
+                "kd_model_name": "{two}",
+                "kd_distill_type": "feature",
                 "model": "resnet18",
                 "k": None,
                 "model_kwargs": {},
             },
-            "--distill-mode features needs a Vision Transformer, not resnet18",
+            "--kd-distill-type feature needs a Vision Transformer, not resnet18",
         ),
     ],
 )
@@ -151,18 +164,18 @@ def test_a_teacher_that_does_not_fit_is_refused(
         "two": save_teacher(tmp_path / "two", class_names=["blue", "red"]),
         "other": save_teacher(tmp_path / "other", class_names=["blue", "green", "grey"]),
     }
-    settings["distill_teacher"] = settings["distill_teacher"].format(**folders)
+    settings["kd_model_name"] = settings["kd_model_name"].format(**folders)
     assert train(data, tmp_path, **settings) == 1
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("mode", ["logits", "features"])
+@pytest.mark.parametrize("mode", ["logit", "feature"])
 def test_stopping_in_an_epoch_changes_nothing(
     mode: str, teacher: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"distill_teacher": teacher, "distill_mode": mode, "mixup": 0.8, "model_ema": True, "clip_grad": 1.0}
+    settings = {"kd_model_name": teacher, "kd_distill_type": mode, "mixup": 0.8, "model_ema": True, "clip_grad": 1.0}
     assert_stopping_changes_nothing(data, tmp_path, monkeypatch, after=2, **settings)
     # What is exported is the model alone.
     assert not [name for name in load_file(tmp_path / "whole/best/model.safetensors") if name.startswith("projection")]
@@ -170,4 +183,4 @@ def test_stopping_in_an_epoch_changes_nothing(
 
 def test_a_run_can_teach(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, "first", epochs=1) == 0
-    assert train(data, tmp_path, "second", epochs=1, distill_teacher=str(tmp_path / "first"), amp=True) == 0
+    assert train(data, tmp_path, "second", epochs=1, kd_model_name=str(tmp_path / "first"), amp=True) == 0
