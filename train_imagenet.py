@@ -28,8 +28,9 @@ def train(config: TrainConfig) -> int:
     """
     # Loaded only now, so that --help and mistakes on the command line are answered at once.
     from linvit.checkpoint import read_checkpoint
-    from linvit.data.folder import open_folder, read_class_map
+    from linvit.data.classes import read_class_map
     from linvit.data.loader import create_eval_loader, create_train_loader
+    from linvit.data.sources import open_images
     from linvit.data.transforms import resolve_input
     from linvit.dryrun import show_plan
     from linvit.evaluate import evaluate
@@ -64,9 +65,9 @@ def train(config: TrainConfig) -> int:
 
         # Data: the training images, or a list, name the classes; both splits use their labels.
         listed = read_class_map(config.class_map) if config.class_map is not None else None
-        train_set = open_folder(config.data_dir, split=config.train_split, class_names=listed)
+        train_set = open_images(config.data_dir, split=config.train_split, class_names=listed)
         class_names = train_set.class_names
-        val_set = open_folder(config.data_dir, split=config.val_split, class_names=class_names)
+        val_set = open_images(config.data_dir, split=config.val_split, class_names=class_names)
 
         # Model: built by name, started from other weights, partly frozen.
         model, new_parameters = build_model(config, class_names=class_names)
@@ -85,6 +86,8 @@ def train(config: TrainConfig) -> int:
             "pin_memory": config.pin_mem,
             "channels_last": config.channels_last,
             "on_bad_image": config.on_bad_image,
+            # A dry run writes nothing but its picture.
+            "caching": None if config.dry_run else config,
         }
         train_loader = create_train_loader(
             train_set,
@@ -147,6 +150,9 @@ def train(config: TrainConfig) -> int:
             rank=ranks.rank,
             saver=saver,
         )
+        for cache in (train_loader.cache, val_loader.cache):
+            if cache is not None:
+                recorder.say(cache.describe())
         bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, say=recorder.say)
         bad_images = BadImages(recorder.run.bad_images, is_primary=ranks.is_primary, say=recorder.say)
         progress = Progress()
@@ -162,6 +168,8 @@ def train(config: TrainConfig) -> int:
                 with_optimizer=not config.no_resume_opt,
             )
         recorder.begin(step, progress, state=state, new_parameters=new_parameters)
+        for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
+            recorder.say(note)
 
         while progress.epoch < num_epochs and not progress.is_out_of_patience(config.early_stop_patience):
             epoch = progress.epoch

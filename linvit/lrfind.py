@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from linvit.data.folder import open_folder, read_class_map
+from linvit.data.classes import read_class_map
 from linvit.data.loader import Batch, Loader, create_train_loader
+from linvit.data.sources import open_images
 from linvit.data.transforms import resolve_input
 from linvit.files import write_file, write_text
 from linvit.lrfind_options import LrFindConfig
@@ -100,7 +101,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]:
     """What a training run of this configuration begins with, without a schedule."""
     assert config.data_dir is not None
     listed = read_class_map(config.class_map) if config.class_map is not None else None
-    images = open_folder(config.data_dir, split=config.train_split, class_names=listed)
+    images = open_images(config.data_dir, split=config.train_split, class_names=listed)
     model, _ = build_model(config, class_names=images.class_names)
     freeze(model, config.freeze)
     place_model(model, config, ranks)

@@ -1,25 +1,18 @@
 """ImageNet-style folders: one folder per split, in it one per class, in that the images at any depth."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-
+from linvit.data.classes import MissingClasses, number_classes, quoted
 from linvit.data.imageset import ImageSet
 from linvit.data.read import EXTENSIONS, read_file
-
-# Names under which a split is looked for, the asked one first.
-_TRAIN_NAMES = ("train", "training")
-_VALIDATION_NAMES = ("val", "validation", "valid", "test")
+from linvit.data.splits import split_names
+from linvit.data.strings import PackedStrings
 
 
 class ImageFolder(ImageSet):
-    """The images of one split, in the order of their class and path.
-
-    Paths are kept as one block of bytes, so that millions of them cost little to copy to worker processes.
+    """The images of one split, each a file of its own.
 
     Args:
         root: folder of the split; paths are relative to it.
@@ -27,6 +20,7 @@ class ImageFolder(ImageSet):
         class_names: name of every label.
         relative_paths: path of every image, relative to `root`.
         labels: label of every image.
+        note: see `ImageSet`.
     """
 
     def __init__(
@@ -37,17 +31,15 @@ class ImageFolder(ImageSet):
         class_names: Sequence[str],
         relative_paths: Sequence[str],
         labels: Sequence[int],
+        note: str = "",
     ) -> None:
         assert len(relative_paths) == len(labels)
-        super().__init__(root, split=split, class_names=class_names, labels=labels)
-        names = [os.fsencode(path) for path in relative_paths]
-        self._names = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        super().__init__(root, split=split, class_names=class_names, labels=labels, note=note)
+        self._paths = PackedStrings.pack(relative_paths)
 
     def path(self, index: int) -> Path:
         """The image's file."""
-        start = self._ends[index - 1] if index > 0 else 0
-        return self.root / os.fsdecode(self._names[start : self._ends[index]])
+        return self.root / self._paths[index]
 
     def read_bytes(self, index: int) -> bytes:
         return read_file(self.path(index))
@@ -58,9 +50,9 @@ def open_folder(
     *,
     split: str,
     class_names: Sequence[str] | None = None,
-    missing_classes: Literal["refuse", "allow"] = "refuse",
+    missing_classes: MissingClasses = "refuse",
 ) -> ImageFolder:
-    """Finds the images and labels of a split.
+    """Finds the images and labels of a split, in the order of their class and path.
 
     "train" also finds "training"; "val" and "validation" find "val", "validation", "valid" or "test". Classes are the
     folders in the split, sorted by name as torchvision sorts them; hidden files and folders are passed over.
@@ -76,7 +68,7 @@ def open_folder(
             does not have, or one that the split lacks.
     """
     root = _find_split(Path(data_dir), split)
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = class_folders(root)
     if not folders:
         raise ValueError(f"{root}: holds no class folders; put each class's images into a folder of its name")
     images = {name: sorted(_images_below(root, name)) for name in folders}
@@ -85,51 +77,31 @@ def open_folder(
         known = " ".join(EXTENSIONS)
         raise ValueError(f"{root}: holds no images in its class folders (looked for {known})")
     if empty:
-        raise ValueError(f"{root}: no images of {_listed(empty)}; add images or remove the folder")
-    if class_names is None:
-        class_names = folders
-    _check_classes(root, folders, class_names, missing_classes)
-    label_of = {name: label for label, name in enumerate(class_names)}
+        raise ValueError(f"{root}: no images of {quoted(empty)}; add images or remove the folder")
+    classes = number_classes(folders, source=root, class_names=class_names, missing_classes=missing_classes)
     return ImageFolder(
         root,
         split=split,
-        class_names=class_names,
+        class_names=classes.names,
         relative_paths=[path for name in folders for path in images[name]],
-        labels=[label_of[name] for name in folders for _ in images[name]],
+        labels=[classes.label_of[name] for name in folders for _ in images[name]],
     )
 
 
-def read_class_map(path: str | os.PathLike[str]) -> list[str]:
-    """Reads a text file with one class name a line, in the order of the labels."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"class_map {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class_map {path}: is not a UTF-8 text file with one class name a line") from error
-    names = [line.strip() for line in lines if line.strip()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"class_map {path}: names {_listed(twice)} more than once")
-    if not names:
-        raise ValueError(f"class_map {path}: is empty; write one class name a line")
-    return names
+def class_folders(root: Path) -> list[str]:
+    """The folders in a split's folder, sorted by name, but for hidden ones."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _find_split(data_dir: Path, split: str) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder; give the folder that holds the splits (train, val)")
-    if split == "train":
-        names: tuple[str, ...] = _TRAIN_NAMES
-    elif split in ("val", "validation"):
-        names = (split, *(name for name in _VALIDATION_NAMES if name != split))
-    else:
-        names = (split,)
+    names = split_names(split)
     for name in names:
         if (data_dir / name).is_dir():
             return data_dir / name
-    here = sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir() and entry.name[0] != ".")
-    found = f"it holds {_listed(here)}" if here else "it holds no folders"
+    here = class_folders(data_dir)
+    found = f"it holds {quoted(here)}" if here else "it holds no folders"
     raise ValueError(f"{data_dir}: no split '{split}' (looked for {', '.join(names)}); {found}")
 
 
@@ -143,20 +115,3 @@ def _images_below(root: Path, folder: str) -> Iterable[str]:
             yield from _images_below(root, path)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
-
-
-def _check_classes(root: Path, folders: list[str], class_names: Sequence[str], missing: str) -> None:
-    unknown = sorted(set(folders) - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"{root}: {_listed(unknown)} is not among the {len(class_names)} known classes; "
-            "rename or remove the folder, or train on data that has the class"
-        )
-    absent = sorted(set(class_names) - set(folders))
-    if absent and missing == "refuse":
-        raise ValueError(f"{root}: no folder for {_listed(absent)}; every split needs images of every class")
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

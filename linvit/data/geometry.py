@@ -2,46 +2,41 @@
 
 import math
 import random
+from abc import abstractmethod
 from typing import Any, Literal
 
 import albumentations as A
-import cv2
 import numpy as np
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 
-from linvit.data.resample import resize
-
-Size = tuple[int, int]
+from linvit.data.cut import Cut, Size
 
 
-def crop_or_pad(
-    image: np.ndarray, top: int, left: int, size: Size, *, fill: tuple[int, int, int] | Literal["reflect"]
-) -> np.ndarray:
-    """The window of `size` (height, width) at (top, left), which may lie partly outside of the image."""
-    height, width = image.shape[:2]
-    above, below = max(-top, 0), max(top + size[0] - height, 0)
-    before, behind = max(-left, 0), max(left + size[1] - width, 0)
-    if above or below or before or behind:
-        if fill == "reflect":
-            image = cv2.copyMakeBorder(image, above, below, before, behind, cv2.BORDER_REFLECT_101)
-        else:
-            image = cv2.copyMakeBorder(image, above, below, before, behind, cv2.BORDER_CONSTANT, value=fill)
-    top, left = max(top, 0), max(left, 0)
-    return image[top : top + size[0], left : left + size[1]]
-
-
-def _centre_offset(length: int, target: int) -> int:
+def centre_offset(shape: Size, size: Size) -> Size:
+    """Where a window of `size` in the middle of an image begins; below 0 where the window is larger."""
     # torchvision rounds where it crops (to even, as Python does) and pads less before than behind.
-    return round((length - target) / 2) if length >= target else -((target - length) // 2)
+    top, left = (
+        round((length - target) / 2) if length >= target else -((target - length) // 2)
+        for length, target in zip(shape, size)
+    )
+    return top, left
 
 
-def centre_crop_or_pad(image: np.ndarray, size: Size, *, fill: tuple[int, int, int] | Literal["reflect"]) -> np.ndarray:
-    height, width = image.shape[:2]
-    top, left = _centre_offset(height, size[0]), _centre_offset(width, size[1])
-    return crop_or_pad(image, top, left, size, fill=fill)
+class Crop(A.ImageOnlyTransform):
+    """A transform that knows from the size of an image alone, before it is decoded, what it will take of it."""
+
+    @abstractmethod
+    def cut(self, height: int, width: int) -> Cut:
+        """Draws what to take of an image of this size."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        return {"cut": self.cut(*params["shape"][:2])}
+
+    def apply(self, img: np.ndarray, cut: Cut, **params: Any) -> np.ndarray:
+        return cut.of(img)
 
 
-class EvalCrop(A.ImageOnlyTransform):
+class EvalCrop(Crop):
     """timm's evaluation geometry: resize to `size / crop_pct`, then crop the centre of `size`.
 
     "center" keeps the aspect ratio and covers the size with the shorter side, "squash" ignores the aspect ratio,
@@ -71,10 +66,17 @@ class EvalCrop(A.ImageOnlyTransform):
         self.interpolation = interpolation
         self.fill = fill
 
-    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        height, width = self._resized(img.shape[0], img.shape[1])
-        fill = self.fill if self.crop_mode == "border" else (0, 0, 0)
-        return centre_crop_or_pad(resize(img, height, width, self.interpolation), self.size, fill=fill)
+    def cut(self, height: int, width: int) -> Cut:
+        resized = self._resized(height, width)
+        return Cut(
+            shape=(height, width),
+            window=(0, 0, height, width),
+            resized=resized,
+            interpolation=self.interpolation,
+            offset=centre_offset(resized, self.size),
+            size=self.size,
+            fill=self.fill if self.crop_mode == "border" else (0, 0, 0),
+        )
 
     def _resized(self, height: int, width: int) -> Size:
         target_height, target_width = (math.floor(length / self.crop_pct) for length in self.size)
@@ -90,7 +92,7 @@ class EvalCrop(A.ImageOnlyTransform):
         return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-class RandomResizedCrop(A.ImageOnlyTransform):
+class RandomResizedCrop(Crop):
     """timm's `rrc`: a window of random area and aspect ratio, resized to `size`.
 
     The window has `scale` of the image's area and an aspect ratio (width/height) within `ratio`; after ten windows
@@ -118,16 +120,15 @@ class RandomResizedCrop(A.ImageOnlyTransform):
         self.ratio = ratio
         self.interpolation = interpolation
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        height, width = params["shape"][:2]
-        return {
-            "window": self._draw_window(height, width),
-            "method": draw_interpolation(self.interpolation, self.py_random),
-        }
-
-    def apply(self, img: np.ndarray, window: tuple[int, int, int, int], method: str, **params: Any) -> np.ndarray:
-        top, left, height, width = window
-        return resize(img[top : top + height, left : left + width], *self.size, method)
+    def cut(self, height: int, width: int) -> Cut:
+        return Cut(
+            shape=(height, width),
+            window=self._draw_window(height, width),
+            resized=self.size,
+            interpolation=draw_interpolation(self.interpolation, self.py_random),
+            offset=(0, 0),
+            size=self.size,
+        ).aligned()
 
     def _draw_window(self, height: int, width: int) -> tuple[int, int, int, int]:
         draw = self.py_random
@@ -148,7 +149,7 @@ class RandomResizedCrop(A.ImageOnlyTransform):
         return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-class RandomKeepRatioCrop(A.ImageOnlyTransform):
+class RandomKeepRatioCrop(Crop):
     """timm's `rkrc` and `rkrr`: resize with about the aspect ratio kept, then crop `size`, padding by reflection.
 
     The shorter side is brought to the size; half of the images are enlarged by a share of area drawn from `scale`,
@@ -178,9 +179,8 @@ class RandomKeepRatioCrop(A.ImageOnlyTransform):
         self.interpolation = interpolation
         self.crop = crop
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def cut(self, height: int, width: int) -> Cut:
         draw = self.py_random
-        height, width = params["shape"][:2]
         zoom = 1 / min(height / self.size[0], width / self.size[1])
         if draw.random() < 0.5:
             zoom /= math.sqrt(draw.uniform(*self.scale))
@@ -188,17 +188,41 @@ class RandomKeepRatioCrop(A.ImageOnlyTransform):
         if draw.random() < 0.5:
             stretch = math.sqrt(math.exp(draw.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]))))
         resized = max(round(height * zoom / stretch), 1), max(round(width * zoom * stretch), 1)
-        offset = [
+        top, left = (
             draw.randint(min(0, length - target), max(0, length - target)) for length, target in zip(resized, self.size)
-        ]
-        method = draw_interpolation(self.interpolation, draw)
-        return {"resized": resized, "offset": offset, "method": method}
+        )
+        return Cut(
+            shape=(height, width),
+            window=(0, 0, height, width),
+            resized=resized,
+            interpolation=draw_interpolation(self.interpolation, draw),
+            offset=(top, left) if self.crop == "random" else centre_offset(resized, self.size),
+            size=self.size,
+            fill="reflect",
+        )
 
-    def apply(self, img: np.ndarray, resized: Size, offset: list[int], method: str, **params: Any) -> np.ndarray:
-        img = resize(img, *resized, method)
-        if self.crop == "centre":
-            return centre_crop_or_pad(img, self.size, fill="reflect")
-        return crop_or_pad(img, offset[0], offset[1], self.size, fill="reflect")
+
+class FitShorterSide(Crop):
+    """The whole image, its shorter side brought down to `side` where it is longer."""
+
+    class InitSchema(BaseTransformInitSchema):
+        side: int
+
+    def __init__(self, side: int, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.side = side
+
+    def cut(self, height: int, width: int) -> Cut:
+        scale = min(self.side / min(height, width), 1.0)
+        resized = round(height * scale), round(width * scale)
+        return Cut(
+            shape=(height, width),
+            window=(0, 0, height, width),
+            resized=resized,
+            interpolation="bicubic",
+            offset=(0, 0),
+            size=resized,
+        )
 
 
 def draw_interpolation(interpolation: str, draw: random.Random) -> str:

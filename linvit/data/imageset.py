@@ -20,12 +20,22 @@ class ImageSet(Dataset[tuple[np.ndarray, int]], ABC):
         split: the split's name.
         class_names: name of every label.
         labels: label of every image.
+        note: what a user should be told about the labels; mostly nothing.
     """
 
-    def __init__(self, root: Path, *, split: str, class_names: Sequence[str], labels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        split: str,
+        class_names: Sequence[str],
+        labels: Sequence[int] | np.ndarray,
+        note: str = "",
+    ) -> None:
         self.root = root
         self.split = split
         self.class_names = list(class_names)
+        self.note = note
         self._labels = np.asarray(labels, dtype=np.int64)
 
     @abstractmethod

@@ -1,41 +1,26 @@
 """Batches for training and evaluation: uint8 from the workers to the device, normalised there."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal
 
-import albumentations as A
-import cv2
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from linvit.data.augfile import check_image
-from linvit.data.geometry import Size
+from linvit.data.batch import Batch, normalize
+from linvit.data.cachefolder import ImageCache
+from linvit.data.cut import Size
+from linvit.data.geometry import FitShorterSide
 from linvit.data.imageset import ImageSet
-from linvit.data.options import AugmentOptions
-from linvit.data.read import UnreadableImage
-from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler, sample_generators
+from linvit.data.options import AugmentOptions, CacheOptions
+from linvit.data.pipeline import Pipeline
+from linvit.data.prefetch import prefetched
+from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler
+from linvit.data.samples import Failure, OnBadImage, RawBatch, Samples, as_is, start_worker
 from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline
-from linvit.data.workers import obey_parent_alone
 
-# Whether an image that cannot be read ends the iteration or is left out of its batch.
-OnBadImage = Literal["stop", "skip"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images (B, 3, H, W) normalised and labels (B,) int64 on the device; dataset indices (B,) int64 on the CPU.
-
-    B is less than the batch size, even 0, where images could not be read and are to be left out.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    # Indices of the images left out.
-    unreadable: tuple[int, ...] = ()
+# How many times the input's longer side cached training images have in their shorter one, for random crops.
+_CACHED_DETAIL = 2
 
 
 class Loader:
@@ -47,12 +32,13 @@ class Loader:
         batch_size: images in a batch of this process.
         num_images: images that this process sees in an epoch.
         class_names: name of every label.
+        cache: what is kept of the images for later epochs, if anything is.
     """
 
     def __init__(
         self,
         dataset: ImageSet,
-        pipelines: Mapping[Size, A.Compose],
+        pipelines: Mapping[Size, Pipeline],
         spec: InputSpec,
         sampler: TrainSampler | EvalSampler,
         *,
@@ -64,21 +50,30 @@ class Loader:
         dtype: torch.dtype,
         epoch_sizes: Sequence[Size] = (),
         on_bad_image: OnBadImage = "stop",
+        cache: ImageCache | None = None,
     ) -> None:
         self.batch_size = sampler.batch_size
         self.num_images = sampler.num_drawn
         self.class_names = dataset.class_names
+        self.cache = cache
         self._spec = spec
         self._device = torch.device(device)
         self._channels_last = channels_last
         self._dtype = dtype
         self._keys = _Keys(sampler)
         self._loader: DataLoader[Any] = DataLoader(
-            _Samples(dataset, pipelines, tuple(epoch_sizes) or (spec.size,), seed, on_bad_image),
+            Samples(
+                dataset,
+                pipelines,
+                epoch_sizes=tuple(epoch_sizes) or (spec.size,),
+                seed=seed,
+                on_bad_image=on_bad_image,
+                cache=cache,
+            ),
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=_as_is,
-            worker_init_fn=_start_worker,
+            collate_fn=as_is,
+            worker_init_fn=start_worker,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             # Each iteration draws a number for the workers, which nothing here uses: not from torch's own generator.
@@ -103,17 +98,21 @@ class Loader:
         """
         assert 0 <= batch <= len(self), f"batch {batch} of {len(self)}"
         self._keys.first = batch
-        for item in self._loader:
-            if isinstance(item, _Failure):
-                raise ValueError(item.message)
-            images = normalize(
-                item.images.to(self._device, non_blocking=True),
-                self._spec,
-                dtype=self._dtype,
-                channels_last=self._channels_last,
-            )
-            labels = item.labels.to(self._device, non_blocking=True)
-            yield Batch(images, labels, item.indices, tuple(item.unreadable))
+        yield from prefetched(self._loader, self._send, self._device)
+
+    def _send(self, raw: RawBatch | Failure) -> Batch:
+        """The batch, normalised on the device; it may still be on its way there."""
+        if isinstance(raw, Failure):
+            raise ValueError(raw.message)
+        images = normalize(
+            raw.images.to(self._device, non_blocking=True),
+            self._spec,
+            dtype=self._dtype,
+            channels_last=self._channels_last,
+        )
+        labels = raw.labels.to(self._device, non_blocking=True)
+        raw.release()
+        return Batch(images, labels, raw.indices, raw.unreadable)
 
 
 def create_train_loader(
@@ -134,6 +133,7 @@ def create_train_loader(
     repeats: float = 1.0,
     epoch_sizes: Sequence[Size] = (),
     on_bad_image: OnBadImage = "stop",
+    caching: CacheOptions | None = None,
 ) -> Loader:
     """Shuffled and augmented batches of equal size; what is left of an epoch after the last whole batch is not used.
 
@@ -142,9 +142,11 @@ def create_train_loader(
         repeats: show each image so often in an epoch, and fewer of them.
         epoch_sizes: (height, width) of the images in each epoch, the last also after it; default `spec.size`.
         on_bad_image: whether an image that cannot be read ends the iteration or is left out of its batch.
+        caching: keep the decoded images, their shorter side brought down to `cache_size`; pipelines begin with those.
 
     Raises:
-        ValueError: where the images do not fill one batch, or for an `aug_file` that cannot be used.
+        ValueError: where the images do not fill one batch, for an `aug_file` that cannot be used, or a `cache_size`
+            below the input's.
     """
     sampler = TrainSampler(
         len(dataset),
@@ -169,6 +171,7 @@ def create_train_loader(
         dtype=dtype,
         epoch_sizes=epoch_sizes,
         on_bad_image=on_bad_image,
+        cache=_cache_whole(caching, dataset, largest=max(map(max, sizes))),
     )
 
 
@@ -185,15 +188,20 @@ def create_eval_loader(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     on_bad_image: OnBadImage = "stop",
+    caching: CacheOptions | None = None,
 ) -> Loader:
     """Every image exactly once over all ranks, in order, without padding: the last batch may be smaller.
 
-    With `on_bad_image="skip"` a batch names the images that it lacks because they cannot be read.
+    With `on_bad_image="skip"` a batch names the images that it lacks because they cannot be read. `caching` keeps the
+    pixels that the model sees.
     """
+    pipeline = build_eval_pipeline(spec)
+    assert pipeline.crop is not None
+    cache = ImageCache(caching, dataset, pipeline.crop) if caching is not None and caching.cache is not None else None
     sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     return Loader(
         dataset,
-        {spec.size: build_eval_pipeline(spec)},
+        {spec.size: pipeline},
         spec,
         sampler,
         seed=0,
@@ -203,42 +211,18 @@ def create_eval_loader(
         channels_last=channels_last,
         dtype=dtype,
         on_bad_image=on_bad_image,
+        cache=cache,
     )
 
 
-def normalize(
-    images: torch.Tensor, spec: InputSpec, *, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> torch.Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W): (x / 255 - mean) / std in float32, then `dtype`, on the images' device."""
-    mean, std = _mean_and_std(spec.mean, spec.std, images.device)
-    # Laid out before the arithmetic, which is several times as fast over planes as over pixels.
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
-    return planes.div_(255).sub_(mean).div_(std).to(dtype)
-
-
-@cache
-def _mean_and_std(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept on the device: a copy for every batch would wait for the work queued before it."""
-    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
-
-
-class _RawBatch(NamedTuple):
-    """What a worker sends: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64, what it left out."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    unreadable: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Sent in place of a batch, since an exception would arrive as a worker's traceback."""
-
-    message: str
+def _cache_whole(options: CacheOptions | None, dataset: ImageSet, *, largest: int) -> ImageCache | None:
+    """Keeps whole images, to be cropped anew in each epoch to at most `largest` pixels in a side."""
+    if options is None or options.cache is None:
+        return None
+    side = options.cache_size or _CACHED_DETAIL * largest
+    if side < largest:
+        raise ValueError(f"cache_size {side} is below the input's {largest} pixels; set at least {largest}")
+    return ImageCache(options, dataset, FitShorterSide(side))
 
 
 class _Keys:
@@ -254,72 +238,3 @@ class _Keys:
 
     def __len__(self) -> int:
         return len(self.sampler) - self.first
-
-
-class _Samples(Dataset[Any]):
-    """Reads and augments whole batches."""
-
-    def __init__(
-        self,
-        dataset: ImageSet,
-        pipelines: Mapping[Size, A.Compose],
-        epoch_sizes: Sequence[Size],
-        seed: int,
-        on_bad_image: OnBadImage,
-    ) -> None:
-        self.dataset = dataset
-        self.pipelines = pipelines
-        self.epoch_sizes = epoch_sizes
-        self.seed = seed
-        self.on_bad_image = on_bad_image
-
-    def __getitems__(self, keys: list[SampleKey]) -> _RawBatch | _Failure:
-        size = self._size_in(keys[0].epoch)
-        images = torch.empty((len(keys), *size, 3), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            # Filled where the main process will read it, instead of copied there when sent.
-            images.share_memory_()
-        pixels = images.numpy()
-        indices: list[int] = []
-        unreadable: list[int] = []
-        try:
-            for key in keys:
-                try:
-                    image = self.dataset.read(key.image)
-                except UnreadableImage:
-                    if self.on_bad_image == "stop":
-                        raise
-                    unreadable.append(key.image)
-                    continue
-                pixels[len(indices)] = self._augmented(image, key, self.pipelines[size])
-                indices.append(key.image)
-        except ValueError as error:
-            return _Failure(str(error))
-        labels = torch.tensor([self.dataset.label(index) for index in indices], dtype=torch.int64)
-        return _RawBatch(images[: len(indices)], labels, torch.tensor(indices, dtype=torch.int64), tuple(unreadable))
-
-    def _size_in(self, epoch: int) -> Size:
-        """Of the images; a function of the epoch alone, because workers outlive epochs and read ahead."""
-        return self.epoch_sizes[min(epoch, len(self.epoch_sizes) - 1)]
-
-    def _augmented(self, image: np.ndarray, key: SampleKey, pipeline: A.Compose) -> np.ndarray:
-        pipeline.set_random_state(*sample_generators(self.seed, *key))
-        try:
-            image = pipeline(image=image)["image"]
-            check_image(image)
-        except Exception as error:
-            # A user's own pipeline may raise anything.
-            path = self.dataset.path(key.image)
-            raise ValueError(f"{path}: the augmentation fails: {type(error).__name__}: {error}") from error
-        return image
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    obey_parent_alone()
-    # Workers are the parallelism; more threads in each would fight over the same cores.
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)

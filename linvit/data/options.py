@@ -4,7 +4,7 @@ Imports nothing heavy, so that a command line can be checked before torch is loa
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -27,9 +27,13 @@ class _Options(BaseModel):
 
 
 class DataOptions(_Options):
-    data_dir: Path | None = Field(None, description="folder with a subfolder per split and, in each, one per class")
+    data_dir: Path | None = Field(
+        None,
+        description="the images: a folder with a subfolder per split and, in each, one per class; a folder of tars or "
+        "of CSV lists; a list with a column 'split'; or hf:NAME, a Hugging Face set (docs/data.md)",
+    )
     train_split: str = Field(
-        "train", description="training images: a folder of data_dir; 'train' also finds 'training'"
+        "train", description="training images: a folder or files of data_dir; 'train' also finds 'training'"
     )
     val_split: str = Field(
         "validation",
@@ -176,7 +180,30 @@ class AugmentOptions(_Options):
         return self
 
 
-class LoaderOptions(_Options):
+class CacheOptions(_Options):
+    cache: Literal["memory", "disk"] | None = Field(
+        None, description="keep decoded images for the epochs after the first, shared by all processes of a machine"
+    )
+    cache_dir: Path | None = Field(None, description="folder on a fast disk for --cache disk; later runs use it, too")
+    cache_size: int | None = Field(
+        None,
+        ge=1,
+        description="cached training images are shrunk to this shorter side in pixels (default: twice the input's "
+        "longer side), in the first epoch, too",
+    )
+
+    @model_validator(mode="after")
+    def _a_folder_for_the_disk(self) -> Self:
+        if self.cache == "disk" and self.cache_dir is None:
+            raise ValueError("cache disk needs a folder: set cache_dir")
+        if self.cache != "disk" and self.cache_dir is not None:
+            raise ValueError("cache_dir is for cache disk; set it, or leave cache_dir out")
+        if self.cache is None and self.cache_size is not None:
+            raise ValueError("cache_size is for cached images; set cache, or leave cache_size out")
+        return self
+
+
+class LoaderOptions(CacheOptions):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         128,
         title="a whole number of at least 1, or auto",

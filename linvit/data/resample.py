@@ -15,11 +15,13 @@ def resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np
         image: (H, W, 3) uint8, contiguous or not.
 
     Returns:
-        (height, width, 3) uint8, contiguous.
+        (height, width, 3) uint8, contiguous; memory of its own.
     """
     if image.shape[:2] == (height, width):
-        return np.ascontiguousarray(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)  # (1, 3, H, W), channels last
+        return image.copy()
+    # torch warns of memory that may not be written to, such as a cache's; what is not so already is copied.
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    pixels = pixels[None].permute(0, 3, 1, 2)  # (1, 3, H, W), channels last
     if interpolation == "nearest":
         resized = interpolate(pixels, size=(height, width), mode="nearest-exact")
     else:

@@ -14,8 +14,9 @@ import torch
 
 from linvit.data.augfile import load_pipeline
 from linvit.data.erasing import RandomErasing
-from linvit.data.geometry import EvalCrop, RandomKeepRatioCrop, RandomResizedCrop
+from linvit.data.geometry import Crop, EvalCrop, RandomKeepRatioCrop, RandomResizedCrop
 from linvit.data.options import AugmentOptions, InputOptions
+from linvit.data.pipeline import Pipeline
 from linvit.data.randaugment import PolicyAugment
 
 # Options that replace what the model says under the same name.
@@ -72,7 +73,7 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
     )
 
 
-def build_eval_pipeline(spec: InputSpec) -> A.Compose:
+def build_eval_pipeline(spec: InputSpec) -> Pipeline:
     """Resize and crop as timm does for evaluation."""
     crop = EvalCrop(
         size=spec.size,
@@ -81,21 +82,21 @@ def build_eval_pipeline(spec: InputSpec) -> A.Compose:
         interpolation=spec.interpolation,
         fill=spec.mean_colour,
     )
-    return A.Compose([crop])
+    return Pipeline(crop, A.Compose([]))
 
 
-def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> A.Compose:
+def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
     """The augmentation that the options describe, in timm's order, or the one of `aug_file`.
 
     Raises:
         ValueError: for an `aug_file` that cannot be used.
     """
     if augment.aug_file is not None:
-        return load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation)
+        return Pipeline(None, load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation))
     if augment.no_aug:
         interpolation = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
         return build_eval_pipeline(replace(spec, crop_pct=1.0, crop_mode="center", interpolation=interpolation))
-    transforms = [_train_crop(augment, spec)]
+    transforms: list[A.BasicTransform] = []
     if augment.hflip > 0:
         transforms.append(A.HorizontalFlip(p=augment.hflip))
     if augment.vflip > 0:
@@ -111,11 +112,11 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> A.Compose:
                 mode=augment.remode, max_count=augment.recount, mean=spec.mean, std=spec.std, p=augment.reprob
             )
         )
-    return A.Compose(transforms)
+    return Pipeline(_train_crop(augment, spec), A.Compose(transforms))
 
 
-def _train_crop(augment: AugmentOptions, spec: InputSpec) -> A.BasicTransform:
-    crops: dict[str, Callable[..., A.BasicTransform]] = {
+def _train_crop(augment: AugmentOptions, spec: InputSpec) -> Crop:
+    crops: dict[str, Callable[..., Crop]] = {
         "rrc": RandomResizedCrop,
         "rkrc": partial(RandomKeepRatioCrop, crop="centre"),
         "rkrr": partial(RandomKeepRatioCrop, crop="random"),

@@ -14,7 +14,7 @@ class NotTaken(NamedTuple):
     reason: str
 
 
-_FOLDERS = "images are read from folders; lay the set out as DATA/SPLIT/CLASS/IMAGE"
+_FOLDERS = "DATA says what is read: folders, tars, a CSV list or hf:NAME (docs/data.md)"
 _BATCH_NORM = "Vision Transformers have no batch norm"
 _SPLITS = "there are no augmentation splits"
 _TORCHSCRIPT = "use --torchcompile"

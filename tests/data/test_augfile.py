@@ -12,6 +12,7 @@ import yaml
 
 from linvit.data.augfile import load_pipeline
 from linvit.data.options import AugmentOptions
+from linvit.data.pipeline import Pipeline
 from linvit.data.sampler import sample_generators
 from linvit.data.transforms import InputSpec, build_train_pipeline
 
@@ -25,7 +26,7 @@ def saved(pipeline: Any, file: Path, data_format: str = "yaml") -> Path:
     return file
 
 
-def augmented(pipeline: A.Compose, image: np.ndarray, index: int) -> np.ndarray:
+def augmented(pipeline: A.Compose | Pipeline, image: np.ndarray, index: int) -> np.ndarray:
     pipeline.set_random_state(*sample_generators(0, 0, index))
     return pipeline(image=image)["image"]
 
@@ -60,7 +61,7 @@ def test_other_sizes_are_brought_to_the_models(tmp_path: Path, smooth_image: Cal
 def test_our_own_pipeline_can_be_saved_and_edited(tmp_path: Path, smooth_image: Callable[..., np.ndarray]) -> None:
     options = AugmentOptions(aa="rand-m9-mstd0.5-inc1", reprob=0.5, grayscale_prob=0.2, gaussian_blur_prob=0.2)
     pipeline = build_train_pipeline(options, SPEC)
-    own = saved(pipeline, tmp_path / "own.yaml")
+    own = saved(A.Compose(pipeline.transforms), tmp_path / "own.yaml")
     loaded = build_train_pipeline(AugmentOptions(aug_file=own), SPEC)
     image = smooth_image(70, 90)
     results = [augmented(loaded, image, index) for index in range(8)]

@@ -57,6 +57,9 @@ def test_one_number_or_several() -> None:
         (InputOptions, {"crop_pct": 0.0}, "greater than 0"),
         (InputOptions, {"crop_pct": 87.5}, "less than or equal to 2"),
         (LoaderOptions, {"batch_size": 0}, "greater than or equal to 1"),
+        (LoaderOptions, {"cache": "disk"}, "needs a folder: set cache_dir"),
+        (LoaderOptions, {"cache": "memory", "cache_dir": "x"}, "cache_dir is for cache disk"),
+        (LoaderOptions, {"cache_size": 256}, "cache_size is for cached images"),
     ],
 )
 def test_impossible_settings_are_refused(model: type[BaseModel], settings: dict[str, Any], words: str) -> None:

@@ -13,12 +13,12 @@ from timm.data.transforms import (
     ResizeKeepRatio,
 )
 
+from linvit.data.cut import Cut, crop_or_pad
 from linvit.data.geometry import (
     EvalCrop,
     RandomKeepRatioCrop,
     RandomResizedCrop,
-    centre_crop_or_pad,
-    crop_or_pad,
+    centre_offset,
 )
 from linvit.data.sampler import sample_generators
 
@@ -47,9 +47,10 @@ def test_evaluation_equals_timm(
 @pytest.mark.parametrize("size", [(20, 20), (31, 50), (60, 13), (70, 71)])
 def test_centre_crop_or_pad_equals_timm(size: tuple[int, int], smooth_image: Smooth) -> None:
     image = smooth_image(40, 53)
+    top, left = centre_offset(image.shape[:2], size)
     for fill, settings in (((7, 8, 9), {"fill": (7, 8, 9)}), ("reflect", {"padding_mode": "reflect"})):
         expected = np.asarray(CenterCropOrPad(size, **settings)(Image.fromarray(image)))
-        assert np.array_equal(centre_crop_or_pad(image, size, fill=fill), expected)
+        assert np.array_equal(crop_or_pad(image, top, left, size, fill=fill), expected)
 
 
 def test_a_window_partly_outside_is_padded() -> None:
@@ -63,11 +64,10 @@ def test_a_window_partly_outside_is_padded() -> None:
 
 def random_windows(crop: RandomResizedCrop, height: int, width: int, count: int) -> np.ndarray:
     """Top, left, height, width of drawn windows, (count, 4)."""
-    data = {"image": np.zeros((height, width, 3), np.uint8)}
     windows = []
     for index in range(count):
         crop.set_random_state(*sample_generators(0, 0, index))
-        windows.append(crop.get_params_dependent_on_data({"shape": data["image"].shape}, data)["window"])
+        windows.append(crop.cut(height, width).window)
     return np.array(windows)
 
 
@@ -98,18 +98,17 @@ def test_images_that_no_window_fits_are_cropped_in_the_centre(shape: tuple[int, 
 def test_the_resized_window_equals_timm(smooth_image: Smooth) -> None:
     image = smooth_image(120, 150)
     window = (10, 20, 80, 60)
-    crop = RandomResizedCrop(size=(48, 64))
     cut = Image.fromarray(image).crop((20, 10, 80, 90)).resize((64, 48), Image.Resampling.BICUBIC)
-    assert np.abs(crop.apply(image, window, "bicubic").astype(int) - np.asarray(cut)).max() <= 2
+    result = Cut((120, 150), window, resized=(48, 64), interpolation="bicubic", offset=(0, 0), size=(48, 64)).of(image)
+    assert np.abs(result.astype(int) - np.asarray(cut)).max() <= 2
 
 
 def test_random_interpolation_draws_both() -> None:
     crop = RandomResizedCrop(size=(8, 8))
-    data = {"image": np.zeros((20, 20, 3), np.uint8)}
     methods = set()
     for index in range(20):
         crop.set_random_state(*sample_generators(0, 0, index))
-        methods.add(crop.get_params_dependent_on_data({"shape": (20, 20, 3)}, data)["method"])
+        methods.add(crop.cut(20, 20).interpolation)
     assert methods == {"bilinear", "bicubic"}
 
 
@@ -126,7 +125,7 @@ def test_keep_ratio_sizes_are_distributed_as_in_timm() -> None:
     ours = []
     for index in range(2000):
         transform.set_random_state(*sample_generators(0, 0, index))
-        ours.append(transform.get_params_dependent_on_data({"shape": (90, 120, 3)}, {})["resized"])
+        ours.append(transform.cut(90, 120).resized)
     random.seed(0)
     image = Image.new("RGB", (120, 90))
     arguments = (image, (48, 40), 0.0, 0.5, (0.8, 1.0), True, 0.5, (0.9, 1 / 0.9))

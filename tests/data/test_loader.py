@@ -9,10 +9,11 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from jpegs import encode, photo
 
 from linvit.data.folder import ImageFolder, open_folder
 from linvit.data.loader import Batch, Loader, create_eval_loader, create_train_loader, normalize
-from linvit.data.options import AugmentOptions
+from linvit.data.options import AugmentOptions, CacheOptions
 from linvit.data.read import read_image
 from linvit.data.transforms import InputSpec, build_eval_pipeline
 
@@ -231,6 +232,75 @@ def test_training_without_augmentation_shows_the_images_as_they_are(folder: Imag
     for batch in loader:
         pixels = np.stack([folder[index][0] for index in batch.indices.tolist()])
         assert torch.equal(batch.images, normalize(torch.from_numpy(pixels), spec))
+
+
+def caching(tmp_path: Path, **settings: Any) -> CacheOptions:
+    return CacheOptions(cache="disk", cache_dir=tmp_path / "cache", **settings)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_are_the_same_in_every_epoch(workers: int, folder: ImageFolder, tmp_path: Path) -> None:
+    # 26 pixels are fewer than the images have, so that their pixels differ from those without a cache.
+    kept = caching(tmp_path, cache_size=32)
+    expected = epochs(train_loader(folder, caching=caching(tmp_path / "other", cache_size=32)))
+    for _ in range(2):
+        # The second time, all epochs find what the first have kept.
+        for batches, whole in zip(epochs(train_loader(folder, workers=workers, caching=kept)), expected):
+            assert_same(batches, whole)
+    loader = train_loader(folder, caching=kept)
+    loader.set_epoch(1)
+    assert_same(list(loader.iter_from(2)), expected[1][2:])
+    assert loader.cache is not None
+    assert "holds 13 of 13 images" in loader.cache.describe()
+    plain = epochs(train_loader(folder))
+    assert not torch.equal(plain[0][0].images, expected[0][0].images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_evaluation_sees_the_pixels_of_the_files(workers: int, folder: ImageFolder, tmp_path: Path) -> None:
+    expected = list(eval_loader(folder))
+    for _ in range(2):
+        loader = eval_loader(folder, workers=workers, caching=caching(tmp_path))
+        for _ in range(2):
+            assert_same(list(loader), expected)
+
+
+def test_a_cache_may_not_be_smaller_than_the_input(folder: ImageFolder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cache_size 31 is below the input's 32 pixels; set at least 32"):
+        train_loader(folder, caching=caching(tmp_path, cache_size=31))
+    assert train_loader(folder, caching=CacheOptions()).cache is None
+
+
+def test_cached_images_are_not_written_to(make_folder: MakeFolder, tmp_path: Path) -> None:
+    data = make_folder({"train": {"a": 4}}, height=24, width=32)
+    folder = open_folder(data, split="train")
+    # Erasing writes into the image; at this size, the crop before it changes nothing.
+    augment = AugmentOptions(scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, color_jitter=None, reprob=1.0, remode="rand")
+    settings: dict[str, Any] = {"batch_size": 4, "seed": 0, "workers": 0, "device": "cpu"}
+    loader = create_train_loader(folder, augment, SPEC, caching=caching(tmp_path), **settings)
+    plain = create_train_loader(folder, augment, SPEC, **settings)
+    for batches, expected in zip(epochs(loader), epochs(plain)):
+        assert_same(batches, expected)
+
+
+def test_large_photographs_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    for number in range(8):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(200 + 8 * number, 304), orientation=6 if number % 3 else None))
+    folder = open_folder(tmp_path, split="train")
+    for make in (train_loader, eval_loader):
+        expected = epochs(make(folder))
+        for batches, whole in zip(epochs(make(folder, workers=2)), expected):
+            assert_same(batches, whole)
+
+
+def test_a_batch_that_is_kept_keeps_its_pixels(folder: ImageFolder) -> None:
+    # As the workers send them: their memory is not filled anew before it is set free.
+    expected = [batch.images.clone() for batch in eval_loader(folder, batch_size=1)._loader]
+    for workers in (0, 1):
+        raw = list(eval_loader(folder, batch_size=1, workers=workers)._loader)
+        assert all(torch.equal(batch.images, images) for batch, images in zip(raw, expected))
 
 
 @pytest.mark.gpu

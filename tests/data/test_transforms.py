@@ -20,6 +20,7 @@ from torchvision.transforms import functional
 from linvit.data.erasing import RandomErasing
 from linvit.data.geometry import EvalCrop, RandomKeepRatioCrop, RandomResizedCrop
 from linvit.data.options import AugmentOptions, InputOptions
+from linvit.data.pipeline import Pipeline
 from linvit.data.randaugment import PolicyAugment
 from linvit.data.sampler import sample_generators
 from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline, resolve_input
@@ -48,7 +49,9 @@ def kinds(options: AugmentOptions) -> list[type]:
     return [type(transform) for transform in build_train_pipeline(options, SPEC).transforms]
 
 
-def augmented(pipeline: A.Compose, image: np.ndarray, index: int, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+def augmented(
+    pipeline: Pipeline | A.Compose, image: np.ndarray, index: int, *, seed: int = 0, epoch: int = 0
+) -> np.ndarray:
     pipeline.set_random_state(*sample_generators(seed, epoch, index))
     return pipeline(image=image)["image"]
 

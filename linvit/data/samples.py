@@ -1,0 +1,140 @@
+"""What the worker processes of a loader do: read, crop and augment the images of whole batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from linvit.data.augfile import check_image
+from linvit.data.buffers import Buffers
+from linvit.data.cachefolder import ImageCache
+from linvit.data.cut import Size
+from linvit.data.imageset import ImageSet
+from linvit.data.pipeline import Pipeline
+from linvit.data.read import UnreadableImage
+from linvit.data.sampler import SampleKey, sample_generators
+from linvit.data.workers import keep_freed_memory, obey_parent_alone
+
+# Whether an image that cannot be read ends the iteration or is left out of its batch.
+OnBadImage = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What a worker sends: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64, what it left out.
+
+    `mark` tells the worker whether the images are still needed where they lie.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    unreadable: tuple[int, ...]
+    mark: torch.Tensor
+
+    def release(self) -> None:
+        """Lets the worker fill the memory of the images anew."""
+        self.mark.zero_()
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked memory; called by the DataLoader."""
+        pinned = replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        self.release()
+        return pinned
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Sent in place of a batch, since an exception would arrive as a worker's traceback."""
+
+    message: str
+
+
+class Samples(Dataset[Any]):
+    """Whole batches by the keys of their samples.
+
+    Args:
+        pipelines: by the (height, width) that they give.
+        epoch_sizes: (height, width) of the images in each epoch, the last also after it.
+        cache: what the pipelines begin with, if anything is kept; a batch's pipeline may be all that it keeps.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        pipelines: Mapping[Size, Pipeline],
+        *,
+        epoch_sizes: Sequence[Size],
+        seed: int,
+        on_bad_image: OnBadImage,
+        cache: ImageCache | None,
+    ) -> None:
+        self.dataset = dataset
+        self.pipelines = pipelines
+        self.epoch_sizes = epoch_sizes
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.cache = cache
+        self._buffers = Buffers()
+
+    def __getitems__(self, keys: list[SampleKey]) -> RawBatch | Failure:
+        size = self._size_in(keys[0].epoch)
+        images, mark = self._buffers.take((len(keys), *size, 3))
+        pixels = images.numpy()
+        indices: list[int] = []
+        unreadable: list[int] = []
+        try:
+            for key in keys:
+                try:
+                    pixels[len(indices)] = self._sample(key, self.pipelines[size])
+                except UnreadableImage:
+                    if self.on_bad_image == "stop":
+                        raise
+                    unreadable.append(key.image)
+                    continue
+                indices.append(key.image)
+        except ValueError as error:
+            return Failure(str(error))
+        labels = torch.tensor([self.dataset.label(index) for index in indices], dtype=torch.int64)
+        order = torch.tensor(indices, dtype=torch.int64)
+        return RawBatch(images[: len(indices)], labels, order, tuple(unreadable), mark)
+
+    def _size_in(self, epoch: int) -> Size:
+        """Of the images; a function of the epoch alone, because workers outlive epochs and read ahead."""
+        return self.epoch_sizes[min(epoch, len(self.epoch_sizes) - 1)]
+
+    def _sample(self, key: SampleKey, pipeline: Pipeline) -> np.ndarray:
+        pipeline.set_random_state(*sample_generators(self.seed, *key))
+        try:
+            if self.cache is None:
+                image = pipeline.read(self.dataset.read_bytes(key.image), name=self.dataset.path(key.image))
+            else:
+                image = self.cache.read(key.image)
+                if pipeline.crop is not self.cache.crop:
+                    image = pipeline(image=image)["image"]
+            check_image(image)
+        except UnreadableImage:
+            raise
+        except Exception as error:
+            # A user's own pipeline may raise anything.
+            path = self.dataset.path(key.image)
+            raise ValueError(f"{path}: the augmentation fails: {type(error).__name__}: {error}") from error
+        return image
+
+
+def as_is(batch: Any) -> Any:
+    """Collates nothing: batches are whole already."""
+    return batch
+
+
+def start_worker(worker: int) -> None:
+    """Readies a worker process."""
+    obey_parent_alone()
+    keep_freed_memory()
+    # Workers are the parallelism; more threads in each would fight over the same cores.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

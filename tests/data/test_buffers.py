@@ -1,0 +1,39 @@
+"""Memory is used again once it was set free, and never before."""
+
+import torch
+
+from linvit.data.buffers import Buffers
+
+SHAPE = (2, 3, 4, 3)
+
+
+def test_memory_is_used_again_once_it_is_free() -> None:
+    buffers = Buffers()
+    images, mark = buffers.take(SHAPE)
+    assert images.shape == SHAPE
+    assert images.dtype == torch.uint8
+    second, _ = buffers.take(SHAPE)
+    assert second.data_ptr() != images.data_ptr()
+    mark.zero_()
+    third, _ = buffers.take(SHAPE)
+    assert third.data_ptr() == images.data_ptr()
+
+
+def test_memory_in_use_is_never_given_away() -> None:
+    buffers = Buffers()
+    held = [buffers.take(SHAPE) for _ in range(20)]
+    for number, (images, _) in enumerate(held):
+        images.fill_(number)
+    assert [int(images.float().mean()) for images, _ in held] == list(range(20))
+    assert all(mark.item() == 1 for _, mark in held)
+
+
+def test_other_shapes_take_other_memory() -> None:
+    buffers = Buffers()
+    images, mark = buffers.take(SHAPE)
+    mark.zero_()
+    other, _ = buffers.take((2, 5, 4, 3))
+    assert other.shape == (2, 5, 4, 3)
+    assert other.data_ptr() != images.data_ptr()
+    # The same number of bytes will do.
+    assert buffers.take((3, 2, 4, 3))[0].data_ptr() == images.data_ptr()
