@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def parse_size(value: Any) -> Any:
@@ -19,6 +19,7 @@ def parse_size(value: Any) -> Any:
 
 
 Side = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
 ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
 
 
@@ -30,8 +31,26 @@ class EvalOptions(BaseModel):
     source: str = Field(
         description="a run's folder, a folder with config.json and weights, a checkpoint, or a timm model name"
     )
-    data_dir: Path = Field(description="folder of images: DATA/SPLIT/CLASS/IMAGE")
-    split: str = Field("val", description="folder of DATA to evaluate on")
+    data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
+    split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
+    compare: tuple[str, ...] = Field((), description="further sources, each compared with the first, image by image")
+
+    allow_subset: bool = Field(
+        False, description="evaluate on the classes that both the model and the data have, where one has more"
+    )
+    real_labels: bool = Field(False, description="ImageNet's validation images: accuracy on ReaL labels, too")
+    temperature: Literal["fit"] | PositiveNumber | None = Field(
+        None, description="calibrate: divide the logits by this number, or by one fitted on other images"
+    )
+    temperature_split: str | None = Field(
+        None, description="split to fit the temperature on; a random half of the images if none, the other half judged"
+    )
+    tta: Literal["none", "hflip"] = Field("none", description="average the probabilities of images and mirrored ones")
+    tta_scales: tuple[PositiveNumber, ...] = Field(
+        (), description="average over image sizes, as 0.875 1.0 1.125, rounded to whole patches"
+    )
+    bootstrap: int = Field(1000, ge=0, description="resamples of the images for 95 % intervals; 0: no intervals")
+    seed: int = Field(0, ge=0, description="of the resamples, and of the half to fit the temperature on")
 
     weights: Literal["best", "last"] = Field("best", description="which weights of a run's folder")
     use_ema: bool = Field(False, description="take the averaged weights of a checkpoint file that has both")
@@ -56,3 +75,31 @@ class EvalOptions(BaseModel):
     amp: bool = Field(False, description="evaluate under automatic mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="precision under --amp")
     json_file: Path | None = Field(None, description="file that the results are written to")
+    csv_file: Path | None = Field(None, description="file for a row per image: label, prediction, probability, loss")
+    markdown_file: Path | None = Field(None, description="file for the results as tables to paste")
+    confusion: tuple[Path, ...] = Field((), description="file for the confusion matrix, .png or .csv, or both")
+    plot_file: Path | None = Field(None, description="PNG file for top-1 over --img-size")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalOptions:
+        if self.temperature_split is not None and self.temperature != "fit":
+            raise ValueError("--temperature-split needs --temperature fit")
+        if self.temperature_split == self.split:
+            raise ValueError(
+                f"--temperature-split {self.split} is what is reported: give another split, or none for a half of it"
+            )
+        num_results = (1 + len(self.compare)) * max(len(self.img_size), 1)
+        if self.confusion and num_results > 1:
+            raise ValueError("--confusion is of one source at one size: leave out --compare and further sizes")
+        for path in self.confusion:
+            if path.suffix not in (".png", ".csv"):
+                raise ValueError(f"--confusion {path}: name a .png or .csv file")
+        if self.plot_file is not None and (self.plot_file.suffix != ".png" or len(self.img_size) < 2):
+            raise ValueError("--plot is a .png file and takes several sizes: give --img-size 224 384, for example")
+        return self
+
+    @property
+    def files(self) -> list[Path]:
+        """All that is written."""
+        chosen = (self.json_file, self.csv_file, self.markdown_file, *self.confusion, self.plot_file)
+        return [path for path in chosen if path is not None]

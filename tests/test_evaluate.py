@@ -107,7 +107,7 @@ def test_several_sizes_give_a_list_and_a_table(
     assert values(first) == values(evaluated(run, data, tmp_path))
     shown = capsys.readouterr().out
     assert "48×64" in shown
-    assert f"{second['top1']:.3f}" in shown
+    assert f"{second['top1']:.2f}" in shown
 
 
 def test_another_size_is_that_of_set_input_size(run: Path, data: Path, tmp_path: Path) -> None:
@@ -195,11 +195,13 @@ def test_a_timm_name_knows_imagenets_classes(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(linvit.runs, "create_model", untrained)
     data = make_images(tmp_path / "data", classes=("n01440764", "n03888257"))
-    found = evaluated(Path("vit_tiny_patch16_224"), data, tmp_path, img_size=(32,), batch_size=4)
-    assert found["num_images"] == 6
-    assert sum(count > 0 for count in found["images_per_class"].values()) == 2
-    assert found["images_per_class"]["n03888257"] == 3
-    assert found["weights"] == "vit_tiny_patch16_224"
+    settings = {"img_size": (32,), "batch_size": 4}
+    with pytest.raises(ValueError, match=r"lacks 'n01443537', .* of the 1000 classes of vit_tiny_patch16_224; add "):
+        evaluated(Path("vit_tiny_patch16_224"), data, tmp_path, **settings)
+    found = evaluated(Path("vit_tiny_patch16_224"), data, tmp_path, allow_subset=True, **settings)
+    assert (found["num_images"], found["num_classes"], found["num_present_classes"]) == (6, 1000, 2)
+    assert found["images_per_class"] == {"n01440764": 3, "n03888257": 3}
+    assert (found["weights"], found["labels"]) == ("vit_tiny_patch16_224", "by WordNet id")
 
 
 @pytest.mark.parametrize(

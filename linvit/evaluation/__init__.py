@@ -1,0 +1,1 @@
+"""What `linvit eval` does beyond running a model over images: classes by name, scores, their certainty, comparisons."""

@@ -1,0 +1,91 @@
+"""Running a model over all images, and what is kept of each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from linvit.data.loader import Loader
+from linvit.evaluation.views import Flips, see
+from linvit.inference import BatchForward
+from linvit.training.distributed import sum_over_ranks
+from linvit.training.metrics import ImageRecords, ImageResults
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What an evaluation keeps, the same in all processes."""
+
+    results: ImageResults
+    # With the logits of the classes that the data lacks left out; None where it lacks none.
+    masked: ImageResults | None
+    # (N, C) of the images in `results`, where they were asked for.
+    logits: Tensor | None
+
+
+@torch.no_grad()
+def collect(
+    models: Sequence[nn.Module],
+    loaders: Sequence[Loader],
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    say: Callable[[str], object],
+    flips: Flips = "none",
+    present: Sequence[int] | None = None,
+    num_logits: int | None = None,
+) -> Collected:
+    """Evaluate over all images of a loader, and of the loaders of all other processes.
+
+    Args:
+        models: on `device`, left in the mode that they were in; one for each loader, which all show the same images.
+        amp_dtype: precision of automatic mixed precision; None is off.
+        say: takes a sentence where a batch did not fit in memory and is halved from then on.
+        present: labels, ascending, to which predictions are also confined.
+        num_logits: keep the logits, of so many classes, in 4 bytes an image and class; the rest takes 28 bytes an
+            image, and as many again with `present`.
+    """
+    own = torch.tensor(loaders[0].num_images, device=device)
+    num_images = int(sum_over_ranks(own).item())
+    records = ImageRecords(num_images, device)
+    masked = None if present is None else ImageRecords(num_images, device)
+    columns = None if present is None else torch.tensor(present, device=device)
+    kept = None if num_logits is None else torch.zeros(num_images, num_logits)
+    forwards = [BatchForward(model, device=device, amp_dtype=amp_dtype, say=say) for model in models]
+    with _evaluating(models):
+        for batch, logits in see(forwards, loaders, flips=flips):
+            records.add_unreadable(batch.unreadable)
+            if masked is not None:
+                masked.add_unreadable(batch.unreadable)
+            if not len(logits):
+                continue
+            records.add(batch.indices, logits, batch.labels)
+            if masked is not None and columns is not None:
+                masked.add(batch.indices, logits[:, columns], torch.searchsorted(columns, batch.labels))
+            if kept is not None:
+                kept[batch.indices] = logits.float().cpu()
+    results = records.gather()
+    return Collected(
+        results,
+        None if masked is None or columns is None else _relabelled(masked.gather(), columns.cpu()),
+        None if kept is None else sum_over_ranks(kept.to(device)).cpu()[results.indices],
+    )
+
+
+def _relabelled(results: ImageResults, columns: Tensor) -> ImageResults:
+    """Results whose classes are numbered by their place in `columns`, under the model's labels."""
+    return replace(results, labels=columns[results.labels], predictions=columns[results.predictions])
+
+
+@contextmanager
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, were_training):
+            model.train(was_training)

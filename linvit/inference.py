@@ -1,0 +1,86 @@
+"""How a trained classifier is used: the input it wants, its precision, batches that fit in memory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linvit.data.options import InputOptions
+from linvit.data.transforms import InputSpec, resolve_input
+from linvit.runs import Classifier
+from linvit.training.precision import autocast, autocast_dtype
+from linvit.validation import validate
+
+
+def input_spec(
+    classifier: Classifier, *, img_size: tuple[int, int] | None = None, given: Mapping[str, Any] | None = None
+) -> InputSpec:
+    """How images are prepared: as `given`, else as the run's settings say, else as the model says itself.
+
+    Args:
+        img_size: (height, width) in pixels; default the size that the model has now, whatever that of the run was.
+        given: values for fields of InputOptions.
+
+    Raises ValueError for a setting that is none, and a model that does not take RGB.
+    """
+    settings = {name: classifier.settings.get(name) for name in InputOptions.model_fields}
+    return resolve_input(classifier.model, validate(InputOptions, {**settings, **(given or {}), "img_size": img_size}))
+
+
+def amp_precision(classifier: Classifier, given: Mapping[str, Any] | None = None) -> torch.dtype | None:
+    """The precision of automatic mixed precision, None is off: `amp` and `amp_dtype` as `given`, else as in the run."""
+    settings = {"amp": False, "amp_dtype": "bfloat16", **classifier.settings, **(given or {})}
+    return autocast_dtype(settings["amp"], settings["amp_dtype"])
+
+
+class BatchForward:
+    """A model's logits of one batch after the other; a batch that memory does not hold is halved, from then on.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        amp_dtype: precision of automatic mixed precision; None is off.
+        say: takes a sentence when a batch has been halved.
+
+    Attributes:
+        size: images at once, at most; None where none were too many so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, device: torch.device, amp_dtype: torch.dtype | None, say: Callable[[str], object]
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.amp_dtype = amp_dtype
+        self.say = say
+        self.size: int | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, C) in float32 of images (B, 3, H, W); ValueError where not even one image fits in memory."""
+        logits = self._try(images)
+        while logits is None:
+            self._halve(images)
+            logits = self._try(images)
+        return logits
+
+    # Not around the caller's loop: inside of a generator it would turn gradients off for the generator's user.
+    @torch.no_grad()
+    def _try(self, images: Tensor) -> Tensor | None:
+        try:
+            with autocast(self.device, self.amp_dtype):
+                return torch.cat([self.model(part).float() for part in images.split(self.size or len(images))])
+        except torch.OutOfMemoryError:
+            return None
+
+    def _halve(self, images: Tensor) -> None:
+        before = min(self.size or len(images), len(images))
+        if before == 1:
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"a single image of {height}×{width} px does not fit in the memory of {self.device}: set a smaller "
+                "--img-size, --amp, or --device cpu"
+            )
+        self.size = (before + 1) // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory with {before} images at once: going on with {self.size}")

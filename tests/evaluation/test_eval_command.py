@@ -1,0 +1,329 @@
+"""`linvit eval` beyond one run on its own classes: subsets, comparisons, views, temperature, files, processes."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+import timm
+import torch
+from tiny_runs import make_images, train
+
+from linvit.cli import main
+from linvit.evaluate import evaluate, evaluate_command
+from linvit.evaluate_options import EvalOptions
+from linvit.evaluation.imagenet import real_labels, synsets
+from linvit.runs import load_classifier
+
+CLASSES = ["n01440764", "n02102040", "n03888257"]
+MODEL = {"model_name": "linvit_mini_patch4_64", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "k": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"), classes=tuple(CLASSES), val=5)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    assert train(data, folder, lr=3e-3, epochs=1) == 0
+    return folder / "run"
+
+
+def saved(folder: Path, class_names: list[str] | None, *, num_classes: int, seed: int = 0) -> Path:
+    """A folder with an untrained model of these classes."""
+    torch.manual_seed(seed)
+    name, *_ = MODEL.values()
+    settings = {key: value for key, value in MODEL.items() if key != "model_name"}
+    model = timm.create_model(name, img_size=32, num_classes=num_classes, **settings)
+    # Untrained weights give each class much the same logit.
+    torch.nn.init.normal_(model.head.weight, std=3.0)
+    config = {"model_args": {"img_size": 32, **settings}, "label_names": class_names}
+    timm.models.save_for_hf(model, folder, model_config=config, safe_serialization=True)
+    return folder
+
+
+def evaluated(source: Path, data: Path, tmp_path: Path, **options: Any) -> Any:
+    fixed = {"workers": 0, "batch_size": 4, "bootstrap": 20, "json_file": tmp_path / "eval.json"}
+    settings = {"source": str(source), "data_dir": data, **fixed, **options}
+    assert evaluate_command(EvalOptions.model_validate(settings)) == 0
+    return json.loads((tmp_path / "eval.json").read_text())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_subset_is_reported_among_all_classes_and_among_its_own(data: Path, tmp_path: Path) -> None:
+    names = ["n01443537", *reversed(CLASSES), "n01484850"]
+    source = saved(tmp_path / "model", names, num_classes=5)
+    found = evaluated(source, data, tmp_path, allow_subset=True, csv_file=tmp_path / "images.csv")
+    kept = rows(tmp_path / "images.csv")
+    assert [row["label"] for row in kept] == [name for name in CLASSES for _ in range(5)]
+    assert {row["masked_prediction"] for row in kept} <= set(CLASSES)
+    assert {row["prediction"] for row in kept} - set(CLASSES), "nothing was taken for a class that is not there"
+    for scores, prefix in ((found, ""), (found["masked"], "masked_")):
+        hits = [row["label"] == row[f"{prefix}prediction"] for row in kept]
+        assert [row[f"{prefix}correct"] for row in kept] == [str(int(hit)) for hit in hits]
+        assert scores["top1"] == pytest.approx(100 * sum(hits) / 15)
+        assert scores["loss"] == pytest.approx(math.fsum(float(row[f"{prefix}loss"]) for row in kept) / 15, rel=1e-7)
+    assert found["masked"]["loss"] < found["loss"]
+    assert found["notes"] == ["the data has 3 of the model's 5 classes"]
+
+
+def test_masking_leaves_the_other_logits_out(data: Path, tmp_path: Path) -> None:
+    names = ["n01443537", *reversed(CLASSES), "n01484850"]
+    whole = saved(tmp_path / "whole", names, num_classes=5)
+    cut = saved(tmp_path / "cut", list(reversed(CLASSES)), num_classes=3)
+    weights = timm.create_model(f"local-dir:{whole}", pretrained=True)
+    model = timm.create_model(f"local-dir:{cut}", pretrained=True)
+    state = {name: value[1:4] if name.startswith("head.") else value for name, value in weights.state_dict().items()}
+    model.load_state_dict(state)
+    config = json.loads((cut / "config.json").read_text())
+    timm.models.save_for_hf(
+        model,
+        cut,
+        model_config={"model_args": config["model_args"], "label_names": config["label_names"]},
+        safe_serialization=True,
+    )
+    masked = evaluated(whole, data, tmp_path, allow_subset=True)["masked"]
+    expected = evaluated(cut, data, tmp_path)
+    for name in ("top1", "top5", "macro_f1", "balanced_accuracy", "per_class", "most_confused"):
+        assert masked[name] == expected[name]
+    assert (masked["loss"], masked["ece"]) == pytest.approx((expected["loss"], expected["ece"]), rel=1e-5)
+
+
+def test_images_of_unknown_classes_are_left_out(run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "val", tmp_path / "data/val")
+    # In the middle, so that every index after it is another.
+    shutil.copytree(data / "val" / CLASSES[0], tmp_path / "data/val/n02000000")
+    with pytest.raises(ValueError, match="'n02000000' is not among the 3 classes of"):
+        evaluated(run, tmp_path / "data", tmp_path)
+    whole = evaluated(run, data, tmp_path, csv_file=tmp_path / "whole.csv")
+    found = evaluated(run, tmp_path / "data", tmp_path, allow_subset=True, csv_file=tmp_path / "more.csv")
+    assert (found["top1"], found["loss"]) == (whole["top1"], pytest.approx(whole["loss"], rel=1e-6))
+    assert "images of 'n02000000' were left out" in found["notes"][0]
+    names = [[Path(row["path"]).parts[-2:] for row in rows(tmp_path / name)] for name in ("whole.csv", "more.csv")]
+    assert names[0] == names[1]
+
+
+def test_lemmas_and_numbers_name_the_same_images(run: Path, data: Path, tmp_path: Path) -> None:
+    expected = evaluated(run, data, tmp_path)
+    for name, folders in (("lemma", ["tench", "English_springer", "parachute"]), ("index", ["0", "1", "2"])):
+        for wnid, folder in zip(CLASSES, folders):
+            shutil.copytree(data / "val" / wnid, tmp_path / name / "val" / folder)
+        found = evaluated(run, tmp_path / name, tmp_path)
+        assert found["labels"] == f"by {name}"
+        assert (found["top1"], found["per_class"]) == (expected["top1"], expected["per_class"])
+
+
+def test_sources_are_compared_image_by_image(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [*reversed(CLASSES), "n01443537", "n01484850", "n01491361"]
+    other = saved(tmp_path / "other", names, num_classes=6)
+    first, second = evaluated(
+        run, data, tmp_path, compare=(str(other),), allow_subset=True, csv_file=tmp_path / "images.csv"
+    )
+    kept = rows(tmp_path / "images.csv")
+    ours, theirs = ([row for row in kept if row["source"] == str(source)] for source in (run, other))
+    assert [row["path"] for row in ours] == [row["path"] for row in theirs]
+    assert [row["correct"] for row in theirs] != [row["masked_correct"] for row in theirs]
+    hits = [(row["correct"] == "1", other_row["masked_correct"] == "1") for row, other_row in zip(ours, theirs)]
+    against = second["against_first"]
+    assert "against_first" not in first
+    assert (against["only_baseline"], against["only_here"]) == (hits.count((True, False)), hits.count((False, True)))
+    assert against["is_masked"]
+    assert against["num_images"] == 15
+    assert "Against run at 32, top-1 in points:" in capsys.readouterr().out
+
+
+def test_sources_that_know_other_classes_are_compared_on_what_both_know(run: Path, data: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", [CLASSES[2], CLASSES[1]], num_classes=2)
+    _, second = evaluated(
+        run, data, tmp_path, compare=(str(other),), allow_subset=True, csv_file=tmp_path / "images.csv"
+    )
+    hits = {(row["source"], row["path"]): row["correct"] == "1" for row in rows(tmp_path / "images.csv")}
+    pairs = [(hits[str(run), path], hit) for (source, path), hit in hits.items() if source == str(other)]
+    against = second["against_first"]
+    assert against["num_images"] == len(pairs) == 10
+    assert (against["only_baseline"], against["only_here"]) == (pairs.count((True, False)), pairs.count((False, True)))
+    assert pairs.count((False, True)) != pairs.count((True, False))
+
+
+def test_views_are_averaged(run: Path, data: Path, tmp_path: Path) -> None:
+    # Of the model's size, so that no crop tells an image from its mirror image.
+    square, mirrored = tmp_path / "square", tmp_path / "mirrored"
+    for folder in (square, mirrored):
+        shutil.copytree(data / "val", folder / "val")
+        for path in folder.glob("val/*/*.png"):
+            image = cv2.imread(str(path))[:32, :32]
+            assert cv2.imwrite(str(path), image if folder == square else cv2.flip(image, 1))
+    one, other = (evaluated(run, folder, tmp_path, crop_pct=1.0)["loss"] for folder in (square, mirrored))
+    both = evaluated(run, square, tmp_path, crop_pct=1.0, tta="hflip")
+    assert min(one, other) < both["loss"] < max(one, other)
+    assert both["loss"] == pytest.approx(
+        evaluated(run, mirrored, tmp_path, crop_pct=1.0, tta="hflip")["loss"], rel=1e-6
+    )
+    assert both["views"] == {"sizes": [[32, 32]], "flips": "hflip"}
+
+
+def test_scales_are_sizes_of_the_model(run: Path, data: Path, tmp_path: Path) -> None:
+    assert evaluated(run, data, tmp_path, tta_scales=(1.0,))["loss"] == evaluated(run, data, tmp_path)["loss"]
+    larger = evaluated(run, data, tmp_path, tta_scales=(1.5,))
+    assert larger["loss"] == evaluated(run, data, tmp_path, img_size=(48,))["loss"]
+    both = evaluated(run, data, tmp_path, tta_scales=(1.0, 1.5))
+    assert both["views"]["sizes"] == [[32, 32], [48, 48]]
+    assert both["loss"] not in (larger["loss"], evaluated(run, data, tmp_path)["loss"])
+
+
+def test_a_temperature_is_never_judged_by_what_it_was_fitted_on(run: Path, data: Path, tmp_path: Path) -> None:
+    half = evaluated(run, data, tmp_path, temperature="fit")["calibration"]
+    assert (half["fitted_on"], half["num_images"]) == ("a random half (7 images)", 8)
+    found = evaluated(run, data, tmp_path, temperature="fit", temperature_split="train")
+    other = found["calibration"]
+    assert (other["fitted_on"], other["num_images"]) == ("split train", 15)
+    assert other["loss_before"] == pytest.approx(found["loss"], rel=1e-6)
+    assert other["ece_before"] == pytest.approx(found["ece"], rel=1e-6)
+    given = evaluated(run, data, tmp_path, temperature=other["temperature"])["calibration"]
+    assert {**given, "fitted_on": "split train"} == other
+    unchanged = evaluated(run, data, tmp_path, temperature=1.0)["calibration"]
+    assert (unchanged["loss"], unchanged["ece"]) == pytest.approx((found["loss"], found["ece"]), rel=1e-6)
+
+
+def test_all_files_are_written(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: str(tmp_path / name) for name in ("e.csv", "e.md", "m.csv", "m.png", "p.png")}
+    fixed = ["eval", str(run), str(data), "-j", "0", "--bootstrap", "20"]
+    outputs = ["--csv", files["e.csv"], "--markdown", files["e.md"], "--confusion", files["m.csv"], files["m.png"]]
+    assert main([*fixed, *outputs]) == 0
+    assert main([*fixed, "--img-size", "32", "48", "--plot", files["p.png"]]) == 0
+    for name in ("m.png", "p.png"):
+        assert cv2.imread(files[name]).std() > 10
+    counts = [line.split(",")[1:] for line in Path(files["m.csv"]).read_text().splitlines()][1:]
+    kept = rows(Path(files["e.csv"]))
+    assert sum(int(count) for row in counts for count in row) == len(kept) == 15
+    assert sum(int(row[i]) for i, row in enumerate(counts)) == sum(int(row["correct"]) for row in kept)
+    markdown = Path(files["e.md"]).read_text()
+    assert f"| {run} | 32 | 3 | " in markdown
+    assert "n01440764 tench" in markdown
+    assert "English springer" in capsys.readouterr().out
+
+
+def test_real_labels_go_by_the_files_number(tmp_path: Path) -> None:
+    names = list(synsets())
+    data, rng = tmp_path / "data", torch.Generator().manual_seed(0)
+    for number in range(1, 9):
+        image = torch.randint(0, 255, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()
+        folder = data / "val" / names[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(folder / f"ILSVRC2012_val_{number:08d}.JPEG"), image)
+    source = saved(tmp_path / "model", names, num_classes=1000)
+    found = evaluated(source, data, tmp_path, allow_subset=True, real_labels=True, csv_file=tmp_path / "images.csv")
+    counted, hits = 0, 0
+    for row in rows(tmp_path / "images.csv"):
+        allowed = real_labels()[int(Path(row["path"]).stem[-8:]) - 1]
+        counted += bool(allowed)
+        hits += names.index(row["prediction"]) in allowed
+    assert 0 < counted < 8, "the first image has no label that is right"
+    assert (found["real"]["num_images"], found["real"]["top1"]) == (counted, pytest.approx(100 * hits / counted))
+    next(data.glob("val/*/*2.JPEG")).rename(data / "val" / names[0] / "cat.JPEG")
+    with pytest.raises(ValueError, match=r"cat\.JPEG is no image of ImageNet's validation set"):
+        evaluated(source, data, tmp_path, allow_subset=True, real_labels=True)
+
+
+class Hungry(torch.nn.Module):
+    """A model that takes at most three images at once."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        logits: torch.Tensor = self.model(images)
+        return logits
+
+
+def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from linvit.data.folder import open_folder
+    from linvit.data.loader import create_eval_loader
+    from linvit.data.options import InputOptions
+    from linvit.data.transforms import resolve_input
+
+    model = load_classifier(str(run)).model
+    images = open_folder(data, split="val")
+    loader = create_eval_loader(images, resolve_input(model, InputOptions()), batch_size=8, workers=0, device="cpu")
+    device = torch.device("cpu")
+    expected, found = (evaluate(each, loader, device=device) for each in (model, Hungry(model)))
+    assert found.top1 == expected.top1
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        "out of memory with 8 images at once: going on with 4",
+        "out of memory with 4 images at once: going on with 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--temperature-split", "train"], "--temperature-split needs --temperature fit"),
+        (["--temperature", "fit", "--temperature-split", "val"], "--temperature-split val is what is reported"),
+        (["--temperature", "-1"], "--temperature takes one of fit or a number of more than 0, or none, not -1"),
+        (["--confusion", "a.svg"], "--confusion a.svg: name a .png or .csv file"),
+        (["--confusion", "a.png", "--img-size", "32", "64"], "--confusion is of one source at one size"),
+        (["--plot", "a.png"], "--plot is a .png file and takes several sizes"),
+        (["--tta", "vflip"], "--tta takes one of none, hflip, not 'vflip'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "run", "data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 1
+    assert "no/eval.json: there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(run: Path, data: Path, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # One image at a time, so that all batches are the same.
+    options = ["-b", "1", "-j", "0", "--bootstrap", "20", "--temperature", "fit"]
+    command = ["eval", str(run), str(data), *options]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "linvit"]
+    files = {name: tmp_path / name for name in ("one.json", "two.json", "one.csv", "two.csv")}
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command, "--json", str(files["two.json"]), "--csv", str(files["two.csv"])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*command, "--json", str(files["one.json"]), "--csv", str(files["one.csv"])]) == 0
+    one, two = (json.loads(files[name].read_text()) for name in ("one.json", "two.json"))
+    for found in (one, two):
+        del found["images_per_second"]
+    assert one == two
+    assert files["one.csv"].read_bytes() == files["two.csv"].read_bytes()
+    assert done.stdout.count("top-1 %") == 2, "one process speaks for both: the figures and the classes"
