@@ -1,0 +1,185 @@
+"""A classifier's predictions on loose images: `linvit.Predictor`."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from linvit.data.batch import normalize
+from linvit.data.loader import create_eval_loader
+from linvit.data.read import UnreadableImage
+from linvit.inference import BatchForward, amp_precision, input_spec
+from linvit.prediction.inputs import Input, LooseImages, find_images
+from linvit.prediction.tiles import read_tiles
+from linvit.prediction.tiling import Box, create_tiling
+from linvit.runs import Classifier, load_classifier
+from linvit.training.distributed import choose_device, usable_workers
+
+# Pixels of a batch that is large enough to keep a device busy: 32 or 256 images of 224 px.
+BATCH_PIXELS = {"cpu": 32 * 224**2, "cuda": 256 * 224**2}
+
+
+@dataclass(frozen=True)
+class TilePrediction:
+    """A tile's most probable classes, the first being the most probable."""
+
+    box: Box
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's most probable classes, the first being the most probable; none where it cannot be read."""
+
+    # As it was given or found; None for an image that comes from no file.
+    path: str | None
+    labels: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    # Why the image cannot be read.
+    error: str | None = None
+    # Those of the image's tiles, of which it has at least one where large images are cut.
+    tiles: tuple[TilePrediction, ...] = ()
+
+
+class Predictor:
+    """Predicts on files, folders, patterns, arrays (H, W, 3) uint8 RGB and Pillow's images, prepared as in evaluation.
+
+        predictor = linvit.Predictor("output/RUN")
+        for prediction in predictor(["a.jpg", "folder"]):
+            print(prediction.path, prediction.labels[0], prediction.probabilities[0])
+
+    Args:
+        source: a run's folder, a folder with config.json and weights, a checkpoint, a timm name, or a `Classifier`.
+        weights: which weights of a run's folder.
+        img_size: size that the model gets, one number or (height, width); default its own.
+        topk: number of most probable classes (all, where there are fewer).
+        tile: cut larger images into tiles of this side, or (height, width), in pixels; see `Tiling`.
+        overlap: pixels that neighbouring tiles share, at least; default an eighth of a tile.
+        merge: what the tiles' probabilities of a class become.
+        batch_size: images or tiles a batch; default by the device and the size. Where memory runs out it is halved.
+        workers: processes that read images; 0 reads them in this one.
+        device: cpu, cuda, cuda:1, ...; "auto" takes a GPU where there is one.
+        amp: automatic mixed precision on or off; default as the run was trained.
+        say: takes notes, such as that a batch has been halved.
+
+    Raises ValueError where `source` is none of these or the options do not fit it.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Classifier,
+        *,
+        weights: Literal["best", "last"] = "best",
+        img_size: int | tuple[int, int] | None = None,
+        topk: int = 5,
+        tile: int | tuple[int, int] | None = None,
+        overlap: int | None = None,
+        merge: Literal["mean", "max"] = "mean",
+        batch_size: int | None = None,
+        workers: int = 0,
+        device: str = "auto",
+        amp: bool | None = None,
+        say: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        self.tiling = create_tiling(tile, overlap=overlap, merge=merge)
+        self.device = torch.device(choose_device(device))
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        classifier = source
+        if not isinstance(classifier, Classifier):
+            classifier = load_classifier(str(source), weights=weights, img_size=size)
+        if amp is not None:
+            classifier = replace(classifier, settings={**classifier.settings, "amp": amp})
+        model = classifier.model.to(self.device)
+        self.class_names = classifier.class_names or [str(label) for label in range(model.num_classes)]
+        if len(self.class_names) != model.num_classes:
+            raise ValueError(f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names")
+        self.topk = min(topk, len(self.class_names))
+        self.spec = input_spec(classifier, img_size=size)
+        self.batch_size = batch_size or default_batch_size(self.device, self.spec.size)
+        self.workers = usable_workers(workers)
+        self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), say=say)
+
+    def __call__(self, images: Input | Iterable[Input]) -> Iterator[Prediction]:
+        """A prediction for every image, in the order of the images; a folder's are in natural order.
+
+        A path that does not exist is an image that cannot be read. Raises ValueError for a folder without images, and
+        for what is no image.
+        """
+        is_one = isinstance(images, str | PathLike | np.ndarray | Image.Image)
+        return self.predict(find_images(cast(Iterable[Input], [images] if is_one else images)))
+
+    def predict(self, images: LooseImages) -> Iterator[Prediction]:
+        """A prediction for every image, in order, while they are read."""
+        return self._predict_whole(images) if self.tiling is None else self._predict_tiled(images)
+
+    def _predict_whole(self, images: LooseImages) -> Iterator[Prediction]:
+        loader = create_eval_loader(
+            images,
+            self.spec,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            pin_memory=self.device.type == "cuda",
+            on_bad_image="skip",
+        )
+        for batch in loader:
+            found = {
+                index: Prediction(images.name(index), error=_why_unreadable(images, index))
+                for index in batch.unreadable
+            }
+            if len(batch.images):
+                best = self._best(self._probabilities(batch.images))
+                for index, (labels, probabilities) in zip(batch.indices.tolist(), best):
+                    found[index] = Prediction(images.name(index), labels, probabilities)
+            # A batch's images follow each other, those that cannot be read among them.
+            yield from (found[index] for index in sorted(found))
+
+    def _predict_tiled(self, images: LooseImages) -> Iterator[Prediction]:
+        assert self.tiling is not None
+        for index, tiles in enumerate(read_tiles(images, self.spec, self.tiling, workers=self.workers)):
+            if isinstance(tiles, str):
+                yield Prediction(images.name(index), error=tiles)
+                continue
+            # (T, C) of all tiles, which take far less memory than the image.
+            probabilities = torch.cat(
+                [
+                    self._probabilities(normalize(pixels.to(self.device), self.spec))
+                    for pixels in tiles.pixels.split(self.batch_size)
+                ]
+            )
+            merged = probabilities.mean(0) if self.tiling.merge == "mean" else probabilities.amax(0)
+            ((labels, values),) = self._best(merged[None])
+            parts = [TilePrediction(box, *best) for box, best in zip(tiles.boxes, self._best(probabilities))]
+            yield Prediction(images.name(index), labels, values, tiles=tuple(parts))
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return self._forward(images).softmax(1)
+
+    def _best(self, probabilities: Tensor) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
+        """Labels and probabilities of each row's most probable classes."""
+        values, indices = probabilities.topk(self.topk)
+        for row, labels in zip(values.cpu().numpy(), indices.tolist()):
+            # The shortest numbers that are these in float32.
+            yield tuple(self.class_names[label] for label in labels), tuple(float(str(value)) for value in row)
+
+
+def default_batch_size(device: torch.device, size: tuple[int, int]) -> int:
+    """As many images as keep the device busy, at least one."""
+    return max(BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // (size[0] * size[1]), 1)
+
+
+def _why_unreadable(images: LooseImages, index: int) -> str:
+    # Workers say which images they could not read, not why.
+    try:
+        images.read(index)
+    except UnreadableImage as error:
+        return str(error).removeprefix(f"{images.path(index)}: ")
+    return "cannot be read at first, but later; run this image again"

@@ -1,0 +1,64 @@
+"""Reading images as tiles, each resized to the model's size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from linvit.data.imageset import ImageSet
+from linvit.data.read import UnreadableImage
+from linvit.data.samples import start_worker
+from linvit.data.transforms import InputSpec, build_eval_pipeline
+from linvit.prediction.tiling import Box, Tiling
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An image's T tiles: where they lie in it, and their pixels (T, height, width, 3) uint8 in the model's size."""
+
+    boxes: list[Box]
+    pixels: Tensor
+
+
+def read_tiles(images: ImageSet, spec: InputSpec, tiling: Tiling, *, workers: int) -> Iterator[Tiles | str]:
+    """The tiles of one image after the other, in order; why it cannot be read in their place.
+
+    At most two images per worker are in memory, beside the one in use.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _TiledImages(images, spec, tiling),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        # Reading draws no numbers, and none are to be taken from torch's own generator.
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+class _TiledImages(Dataset[Tiles | str]):
+    def __init__(self, images: ImageSet, spec: InputSpec, tiling: Tiling) -> None:
+        self.images = images
+        self.spec = spec
+        self.tiling = tiling
+        self.whole_pipeline = build_eval_pipeline(spec)
+        # Of a tile nothing is cut off, or there would be gaps between tiles.
+        self.tile_pipeline = build_eval_pipeline(replace(spec, crop_pct=1.0, crop_mode="squash"))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tiles | str:
+        try:
+            image = self.images.read(index)
+        except UnreadableImage as error:
+            return str(error).removeprefix(f"{self.images.path(index)}: ")
+        boxes = self.tiling.boxes(*image.shape[:2])
+        pipeline = self.whole_pipeline if len(boxes) == 1 else self.tile_pipeline
+        pixels = torch.empty((len(boxes), *self.spec.size, 3), dtype=torch.uint8)
+        for tile, (top, left, height, width) in zip(pixels.numpy(), boxes):
+            tile[:] = pipeline(image=image[top : top + height, left : left + width])["image"]
+        return Tiles(boxes, pixels)

@@ -1,0 +1,180 @@
+"""`linvit predict`: what is given, what comes out and with which exit status."""
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linvit.cli import main
+from linvit.prediction.predictor import Predictor
+
+
+def predict(*arguments: str | Path) -> int:
+    return main(["predict", *map(str, arguments), "--workers", "0"])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_of_a_folder_in_natural_order(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(data / "val/red/0.png", data / "val/red/10.png")
+    try:
+        assert predict(run, data / "val/red", "--topk", "2", "--output", tmp_path / "p.csv") == 0
+        expected = list(Predictor(run)(data / "val/red"))
+    finally:
+        (data / "val/red/10.png").unlink()
+    rows = read_rows(tmp_path / "p.csv")
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png", "3.png", "4.png", "10.png"]
+    assert [(row["label_1"], row["label_2"]) for row in rows] == [each.labels[:2] for each in expected]
+    assert [float(row["probability_2"]) for row in rows] == [each.probabilities[1] for each in expected]
+    assert "label_3" not in rows[0]
+    assert capsys.readouterr().out == f"{tmp_path / 'p.csv'}: predictions on 6 of 6 images\n"
+
+
+def test_lines_on_stdout_and_a_count_of_what_cannot_be_read(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.png").touch()
+    assert predict(run, data / "val/red/0.png", tmp_path / "empty.png", "--topk", "1") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{data / 'val/red/0.png'}: ")
+    assert first.endswith(" %")
+    assert second == f"{tmp_path / 'empty.png'}: is empty; restore or remove the file"
+    assert predict(run, tmp_path / "empty.png") == 1
+    assert capsys.readouterr().err == "1 of 1 images cannot be read; their rows say why\n"
+
+
+def test_stdin_gives_image_files_and_their_order(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"{data / 'val/red/1.png'}\r\n\n{tmp_path / 'gone.png'}\n{data / 'val/blue/0.png'}".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert predict(run, data / "val/red/3.png", "-", "-o", tmp_path / "p.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [Path(row["path"]).name for row in rows] == ["3.png", "1.png", "gone.png", "0.png"]
+    assert [row["error"] is None for row in rows] == [True, True, False, True]
+    assert [len(row["labels"]) for row in rows] == [3, 3, 0, 3]
+
+
+def test_an_empty_list_gives_an_empty_table(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert predict(run, "-", "-o", tmp_path / "p.csv") == 0
+    assert (tmp_path / "p.csv").read_text().startswith("path,label_1")
+    assert read_rows(tmp_path / "p.csv") == []
+
+
+def test_tiles_have_rows_with_their_places(run: Path, data: Path, tmp_path: Path) -> None:
+    files = ["-o", tmp_path / "p.csv", "--tile-output", tmp_path / "t.csv"]
+    assert predict(run, data / "val/red", "--tile", "32", "--overlap", "0", "--merge", "max", *files) == 0
+    images, tiles = read_rows(tmp_path / "p.csv"), read_rows(tmp_path / "t.csv")
+    places = [(tile["top"], tile["left"], tile["height"], tile["width"]) for tile in tiles]
+    assert places[:4] == [
+        ("0", "0", "32", "32"),
+        ("0", "8", "32", "32"),
+        ("4", "0", "32", "32"),
+        ("4", "8", "32", "32"),
+    ]
+    assert [tile["path"] for tile in tiles] == [image["path"] for image in images for _ in range(4)]
+    for image in images:
+        own = [tile for tile in tiles if tile["path"] == image["path"]]
+        assert float(image["probability_1"]) == max(float(tile["probability_1"]) for tile in own)
+
+
+def test_a_folder_with_weights_and_config_is_enough(run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "last", tmp_path / "copy")
+    assert predict(tmp_path / "copy", data / "val", "-o", tmp_path / "copy.csv") == 0
+    assert predict(run, data / "val", "-o", tmp_path / "run.csv", "--weights", "last") == 0
+    assert (tmp_path / "copy.csv").read_text() == (tmp_path / "run.csv").read_text()
+
+
+def test_options_stand_in_place_of_the_runs_settings(run: Path, data: Path, tmp_path: Path) -> None:
+    for name, options in {
+        "plain": [],
+        "crop": ["--crop-pct", "1.0"],
+        "amp": ["--amp"],
+        "size": ["--img-size", "64"],
+    }.items():
+        assert predict(run, data / "val/red", "-o", tmp_path / f"{name}.csv", *options) == 0
+    assert len({(tmp_path / f"{name}.csv").read_text() for name in ("plain", "crop", "amp", "size")}) == 4
+
+
+def test_precision_that_is_not_given_is_the_runs(run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "amp")
+    settings = (run / "args.yaml").read_text()
+    (tmp_path / "amp/args.yaml").write_text(settings.replace("\namp: false\n", "\namp: true\n"))
+    assert predict(tmp_path / "amp", data / "val", "-o", tmp_path / "run.csv") == 0
+    assert predict(run, data / "val", "-o", tmp_path / "given.csv", "--amp") == 0
+    assert predict(run, data / "val", "-o", tmp_path / "off.csv") == 0
+    assert (tmp_path / "run.csv").read_text() == (tmp_path / "given.csv").read_text()
+    assert (tmp_path / "run.csv").read_text() != (tmp_path / "off.csv").read_text()
+
+
+def test_wordnet_ids_in_words(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run, data / "val/red/0.png", "--label-type", "description") == 1
+    assert "--label-type description: the classes of" in capsys.readouterr().err
+    shutil.copytree(run / "best", tmp_path / "best")
+    config = json.loads((tmp_path / "best/config.json").read_text())
+    config["label_names"] = ["n01440764", "n03888257", "n02102040"]
+    (tmp_path / "best/config.json").write_text(json.dumps(config))
+    assert predict(tmp_path / "best", data / "val/red/0.png", "--label-type", "description") == 0
+    assert "tench, Tinca tinca" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tpyo.png"], "tpyo.png: there is no such file or folder, and nothing matches it; correct the path"),
+        (["here.png", "*.gif"], "*.gif: there is no such file or folder, and nothing matches it; correct the path"),
+        (["empty"], "empty: holds no images"),
+        (["here.png", "-o", "p.xlsx"], "--output p.xlsx: the name must end in .csv, .jsonl or .parquet"),
+        (["here.png", "-o", "nowhere/p.csv"], "nowhere/p.csv: there is no folder nowhere; create it first"),
+        (["here.png", "--tile-output", "t.csv"], "--overlap and --tile-output are for tiles: give --tile SIZE as well"),
+        (["here.png", "--tile", "32", "--overlap", "32"], "an overlap of 32 px does not fit tiles of 32×32 px"),
+        (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv: give two files"),
+        (["here.png", "--topk", "0"], "--topk takes a whole number of at least 1, not 0"),
+        (["here.png", "--merge", "median"], "--merge takes one of mean, max, not 'median'"),
+        ([], "the following arguments are required: IMAGE"),
+    ],
+)
+def test_wrong_usage_is_found_before_the_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.png").touch()
+    (tmp_path / "empty").mkdir()
+    # No model is there, which loading would say.
+    assert main(["predict", "no-run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def test_a_source_that_is_none_is_failed_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict("runs/nothing", data / "val") == 1
+    assert "runs/nothing: there is no such file or folder, and it is no timm model name" in capsys.readouterr().err
+
+
+def test_an_error_while_predicting_leaves_the_old_table(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise ValueError("out of luck")
+
+    (tmp_path / "p.csv").write_text("old")
+    monkeypatch.setattr(Predictor, "_probabilities", fail)
+    assert predict(run, data / "val", "-o", tmp_path / "p.csv") == 1
+    assert capsys.readouterr().err == "error: out of luck\n"
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]

@@ -1,0 +1,189 @@
+"""Predictions are evaluation's own, whole or in tiles, from files or memory, however they are batched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import linvit
+from linvit.data.folder import open_folder
+from linvit.data.loader import create_eval_loader
+from linvit.data.read import read_image
+from linvit.evaluate import evaluate
+from linvit.prediction.predictor import Predictor, default_batch_size
+from linvit.runs import Classifier, load_classifier
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """70 × 90 pixels, so larger than the run's 32 × 32, in a lossless file."""
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(tmp_path / "photo.png"), pixels)
+    return tmp_path / "photo.png"
+
+
+def by_label(prediction: Any) -> dict[str, float]:
+    return dict(zip(prediction.labels, prediction.probabilities, strict=True))
+
+
+def test_three_lines_predict(run: Path, data: Path) -> None:
+    predictor = linvit.Predictor(run)
+    (prediction,) = predictor(data / "val/red/0.png")
+    assert prediction.path == str(data / "val/red/0.png")
+    assert sorted(prediction.labels) == ["blue", "green", "red"]
+    assert sum(prediction.probabilities) == pytest.approx(1)
+    assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hits_and_probabilities_are_those_of_evaluation(run: Path, data: Path, workers: int) -> None:
+    predictor = Predictor(run, batch_size=4, workers=workers)
+    classifier = load_classifier(str(run))
+    dataset = open_folder(data, split="val", class_names=classifier.class_names)
+    loader = create_eval_loader(dataset, predictor.spec, batch_size=4, workers=0, device="cpu")
+    assert (predictor.spec.crop_pct, predictor.spec.interpolation, predictor.spec.std) == (0.7, "bilinear", (0.3,) * 3)
+    predictions = list(predictor(dataset.paths))
+    assert [prediction.path for prediction in predictions] == [str(path) for path in dataset.paths]
+    hits: dict[str, list[bool]] = {name: [] for name in predictor.class_names}
+    for prediction, path in zip(predictions, dataset.paths):
+        hits[path.parent.name].append(prediction.labels[0] == path.parent.name)
+    metrics = evaluate(classifier.model, loader, device=CPU)
+    assert {name: 100 * sum(found) / len(found) for name, found in hits.items()} == metrics.per_class
+    with torch.no_grad():
+        probabilities = torch.cat([classifier.model(batch.images).softmax(1) for batch in loader]).tolist()
+    for prediction, row in zip(predictions, probabilities, strict=True):
+        found = by_label(prediction)
+        # To the last bit of float32.
+        assert np.array_equal(np.float32([found[name] for name in predictor.class_names]), np.float32(row))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}, {"workers": 2}, {"tile": 32, "workers": 2}])
+def test_an_unreadable_image_keeps_its_place(
+    options: dict[str, Any], run: Path, photo: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:4000])
+    red = data / "val/red/0.png"
+    images = [tmp_path / "cut.png", photo, tmp_path / "no.png", red, tmp_path / "cut.png"]
+    first, second, third, fourth, fifth = Predictor(run, batch_size=2, **options)(images)
+    assert (first.labels, first.probabilities, first.path) == ((), (), str(tmp_path / "cut.png"))
+    assert first.error == fifth.error == "is truncated, damaged or no image; restore or remove the file"
+    assert third.error == "cannot be read (No such file or directory); restore or remove the file"
+    assert (second.path, second.error) == (str(photo), None)
+    assert (fourth.path, fourth.error) == (str(red), None)
+    assert len(fourth.labels) == 3
+
+
+def test_arrays_and_pillow_images_are_predicted_like_their_file(run: Path, photo: Path) -> None:
+    file, array, picture = Predictor(run)([photo, read_image(photo), Image.open(photo)])
+    assert (array.path, picture.path) == (None, None)
+    assert file.probabilities == array.probabilities == picture.probabilities
+
+
+def test_memory_that_runs_out_halves_the_batch(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = list(Predictor(run, batch_size=8)(data / "val"))
+    classifier = load_classifier(str(run))
+    forward = classifier.model.forward
+
+    def crowded(images: torch.Tensor) -> Any:
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(classifier.model, "forward", crowded)
+    said: list[str] = []
+    found = list(Predictor(classifier, batch_size=8, say=said.append)(data / "val"))
+    assert [prediction.path for prediction in found] == [prediction.path for prediction in expected]
+    for one, other in zip(found, expected):
+        assert by_label(one) == pytest.approx(by_label(other), rel=1e-5)
+    # Once for each halving, not for each batch.
+    assert len(said) == 2
+    assert said[-1] == "out of memory with 4 images at once: going on with 2"
+
+
+@pytest.mark.parametrize(("merge", "merged"), [("mean", np.mean), ("max", np.max)])
+def test_tiles_of_the_models_size_are_seen_pixel_by_pixel(
+    merge: Any, merged: Callable[..., np.ndarray], run: Path, photo: Path
+) -> None:
+    (prediction,) = Predictor(run, tile=32, overlap=8, merge=merge, batch_size=5)(photo)
+    assert [tile.box[:2] for tile in prediction.tiles] == [
+        (top, left) for top in (0, 24, 38) for left in (0, 24, 48, 58)
+    ]
+    # What the model says of the same windows as images of their own, of which nothing is cropped.
+    classifier = load_classifier(str(run))
+    uncropped = Classifier(
+        classifier.model, classifier.class_names, classifier.weights, {**classifier.settings, "crop_pct": 1.0}
+    )
+    pixels = read_image(photo)
+    windows = [pixels[top : top + 32, left : left + 32] for top, left, _, _ in (tile.box for tile in prediction.tiles)]
+    alone = [by_label(part) for part in Predictor(uncropped, batch_size=5)(windows)]
+    assert [by_label(tile) for tile in prediction.tiles] == alone
+    table = np.array([[part[name] for name in prediction.labels] for part in alone])
+    assert prediction.probabilities == pytest.approx(merged(table, axis=0), rel=1e-5)
+    assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+
+
+def test_larger_tiles_are_shrunk_whole(run: Path, photo: Path) -> None:
+    (prediction,) = Predictor(run, tile=64, overlap=0)(photo)
+    boxes = [tile.box for tile in prediction.tiles]
+    assert [(box.height, box.width) for box in boxes] == [(64, 64)] * 4
+    # A change in a corner of a tile, where a centre crop would not see it.
+    pixels = read_image(photo).copy()
+    pixels[:8, :8] = 255
+    (changed,) = Predictor(run, tile=64, overlap=0)(pixels)
+    assert changed.tiles[0].probabilities != prediction.tiles[0].probabilities
+    assert changed.tiles[3] == prediction.tiles[3]
+
+
+def test_an_image_no_larger_than_a_tile_is_treated_as_without_tiles(run: Path, data: Path) -> None:
+    (plain,) = Predictor(run)(data / "val/red/0.png")
+    (tiled,) = Predictor(run, tile=40, overlap=0)(data / "val/red/0.png")
+    assert by_label(tiled) == by_label(plain)
+    assert [tile.box for tile in tiled.tiles] == [(0, 0, 36, 40)]
+
+
+def test_classes_without_names_go_by_number() -> None:
+    model = timm.create_model("linvit_mini_patch4_64", num_classes=7)
+    predictor = Predictor(Classifier(model.eval(), None, weights="", settings={}), topk=2)
+    (prediction,) = predictor(np.zeros((64, 64, 3), np.uint8))
+    assert len(prediction.labels) == 2
+    assert set(prediction.labels) < set("0123456")
+
+
+def test_precision_is_the_runs_own_unless_it_is_given(run: Path, photo: Path) -> None:
+    classifier = load_classifier(str(run))
+    amp = Classifier(classifier.model, classifier.class_names, "", {**classifier.settings, "amp": True})
+    (full,) = Predictor(run)(photo)
+    (mixed,) = Predictor(amp)(photo)
+    (off,) = Predictor(amp, amp=False)(photo)
+    assert by_label(mixed) != by_label(full)
+    assert off == full
+
+
+def test_predicting_leaves_gradients_on(run: Path, photo: Path) -> None:
+    for _ in Predictor(run)([photo, photo]):
+        assert torch.is_grad_enabled()
+
+
+def test_the_batch_is_smaller_for_larger_images() -> None:
+    assert default_batch_size(CPU, (224, 224)) == 32
+    assert default_batch_size(torch.device("cuda"), (224, 224)) == 256
+    assert default_batch_size(torch.device("cuda:1"), (1024, 1024)) == 12
+    assert default_batch_size(CPU, (2048, 2048)) == 1
+
+
+def test_names_that_are_too_few_are_refused() -> None:
+    model: Any = nn.Identity()
+    model.num_classes = 3
+    with pytest.raises(ValueError, match=r"w.pt has 3 classes, but 2 names"):
+        Predictor(Classifier(model, ["a", "b"], weights="w.pt", settings={}))

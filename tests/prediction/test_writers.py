@@ -1,0 +1,106 @@
+"""Rows come out of a file as they went in, and a file is whole or absent."""
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_output, open_rows
+
+ROWS: list[dict[str, Any]] = [
+    {"path": 'a, "b"\n.png', "labels": ("é", "x"), "probabilities": (0.9, 1e-9), "error": None},
+    {"path": "b.png", "labels": (), "probabilities": (), "error": "is empty"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    with open_rows(path, IMAGE_COLUMNS, topk=2) as write_row:
+        for row in rows:
+            write_row(row)
+
+
+def test_csv_spreads_lists_over_columns(tmp_path: Path) -> None:
+    write(tmp_path / "p.CSV")
+    with (tmp_path / "p.CSV").open(newline="", encoding="utf-8") as file:
+        header, first, second = csv.reader(file)
+    assert header == ["path", "label_1", "label_2", "probability_1", "probability_2", "error"]
+    assert first == ['a, "b"\n.png', "é", "x", "0.9", "1e-09", ""]
+    assert second == ["b.png", "", "", "", "", "is empty"]
+
+
+def test_json_lines_have_every_column(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [{**row, "labels": [*row["labels"]], "probabilities": [*row["probabilities"]]} for row in ROWS]
+
+
+def test_parquet_has_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("linvit.prediction.writers._GROUP_SIZE", 2)
+    tile = {"path": "c.png", "top": 1, "left": 2, "height": 3, "width": 4, "labels": ["x"], "probabilities": [0.5]}
+    with open_rows(tmp_path / "t.parquet", TILE_COLUMNS, topk=1) as write_row:
+        for _ in range(3):
+            write_row(tile)
+    assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == [tile] * 3
+    write(tmp_path / "p.parquet", [{**ROWS[1], "path": os.fsdecode(b"\xff.png")}])
+    (row,) = parquet.read_table(tmp_path / "p.parquet").to_pylist()
+    assert row == {"path": "\ufffd.png", "labels": [], "probabilities": [], "error": "is empty"}
+
+
+def test_a_path_that_is_no_text_is_kept(tmp_path: Path) -> None:
+    path = os.fsdecode(b"\xff.png")
+    for name in ("p.csv", "p.jsonl"):
+        write(tmp_path / name, [{**ROWS[1], "path": path}])
+    assert b"\xff.png" in (tmp_path / "p.csv").read_bytes()
+    assert json.loads((tmp_path / "p.jsonl").read_bytes())["path"] == path
+
+
+def fail_after_a_row(path: Path) -> None:
+    with open_rows(path, IMAGE_COLUMNS, topk=2) as write_row:
+        write_row(ROWS[0])
+        raise OSError("the camera is gone")
+
+
+def test_a_table_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("old")
+    with pytest.raises(OSError, match=r"^the camera is gone$"):
+        fail_after_a_row(tmp_path / "p.csv")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]
+
+
+def test_json_lines_keep_what_there_was(tmp_path: Path) -> None:
+    with open_rows(tmp_path / "p.jsonl", IMAGE_COLUMNS, topk=2) as write_row:
+        write_row(ROWS[0])
+        # While they are being written, too.
+        assert json.loads((tmp_path / "p.jsonl").read_bytes())["path"] == ROWS[0]["path"]
+    with pytest.raises(OSError, match="camera"):
+        fail_after_a_row(tmp_path / "p.jsonl")
+    assert json.loads((tmp_path / "p.jsonl").read_bytes())["path"] == ROWS[0]["path"]
+
+
+def fill_the_disk(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("p.jsonl", "os.fsync"), ("p.csv", "os.fsync"), ("p.jsonl", "_JsonLines.write"), ("p.csv", "_Csv.write")],
+)
+def test_a_full_disk_names_the_file(name: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"linvit.prediction.writers.{moment}", fill_the_disk)
+    with pytest.raises(OSError, match=rf"^cannot write {tmp_path / name}: no space left on device; make room"):
+        write(tmp_path / name)
+    assert not (tmp_path / ".p.csv.part").exists()
+
+
+def test_what_cannot_be_written_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_output(tmp_path / "p.csv")
+    with pytest.raises(ValueError, match=r"there is no folder .*/nowhere; create it first"):
+        check_output(tmp_path / "nowhere/p.csv")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"p.parquet: Parquet needs pyarrow; pip install pyarrow"):
+        check_output(tmp_path / "p.parquet")
