@@ -1,0 +1,203 @@
+"""What every layer of a Vision Transformer attends with, taken where it goes into `scaled_dot_product_attention`.
+
+So queries and keys are as the softmax sees them, after whatever the model does to them: biases, normalisation, rotary
+embedding, masks. Nothing of the model is computed a second time.
+
+A Linformer layer attends to projected keys and mixes values by F (E where they share it): its T × T matrix is P̄ F with
+prefix tokens as they are. With Fᵀ = Q R, P̄ F = P̄ Rᵀ Qᵀ, and the columns of Q are orthonormal: P̄ Rᵀ, which is T × k, has
+the same singular values. Where the projection is no matrix (`maxpool`, `conv`) P̄ itself is taken.
+
+T tokens, N patches, K keys, H heads, d head width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from linvit.attention import LinformerAttention
+from linvit.projections import MatrixProjection
+from linvit.spectrum.matrix import AttentionMatrix
+
+
+@dataclass
+class LayerAttention:
+    """Queries (1, H, T, d) and keys (1, H, K, d) of one layer, a bias (1, 1 or H, 1 or T, K), and M of `matrix`."""
+
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    scale: float
+    mixing: Tensor | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.queries.shape[1]
+
+    def matrix(self, head: int) -> AttentionMatrix:
+        """The attention matrix of one head."""
+
+        def own(heads: Tensor | None) -> Tensor | None:
+            return None if heads is None else heads[head if heads.shape[0] > 1 else 0]
+
+        return AttentionMatrix(
+            self.queries[0, head],
+            self.keys[0, head],
+            scale=self.scale,
+            bias=own(None if self.bias is None else self.bias[0]),
+            mixing=own(self.mixing),
+        )
+
+
+class Vit(nn.Module):
+    """What is relied on in a Vision Transformer of timm's or ours, for the type checker; never made itself."""
+
+    blocks: nn.Sequential
+    patch_embed: PatchEmbed
+    embed_dim: int
+
+
+def as_vit(model: nn.Module) -> Vit:
+    """The model itself; ValueError unless it is a Vision Transformer: patches, and blocks that attend to them."""
+    blocks, embedding = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not isinstance(embedding, PatchEmbed):
+        raise ValueError(
+            f"{type(model).__name__} is no Vision Transformer with patch_embed and blocks: its attention, if it has "
+            "any, is not one matrix a layer and head"
+        )
+    return cast(Vit, model)
+
+
+@torch.no_grad()
+def capture_attention(model: Vit, image: Tensor) -> list[LayerAttention]:
+    """What each block attends with on one image (1, 3, H, W); the model is left as it was.
+
+    Raises ValueError, naming the block, where it does not attend once to all tokens through
+    `scaled_dot_product_attention`, and where the image does not fit the model's grid.
+    """
+    recorder = _Recorder()
+    with _ready_to_capture(model), recorder.watching(model.blocks), recorder:
+        model(image)
+    grid_size = model.patch_embed.dynamic_feat_size(image.shape[-2:])
+    layers = []
+    for index, block in enumerate(model.blocks):
+        layer = recorder.layer(index)
+        layer.mixing = _mixing(block, grid_size)
+        layers.append(layer)
+    return layers
+
+
+@dataclass
+class _Call:
+    """Arguments of one call of `scaled_dot_product_attention`."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps the calls of each block, by the block's index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[int, list[_Call]] = {}
+        self._block: int | None = None
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and self._block is not None:
+            self.calls.setdefault(self._block, []).append(_Call(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def watching(self, blocks: nn.Module) -> Iterator[None]:
+        handles = []
+        for index, block in enumerate(blocks.children()):
+            handles.append(block.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
+            handles.append(block.register_forward_hook(lambda *_: self._enter(None)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, block: int | None) -> None:
+        self._block = block
+
+    def layer(self, index: int) -> LayerAttention:
+        calls = self.calls.get(index, [])
+        if not calls:
+            raise ValueError(f"blocks.{index} does not attend by queries and keys: this model has no attention matrix")
+        first = calls[0]
+        if first.queries.shape[0] != 1:
+            raise ValueError(f"blocks.{index} attends within {first.queries.shape[0]} windows, not to the whole image")
+        # Queries may come in runs, each with the same keys.
+        if any(call.keys.data_ptr() != first.keys.data_ptr() for call in calls) or first.is_causal:
+            raise ValueError(f"blocks.{index} attends {len(calls)} times, or causally: its attention is not one matrix")
+        return LayerAttention(
+            queries=torch.cat([call.queries for call in calls], dim=2),
+            keys=first.keys,
+            bias=_additive(first.attn_mask, first.queries),
+            scale=first.queries.shape[-1] ** -0.5 if first.scale is None else first.scale,
+        )
+
+
+def _additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -torch.inf)
+
+
+def _mixing(block: nn.Module, grid_size: tuple[int, int]) -> Tensor | None:
+    """Rᵀ of the module's text, with rows for prefix tokens: (1 or H, K, K)."""
+    attention = next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
+    projections = None if attention is None else attention.projections()
+    if attention is None or projections is None or not isinstance(projections[1], MatrixProjection):
+        return None
+    if projections[1].grid_size != tuple(grid_size):
+        raise ValueError(
+            f"the images have {grid_size[0]}×{grid_size[1]} patches: call set_input_size() with their size"
+        )
+    values = projections[1].matrix().double()  # (M, k, N)
+    triangle = torch.linalg.qr(values.mT, mode="r").R  # (M, k, k)
+    prefix = torch.eye(attention.num_prefix_tokens, dtype=values.dtype, device=values.device)
+    return torch.stack([torch.block_diag(prefix, each.mT) for each in triangle])
+
+
+@contextlib.contextmanager
+def _ready_to_capture(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, fused attention, Linformer layers in an order that forms queries and keys; then as before."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    fused: dict[Any, Any] = {
+        module: module.fused_attn for module in modules if isinstance(getattr(module, "fused_attn", None), bool)
+    }
+    orders = {module: module.order for module in modules if isinstance(module, LinformerAttention)}
+    try:
+        model.eval()
+        for module in fused:
+            module.fused_attn = True
+        for attention in orders:
+            projections = attention.projections()
+            # Folded, no queries are formed.
+            is_matrix = projections is not None and isinstance(projections[0], MatrixProjection)
+            attention.order = "per_head" if is_matrix else "associative"
+        yield
+    finally:
+        for module, mode in zip(modules, training):
+            module.training = mode
+        for module, was_fused in fused.items():
+            module.fused_attn = was_fused
+        for attention, order in orders.items():
+            attention.order = order

@@ -1,0 +1,121 @@
+"""`linvit spectrum`, from options to files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from linvit.bench.provenance import provenance
+from linvit.commandline import UsageError
+from linvit.files import write_text
+from linvit.inference import input_spec
+from linvit.runs import load_classifier
+from linvit.spectrum.images import load_images, sample_paths
+from linvit.spectrum.measure import attention_spectrum
+from linvit.spectrum.options import SpectrumOptions
+from linvit.spectrum.plan import Plan, make_plan, model_kwargs
+from linvit.spectrum.plot import save_plot
+from linvit.spectrum.result import Spectrum, read_spectra
+from linvit.spectrum.table import show_growth, show_plan, show_spectrum, to_csv
+from linvit.training.distributed import choose_device
+from linvit.yamlfile import write_settings
+
+HeightWidth = tuple[int, int]
+# Columns of a table that goes to a file or a pipe.
+PAGE_WIDTH = 100
+
+
+def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
+    """Measure, or read what was measured, plan, show and write the files; returns the exit status.
+
+    `command` is recorded in the results. Raises UsageError for files that could not be written and ValueError where
+    model, weights, images and options do not fit together.
+    """
+    _check_files(options)
+    origin = provenance(command, seed=options.seed, n=options.num_images)
+    spectra = read_spectra(Path(options.source)) if options.reads_results else _measure(options, origin)
+    largest = max(spectra, key=lambda spectrum: spectrum.num_tokens)
+    settings: dict[str, Any] = {"projection": options.projection, "share": options.share}
+    plan = make_plan(largest, options.budget, **settings, min_k=options.min_k) if options.budget else None
+    keywords = model_kwargs(largest, plan, **settings) if plan else None
+    _show(spectra, options.index, plan, keywords)
+    planned = {"budget": options.budget, "model_kwargs": keywords, **plan.to_dict()} if plan else None
+    _write_json(options.json_file, {**origin, "plan": planned}, spectra)
+    if options.csv_file is not None:
+        write_text(options.csv_file, to_csv(spectra, options.index))
+    if options.plot_file is not None:
+        save_plot(spectra, options.plot_file, index=options.index, plan=plan, **settings, min_k=options.min_k)
+    if options.plan_file is not None and keywords is not None:
+        if options.plan_file.suffix == ".json":
+            write_text(options.plan_file, json.dumps(keywords) + "\n")
+        else:
+            write_settings(options.plan_file, keywords)
+    return 0
+
+
+def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]:
+    """A spectrum for each size, on the same images; written after each."""
+    assert options.images is not None
+    if options.weights is not None and not options.weights.exists():
+        raise ValueError(f"--weights {options.weights}: there is no such file")
+    paths = sample_paths(options.images, count=options.num_images, seed=options.seed)
+    sizes: list[HeightWidth | None] = [(size, size) if isinstance(size, int) else size for size in options.img_size]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    spectra = []
+    with bar:
+        for size in sizes or [None]:
+            spectra.append(_measure_at(size, paths, options, bar))
+            # What took minutes outlives an interruption, and a plan that cannot be made.
+            _write_json(options.json_file, {**origin, "plan": None}, spectra)
+    return spectra
+
+
+def _measure_at(size: HeightWidth | None, paths: list[str], options: SpectrumOptions, bar: Progress) -> Spectrum:
+    classifier = load_classifier(
+        str(options.weights or options.source),
+        model_name=options.source if options.weights is not None else None,
+        model_kwargs=options.model_kwargs,
+        img_size=size,
+    )
+    device = torch.device(choose_device(options.device))
+    spec = input_spec(classifier, img_size=size)
+    task = bar.add_task(f"{spec.size[0]}×{spec.size[1]} px, attention matrices", total=None)
+    return attention_spectrum(
+        classifier.model.to(device),
+        load_images(paths, spec).to(device),
+        method=options.method,
+        rank=options.rank,
+        seed=options.seed,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+
+
+def _show(spectra: list[Spectrum], index: int | None, plan: Plan | None, keywords: dict[str, Any] | None) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+    for spectrum in spectra:
+        show_spectrum(console, spectrum, index)
+    if len(spectra) > 1:
+        show_growth(console, spectra)
+    if plan is not None and keywords is not None:
+        show_plan(console, plan, keywords)
+
+
+def _write_json(path: Path | None, facts: dict[str, Any], spectra: list[Spectrum]) -> None:
+    if path is not None:
+        results = {**facts, "n": spectra[0].num_images, "spectra": [spectrum.to_dict() for spectrum in spectra]}
+        write_text(path, json.dumps(results) + "\n")
+
+
+def _check_files(options: SpectrumOptions) -> None:
+    """Raise UsageError where a file could not be written, before minutes are spent on what goes into it."""
+    for flag in ("json", "csv", "plot", "plan"):
+        path: Path | None = getattr(options, f"{flag}_file")
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+        if path is not None and path.is_dir():
+            raise UsageError(f"--{flag} {path} is a folder; name a file")

@@ -1,0 +1,171 @@
+"""A projected length for each layer, within a budget.
+
+Each layer has choices: operations, and the share of its attention's energy that is kept at most. Which to take in each
+layer so that the sum of the energies is largest within a number of operations is a multiple-choice knapsack, and small
+enough to be solved exactly. Taking what gives most energy per operation first would not do: energy is concave in k,
+singular values being sorted, but operations are not linear in k, and ordinary attention is a jump.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from linvit.spectrum.cost import Choice, layer_choices
+from linvit.spectrum.result import Spectrum
+from linvit.vit import Share
+
+# Fewer keys cost hardly less, and a projection that is fitted, or pools, keeps less than the best of its rank.
+MIN_K = 16
+# Of operations, in ordinary attention of one layer.
+UNITS = 1000
+
+
+def plan_k(
+    spectrum: Spectrum,
+    *,
+    speedup: float | None = None,
+    flops: float | None = None,
+    energy: float | None = None,
+    projection: str = "separable",
+    share: Share = "kv",
+    min_k: int = MIN_K,
+) -> list[int | None]:
+    """Projected length of each layer, None for ordinary attention, as the keyword `k` of `LinformerViT` takes it.
+
+    One budget is given. `speedup` and `flops` are of the whole model, counted in operations: time follows them where
+    sequences are long. Within it the mean over layers of the energy kept is as large as it can be; more budget never
+    keeps less. Lengths are products k_h · k_w whose cells are near square, in steps of at least 15 %.
+
+    Args:
+        spectrum: of the model, at the image size that the plan is for.
+        speedup: how many times fewer operations than with ordinary attention in every layer.
+        flops: share of these operations that may be spent, between 0 and 1: the same as a speedup of 1 / flops.
+        energy: share of its attention's energy that every layer keeps, mean over heads, by the best matrix of rank k.
+        projection: kind of E and F, for what it costs.
+        share: who shares E and F, for what it costs; with "layerwise" all lengths are the same.
+        min_k: the least length.
+
+    Raises ValueError where not exactly one budget is given, or one that cannot be kept.
+    """
+    budget = {"speedup": speedup, "flops": flops, "energy": energy}
+    return make_plan(spectrum, budget, projection=projection, share=share, min_k=min_k).k
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer does, and the operations of the whole model on one image, so and with ordinary attention."""
+
+    layers: list[Choice]
+    flops: int
+    ordinary_flops: int
+
+    @property
+    def k(self) -> list[int | None]:
+        """Projected length of each layer, None for ordinary attention."""
+        return [layer.k for layer in self.layers]
+
+    @property
+    def speedup(self) -> float:
+        """How many times fewer operations than with ordinary attention in every layer."""
+        return self.ordinary_flops / self.flops
+
+    @property
+    def energy(self) -> float:
+        """Mean over layers of the share of energy kept."""
+        return sum(layer.energy for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        layers = [layer._asdict() for layer in self.layers]
+        totals = {name: getattr(self, name) for name in ("flops", "ordinary_flops", "speedup", "energy")}
+        return {**totals, "layers": layers}
+
+
+def make_plan(
+    spectrum: Spectrum, budget: Mapping[str, float | None], *, projection: str, share: Share, min_k: int
+) -> Plan:
+    """`plan_k`, and what it costs and keeps; `budget` has one of speedup, flops and energy, by its name."""
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"a plan needs one budget, speedup, flops or energy: {len(given)} are given")
+    ((name, value),) = given.items()
+    layers = layer_choices(spectrum, projection=projection, share=share, min_k=min_k)
+    offers = _offers(layers, share)
+    if name == "energy":
+        if not 0 < value <= 1:
+            raise ValueError(f"energy={value:g} is no share: give more than 0 and at most 1")
+        plans = [[_cheapest(choices, value) for choices in offer] for offer in offers]
+        return min((_plan(spectrum, plan) for plan in plans), key=lambda plan: plan.flops)
+    if not (value >= 1 if name == "speedup" else 0 < value <= 1):
+        raise ValueError(f"{name}={value:g} is no budget: give a speedup above 1, or flops between 0 and 1")
+    spent = _plan(spectrum, layers[0][-1:] * len(layers)).ordinary_flops * (1 / value if name == "speedup" else value)
+    least = _plan(spectrum, [choices[0] for choices in layers])
+    if least.flops > spent:
+        raise ValueError(
+            f"{name}={value:g} cannot be reached: k={layers[0][0].k} in every layer is a speedup of "
+            f"{least.speedup:.2f}; ask for less, lower min_k, or take larger images"
+        )
+    plans = [_spend(offer, spent - spectrum.flops_besides_attention) for offer in offers]
+    return max((_plan(spectrum, plan) for plan in plans if plan), key=lambda plan: plan.energy)
+
+
+def uniform_plans(spectrum: Spectrum, *, projection: str, share: Share, min_k: int) -> list[Plan]:
+    """One length in every layer: a plan for each length, from the cheapest, and ordinary attention."""
+    layers = layer_choices(spectrum, projection=projection, share=share, min_k=min_k)
+    return [_plan(spectrum, list(choices)) for choices in zip(*layers)]
+
+
+def model_kwargs(spectrum: Spectrum, plan: Plan, *, projection: str, share: Share) -> dict[str, Any]:
+    """The keywords that make a registered model follow the plan."""
+    return {"img_size": list(spectrum.img_size), "k": plan.k, "projection": projection, "share": share}
+
+
+def _plan(spectrum: Spectrum, layers: list[Choice]) -> Plan:
+    elsewhere = spectrum.flops_besides_attention
+    ordinary = elsewhere + sum(layer.ordinary_flops for layer in layers)
+    return Plan(layers, elsewhere + sum(layer.flops for layer in layers), ordinary)
+
+
+def _offers(layers: list[list[Choice]], share: Share) -> list[list[list[Choice]]]:
+    """What may be chosen from together: everything, or, with one E for all layers, one length or ordinary attention."""
+    if share != "layerwise":
+        return [layers]
+    lengths = [choice.k for choice in layers[0]]
+    return [[[choice for choice in choices if choice.k in (k, None)] for choices in layers] for k in lengths]
+
+
+def _spend(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
+    """The choices of most energy that cost no more than the budget, by dynamic programming over layers and prices.
+
+    Nothing where not even the cheapest choices fit. Prices are what choices cost beyond the cheapest, in units of which
+    ordinary attention is a thousand, rounded up: what is not spent for that is less than a unit a layer.
+    """
+    unit = layers[0][-1].ordinary_flops / UNITS
+    capacity = math.floor((budget - sum(choices[0].flops for choices in layers)) / unit)
+    if capacity < 0:
+        return []
+    # More than everything costs buys nothing.
+    capacity = min(capacity, UNITS * len(layers))
+    energy = np.zeros(capacity + 1)
+    prices, taken = [], []
+    for choices in layers:
+        own = [math.ceil((choice.flops - choices[0].flops) / unit) for choice in choices]
+        offers = np.full((len(choices), capacity + 1), -np.inf)
+        for offer, choice, price in zip(offers, choices, own):
+            offer[price:] = energy[: max(capacity + 1 - price, 0)] + choice.energy
+        energy = offers.max(0)
+        prices.append(own)
+        taken.append(offers.argmax(0))
+    chosen = []
+    for choices, own, best in zip(layers[::-1], prices[::-1], taken[::-1]):
+        number = int(best[capacity])
+        chosen.append(choices[number])
+        capacity -= own[number]
+    return chosen[::-1]
+
+
+def _cheapest(choices: Sequence[Choice], energy: float) -> Choice:
+    return next(choice for choice in choices if choice.energy >= energy)
