@@ -112,6 +112,13 @@ def _images_below(root: Path, folder: str) -> Iterable[str]:
             continue
         path = f"{folder}/{entry.name}"
         if entry.is_dir():
+            if entry.is_symlink() and _leads_back(root / path):
+                raise ValueError(f"{root / path}: is a link that leads round in circles; remove it")
             yield from _images_below(root, path)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
+
+
+def _leads_back(link: Path) -> bool:
+    """Whether a link to a folder leads to one that it lies in."""
+    return link.parent.resolve().is_relative_to(link.resolve())

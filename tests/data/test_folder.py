@@ -11,6 +11,13 @@ from linvit.data.folder import ImageFolder, open_folder
 MakeFolder = Callable[..., Path]
 
 
+def test_a_link_in_circles_is_refused(make_folder: MakeFolder) -> None:
+    data = make_folder({"train": {"a": 1, "b": 1}})
+    (data / "train/b/loop").symlink_to(data / "train", target_is_directory=True)
+    with pytest.raises(ValueError, match="train/b/loop: is a link that leads round in circles; remove it"):
+        open_folder(data, split="train")
+
+
 def test_images_labels_and_names(make_folder: MakeFolder) -> None:
     folder = open_folder(make_folder({"train": {"b": 2, "a": 1, "C": 1}}), split="train")
     # As torchvision sorts: capitals first.
