@@ -14,9 +14,25 @@ _PUBLIC = {
     "LinformerAttention": "linvit.attention",
     "LinformerViT": "linvit.vit",
     "PROJECTIONS": "linvit.projections",
+    "Predictor": "linvit.prediction.predictor",
+    "Spectrum": "linvit.spectrum.result",
+    "attention_spectrum": "linvit.spectrum.measure",
     "build_projection": "linvit.projections",
+    "convert_vit": "linvit.conversion.convert",
+    "plan_k": "linvit.spectrum.plan",
 }
-__all__ = ["PROJECTIONS", "LinformerAttention", "LinformerViT", "__version__", "build_projection"]
+__all__ = [
+    "PROJECTIONS",
+    "LinformerAttention",
+    "LinformerViT",
+    "Predictor",
+    "Spectrum",
+    "__version__",
+    "attention_spectrum",
+    "build_projection",
+    "convert_vit",
+    "plan_k",
+]
 
 
 def _is_light_command() -> bool:

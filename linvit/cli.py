@@ -33,10 +33,13 @@ def evaluate(argv: Sequence[str]) -> int:
         EvalOptions,
         argv,
         prog="linvit eval",
-        description="Evaluate a run, a checkpoint or a timm model on folders of images.",
+        description="Evaluate runs, checkpoints or timm models on images, and compare them.",
         positionals={"source": "SOURCE", "data_dir": "DATA"},
         spellings={
             "json_file": ["--json"],
+            "csv_file": ["--csv"],
+            "markdown_file": ["--markdown"],
+            "plot_file": ["--plot"],
             "batch_size": ["-b", "--batch-size"],
             "workers": ["-j", "--workers"],
             "model": ["-m", "--model"],
@@ -45,6 +48,27 @@ def evaluate(argv: Sequence[str]) -> int:
     from linvit.evaluate import evaluate_command
 
     return evaluate_command(options)
+
+
+def predict(argv: Sequence[str]) -> int:
+    from linvit.prediction.options import PredictOptions
+
+    options = parse_options(
+        PredictOptions,
+        argv,
+        prog="linvit predict",
+        description="Predict the classes of loose images, in folders or lists, whole or in tiles.",
+        positionals={"source": "SOURCE", "images": "IMAGE"},
+        spellings={
+            "output": ["-o", "--output"],
+            "batch_size": ["-b", "--batch-size"],
+            "workers": ["-j", "--workers"],
+            "model": ["-m", "--model"],
+        },
+    )
+    from linvit.prediction.command import predict_command
+
+    return predict_command(options)
 
 
 def average(argv: Sequence[str]) -> int:
@@ -87,6 +111,22 @@ def data(argv: Sequence[str]) -> int:
     )
 
 
+def check(argv: Sequence[str]) -> int:
+    from linvit.data.check.options import CheckOptions
+
+    options = parse_options(
+        CheckOptions,
+        argv,
+        prog="linvit check",
+        description="Find what is wrong with a folder of images, and say what training would do with it.",
+        positionals={"data_dir": "DATA"},
+        spellings={"json_file": ["--json"], "html_file": ["--html"], "workers": ["-j", "--workers"]},
+    )
+    from linvit.data.check.command import check_command
+
+    return check_command(options)
+
+
 def models(argv: Sequence[str]) -> int:
     from linvit.catalog import CatalogOptions, print_catalog
 
@@ -118,14 +158,55 @@ def bench(argv: Sequence[str]) -> int:
     return bench_command(options, command=shlex.join(["linvit", "bench", *argv]))
 
 
+def spectrum(argv: Sequence[str]) -> int:
+    from linvit.spectrum.options import SpectrumOptions
+
+    options = parse_options(
+        SpectrumOptions,
+        argv,
+        prog="linvit spectrum",
+        description="Measure the ranks of a Vision Transformer's attention, and plan k per layer from them.",
+        positionals={"source": "MODEL"},
+        spellings={
+            "json_file": ["--json"],
+            "csv_file": ["--csv"],
+            "plot_file": ["--plot"],
+            "plan_file": ["--plan"],
+        },
+    )
+    from linvit.spectrum.command import spectrum_command
+
+    return spectrum_command(options, command=shlex.join(["linvit", "spectrum", *argv]))
+
+
+def convert(argv: Sequence[str]) -> int:
+    from linvit.conversion.options import ConvertOptions
+
+    options = parse_options(
+        ConvertOptions,
+        argv,
+        prog="linvit convert",
+        description="Turn a pretrained Vision Transformer into a Linformer, fitted to it on images without labels.",
+        positionals={"source": "MODEL"},
+        spellings={"json_file": ["--json"], "output": ["-o", "--output"], "batch_size": ["-b", "--batch-size"]},
+    )
+    from linvit.conversion.command import convert_command
+
+    return convert_command(options, command=shlex.join(["linvit", "convert", *argv]))
+
+
 COMMANDS = {
     "train": Command(train, "train a model on folders of images (also: python train_imagenet.py)"),
     "eval": Command(evaluate, "evaluate a run, a checkpoint or a timm model"),
+    "predict": Command(predict, "predict the classes of loose images"),
     "average": Command(average, "average the weights of checkpoints or runs"),
     "lr-find": Command(lr_find, "find a learning rate by raising it on throw-away weights"),
     "data": Command(data, "build an image set as folders, from an installed package"),
+    "check": Command(check, "find what is wrong with a folder of images"),
     "models": Command(models, "list the registered models"),
     "bench": Command(bench, "time models side by side, and measure their memory"),
+    "spectrum": Command(spectrum, "measure the ranks of attention, and plan k per layer"),
+    "convert": Command(convert, "turn a pretrained Vision Transformer into a Linformer"),
 }
 
 

@@ -16,9 +16,13 @@ COMMANDS = [
     ["-m", "linvit"],
     ["-m", "linvit", "train"],
     ["-m", "linvit", "eval"],
+    ["-m", "linvit", "predict"],
     ["-m", "linvit", "data"],
+    ["-m", "linvit", "check"],
     ["-m", "linvit", "models"],
     ["-m", "linvit", "bench"],
+    ["-m", "linvit", "spectrum"],
+    ["-m", "linvit", "convert"],
     [str(REPOSITORY / "train_imagenet.py")],
 ]
 
@@ -51,6 +55,8 @@ def test_help_answers_in_half_a_second(command):
     [
         (["train", "--help"], 0, ""),
         (["eval", "--help"], 0, ""),
+        (["check", "--help"], 0, ""),
+        (["predict", "--help"], 0, ""),
         (["train", "DATA", "--modle", "x"], 2, "error: unknown option '--modle'; did you mean '--model'?\n"),
     ],
 )
@@ -73,11 +79,15 @@ def test_every_command_is_listed_and_works(capsys):
     assert [line.split()[0] for line in listing.split("commands:\n")[1].split("\n\n")[0].splitlines()] == [
         "train",
         "eval",
+        "predict",
         "average",
         "lr-find",
         "data",
+        "check",
         "models",
         "bench",
+        "spectrum",
+        "convert",
     ]
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit) as stop:
@@ -94,7 +104,11 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give a command: train, eval, average, lr-find, data, models, bench (linvit --help says more)"),
+        (
+            [],
+            "give a command: train, eval, predict, average, lr-find, data, check, models, bench, spectrum, convert "
+            "(linvit --help says more)",
+        ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
         (["eval", "run", "data", "--img-sizes", "3"], "unknown option '--img-sizes'; did you mean '--img-size'?"),

@@ -1,0 +1,73 @@
+"""`linvit check`, from options to exit status."""
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+
+from linvit.commandline import UsageError
+from linvit.data.check.classes import check_classes
+from linvit.data.check.duplicates import find_copies, name_groups
+from linvit.data.check.nearcopies import find_near_copies
+from linvit.data.check.options import CheckOptions
+from linvit.data.check.page import render_page
+from linvit.data.check.pool import Pool, usable_cores
+from linvit.data.check.progress import ProgressBar
+from linvit.data.check.reading import Reader, Source, read_all
+from linvit.data.check.report import build_report
+from linvit.data.check.sources import open_source
+from linvit.data.check.table import show_report
+from linvit.data.check.tree import Listing
+from linvit.data.check.verdict import try_training
+from linvit.files import write_text
+
+# Columns of a table that goes to a file or a pipe.
+PAGE_WIDTH = 120
+
+
+def check_command(options: CheckOptions) -> int:
+    """Check the images, show and write what was found; the exit status is 1 where there are faults.
+
+    Raises ValueError where there are no images.
+    """
+    for file in (options.json_file, options.html_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: its folder does not exist; create it")
+    listing, source = open_source(options.data_dir)
+    report = check(options, listing, source)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PAGE_WIDTH)
+    show_report(console, report)
+    if options.json_file is not None:
+        write_text(options.json_file, json.dumps(report, indent=2) + "\n")
+    if options.html_file is not None:
+        write_text(options.html_file, render_page(report, listing, source))
+    return 1 if report["num_faults"] else 0
+
+
+def check(options: CheckOptions, listing: Listing, source: Source) -> dict[str, Any]:
+    """The report on a listing; see `build_report`."""
+    workers = usable_cores() if options.workers is None else options.workers
+    paths = [image.path for image in listing.images]
+    started = time.perf_counter()
+    with ProgressBar() as progress, Pool(workers, Reader(source, max_pixels=options.max_pixels)) as pool:
+        measurements, findings = read_all(pool, paths, progress.stage("images", len(paths)).advance)
+        copies = find_copies(measurements)
+        findings += name_groups(copies, listing.images)
+        near = None
+        if options.near_duplicates:
+            near = find_near_copies(measurements, copies, paths, pool, progress.stage)
+            findings += name_groups(near.groups, listing.images, prefix="near_")
+    return build_report(
+        options.data_dir,
+        listing,
+        measurements,
+        [*listing.findings, *check_classes(listing), *findings],
+        training=try_training(options.data_dir),
+        near_copies=near,
+        allow=options.allow,
+        seconds=time.perf_counter() - started,
+        workers=workers,
+    )
