@@ -154,18 +154,33 @@ class LinformerAttention(Attention):
         order = self._choose_order(key_proj, value_proj)
         if order == "per_head":
             queries, keys, values = self._per_head(x, key_proj, value_proj, patches)
-        else:
-            weights = self._weights()
-            keys, values = self._associative(x, key_proj, value_proj, patches, weights)
-        keys = self.k_norm(keys)  # (B, H, K, d)
-        bias = self._key_bias(x, key_proj.lengths, patches)
-        if order == "per_head":
+            keys = self.k_norm(keys)  # (B, H, K, d)
+            bias = self._key_bias(x, key_proj.lengths, patches)
             return self.proj_drop(self._output(self._softmax_attention(self.q_norm(queries), keys, values, bias)))
-        fold = self._folded if order == "folded" else self._unfolded
-        attend = fold(keys, values, bias, weights)
+        attend = self._prepare(x, key_proj, value_proj, patches, order)
         # Once there are keys and values, every token is on its own.
         out = apply_in_runs(attend, x, RUN_ELEMENTS // self.attn_dim) if goes_in_runs(x) else attend(x, slice(None))
         return self.proj_drop(out)
+
+    def attend_to(self, x: Tensor) -> Attend:
+        """Keys and values of the tokens x (B, T, D), as a function from any tokens to their outputs.
+
+        So a few of the tokens can be computed alone. Without dropout of the output, and only for a projected layer.
+        """
+        projections = self.projections()
+        assert projections is not None
+        patches = read_patches(x, projections[0], self.num_prefix_tokens, layout=None, mask=None)
+        return self._prepare(x, *projections, patches, "associative")
+
+    def _prepare(
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, order: Order
+    ) -> Attend:
+        weights = self._weights()
+        keys, values = self._associative(x, key_proj, value_proj, patches, weights)
+        keys = self.k_norm(keys)  # (B, H, K, d)
+        bias = self._key_bias(x, key_proj.lengths, patches)
+        fold = self._folded if order == "folded" else self._unfolded
+        return fold(keys, values, bias, weights)
 
     def _choose_order(self, key_proj: Projection, value_proj: Projection) -> Order:
         is_matrix = isinstance(key_proj, MatrixProjection)

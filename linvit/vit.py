@@ -30,6 +30,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import Tensor, nn
 
 from linvit.attention import LinformerAttention
+from linvit.layers import LayerLike, mlp_class, norm_with_eps
 from linvit.layout import TokenLayout
 from linvit.mlp import LeanMlp
 from linvit.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
@@ -41,6 +42,7 @@ Checkpointing = Literal["mlp", "full"]
 SHARES: tuple[str, ...] = ("none", "headwise", "kv", "layerwise")
 # One length; one per layer (None: ordinary attention there); or, with share="none", one per layer and head.
 ProjectedLength = int | Sequence[int | Sequence[int] | None]
+_NORM_LAYERS = ("norm_layer", "embed_norm_layer")
 
 
 class LinformerViT(VisionTransformer):
@@ -54,6 +56,8 @@ class LinformerViT(VisionTransformer):
         projection: kind of E and F, a key of `linvit.PROJECTIONS`; `"identity"` is ordinary attention throughout.
         share: who shares E and F, see the module's table.
         projection_init: `"pool"` or `"jl"`, see `Projection`.
+        norm_eps: of every normalisation layer; None leaves timm's own.
+        mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
 
     Raises ValueError where k does not shorten the sequence (here and on every change of size) and for sharings that
     do not go together with k; TypeError for an unknown keyword.
@@ -66,13 +70,19 @@ class LinformerViT(VisionTransformer):
         projection: str = "separable",
         share: Share = "kv",
         projection_init: ProjectionInit = "pool",
+        norm_eps: float | None = None,
+        mlp_layer: LayerLike = "mlp",
         weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
         **vit_kwargs: Any,
     ) -> None:
         if "attn_layer" in vit_kwargs:
             raise TypeError("LinformerViT brings its own attention: choose it by projection=, not by attn_layer=")
-        vit_kwargs.setdefault("mlp_layer", LeanMlp)
-        super().__init__(*args, attn_layer=LinformerAttention, weight_init="skip", **vit_kwargs)
+        if norm_eps is not None:
+            own = {"norm_layer": None} | vit_kwargs
+            vit_kwargs |= {name: norm_with_eps(own[name], norm_eps) for name in _NORM_LAYERS if name in own}
+        super().__init__(
+            *args, attn_layer=LinformerAttention, mlp_layer=mlp_class(mlp_layer), weight_init="skip", **vit_kwargs
+        )
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.share = share
         self._build_projections(k, projection, projection_init)

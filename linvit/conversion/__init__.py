@@ -1,0 +1,1 @@
+"""Pretrained Vision Transformers become Linformers: `linvit.convert_vit` and `linvit convert`."""

@@ -1,0 +1,233 @@
+"""`linvit convert`, from options to a folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.models import VisionTransformer
+
+from linvit.bench.measure import exact_float32
+from linvit.bench.provenance import provenance
+from linvit.commandline import UsageError
+from linvit.conversion.convert import convert_vit
+from linvit.conversion.descent import Descent
+from linvit.conversion.distil import DistilOptions, distil
+from linvit.conversion.fidelity import Fidelity, compare
+from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
+from linvit.conversion.layouts import read_layout
+from linvit.conversion.options import ConvertOptions
+from linvit.conversion.outcome import Outcome
+from linvit.conversion.planning import plan_lengths
+from linvit.conversion.report import show_fidelity, show_layers, show_speed
+from linvit.conversion.sample import Sample
+from linvit.conversion.speed import Speed, at_size, measure_speed
+from linvit.conversion.state import FitState
+from linvit.conversion.streams import Streams, embed
+from linvit.files import sha256_of, write_text
+from linvit.inference import input_spec
+from linvit.runs import Classifier, load_classifier
+from linvit.timmmodel import create_model
+from linvit.training.distributed import choose_device
+from linvit.vit import LinformerViT, ProjectedLength
+
+DEFAULT_SPEEDUP = 1.5
+IMAGES_PLANNED_ON = 8
+# What another fit would come out of; the other options may change while it is stopped.
+_FITTED_BY = (
+    *("source", "weights", "model_kwargs", "k", "speedup", "layers", "projection", "share", "img_size"),
+    *("num_images", "steps", "max_error", "batch_size", "seed"),
+)
+
+
+def convert_command(options: ConvertOptions, *, command: str) -> int:
+    """Convert, fit, measure and save; returns the exit status.
+
+    `command` is recorded in the results. Raises UsageError or ValueError where model, options and images do not go
+    together or fidelity is below the bound, and OSError where files cannot be written. Layers that are fitted are kept
+    beside the output until it is written, and the same command goes on from them.
+    """
+    _check_paths(options)
+    origin = provenance(command, seed=options.seed, n=options.rounds)
+    with exact_float32():
+        work = _Conversion(options)
+        outcome = work.run()
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    show_layers(console, outcome.fits)
+    show_fidelity(console, outcome.fidelity)
+    show_speed(console, outcome.speeds)
+    counts = {"num_images": len(work.sample.paths), "num_held_out": work.sample.num_held_out}
+    results = {**origin, "options": options.model_dump(mode="json"), **counts, **outcome.to_dict()}
+    if options.json_file is not None:
+        write_text(options.json_file, json.dumps(results, indent=2) + "\n")
+    outcome.check(options.min_cosine, options.output)
+    outcome.save(options.output, results)
+    work.state.remove()
+    print(f'{options.output}: timm.create_model("local-dir:{options.output}", pretrained=True)')
+    return 0
+
+
+class _Conversion:
+    """The stages of one conversion, which share model, images, state and progress bar."""
+
+    def __init__(self, options: ConvertOptions) -> None:
+        self.options = options
+        device = torch.device(choose_device(options.device))
+        self.classifier = _load(options)
+        assert isinstance(self.classifier.model, VisionTransformer)
+        self.original = self.classifier.model.to(device, torch.float32)
+        self.sample = Sample(
+            options.images,
+            input_spec(self.classifier, img_size=_size(options.img_size)),
+            device,
+            num_images=options.num_images,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        weights = Path(self.classifier.weights)
+        settings = {
+            **options.model_dump(mode="json", include=set(_FITTED_BY)),
+            "weights": sha256_of(weights) if weights.is_file() else self.classifier.weights,
+            "images": self.sample.paths,
+        }
+        self.state = FitState(options.output, settings)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def run(self) -> Outcome:
+        with self.bar:
+            streams = self._embed()
+            converted = self._convert(streams)
+            for size in self.options.target_size:
+                _check_target(converted, size)
+            held_out = self.sample.held_out()
+            fidelity = {"pooled": self._compare(converted, held_out)}
+            fits = self._fit(converted, streams)
+            del streams
+            fidelity["fitted"] = self._compare(converted, held_out)
+            if self.options.distill_steps is not None or self.options.distill_minutes is not None:
+                fidelity["distilled"] = self._distil(converted, held_out)
+            speeds = self._time(converted)
+        return Outcome(converted, self.classifier, self.sample.spec, fits, fidelity, speeds)
+
+    @torch.no_grad()
+    def _embed(self) -> Streams:
+        task = self.bar.add_task("reading images", total=len(self.sample.paths))
+        tokens = []
+        for images in self.sample.batches():
+            tokens.append(embed(self.original, images))
+            self.bar.advance(task, len(images))
+        both = torch.cat(tokens)
+        prefix = self.original.num_prefix_tokens
+        return Streams(both, both, self.sample.num_held_out, prefix, self.options.batch_size)
+
+    def _convert(self, streams: Streams) -> LinformerViT:
+        options = self.options
+        k: ProjectedLength
+        if options.k == "plan":
+            k = self.state.plan(lambda: self._plan(streams))
+        elif options.converted_layers is not None and isinstance(options.k, int):
+            k = _only(options.converted_layers, options.k, depth=len(self.original.blocks))
+        else:
+            k = options.k
+        torch.manual_seed(options.seed)
+        return convert_vit(self.original, k=k, projection=options.projection, share=options.share)
+
+    def _plan(self, streams: Streams) -> list[int | None]:
+        task = self.bar.add_task("planning", total=None)
+        return plan_lengths(
+            self.original,
+            streams.original[:IMAGES_PLANNED_ON],
+            speedup=self.options.speedup or DEFAULT_SPEEDUP,
+            projection=self.options.projection,
+            share=self.options.share,
+            report=lambda done, total: self.bar.update(task, completed=done, total=total),
+        )
+
+    def _fit(self, converted: LinformerViT, streams: Streams) -> list[LayerFit]:
+        task = self.bar.add_task("fitting layers", total=len(converted.blocks))
+        done = self.state.load(converted)
+        self.bar.advance(task, len(done))
+
+        def report(fit: LayerFit) -> None:
+            self.state.save(fit, converted)
+            self.bar.advance(task)
+
+        options = FitOptions(Descent(self.options.steps), max_error=self.options.max_error, seed=self.options.seed)
+        return fit_layers(self.original, converted, streams, options, done=done, report=report)
+
+    def _distil(self, converted: LinformerViT, held_out: torch.Tensor) -> Fidelity:
+        task = self.bar.add_task("distilling", total=100)
+        options = DistilOptions(self.options.distill_steps, self.options.distill_minutes, self.options.distill_rate)
+        return distil(
+            self.original,
+            converted,
+            self.sample.endless(),
+            held_out,
+            options,
+            report=lambda share, fidelity: self.bar.update(task, completed=100 * share),
+        )
+
+    def _compare(self, converted: LinformerViT, images: torch.Tensor) -> Fidelity:
+        return compare(self.original, converted, images, batch_size=self.options.batch_size)
+
+    def _time(self, converted: LinformerViT) -> list[Speed]:
+        rounds = self.options.rounds
+        if rounds == 0:
+            return []
+        sizes = [_size(size) for size in self.options.target_size] or [self.sample.spec.size]
+        task = self.bar.add_task("timing", total=len(sizes) * rounds)
+
+        def report(index: int) -> None:
+            self.bar.advance(task)
+
+        return [measure_speed(self.original, converted, size, rounds=rounds, report=report) for size in sizes]
+
+
+def _load(options: ConvertOptions) -> Classifier:
+    """The original; ValueError where it is of another layout, before its weights are looked for."""
+    arguments: dict[str, Any] = {"model_kwargs": options.model_kwargs, "img_size": _size(options.img_size)}
+    if timm.is_model(options.source.partition(".")[0]):
+        with torch.device("meta"):
+            read_layout(create_model(options.source, img_size=arguments["img_size"], **options.model_kwargs))
+    if options.weights is None:
+        classifier = load_classifier(options.source, **arguments)
+    else:
+        classifier = load_classifier(str(options.weights), model_name=options.source, **arguments)
+    read_layout(classifier.model)
+    return classifier
+
+
+def _size(size: Any) -> Any:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _only(layers: list[int], k: int, *, depth: int) -> list[int | None]:
+    if layers[-1] >= depth:
+        raise ValueError(f"--layers names layer {layers[-1]}, but the model has {depth}: 0 to {depth - 1}")
+    return [k if layer in layers else None for layer in range(depth)]
+
+
+def _check_target(converted: LinformerViT, size: int | tuple[int, int]) -> None:
+    """Raise ValueError where the converted model cannot take images of this size, before it is fitted."""
+    height, width = _size(size)
+    try:
+        at_size(converted, (height, width))
+    except ValueError as error:
+        raise ValueError(f"--target-size {height}x{width}: {error}") from error
+
+
+def _check_paths(options: ConvertOptions) -> None:
+    """Raise UsageError where results could not be written, before minutes are spent on them."""
+    if options.output.exists():
+        raise UsageError(f"--output {options.output} exists already: choose another folder")
+    files: dict[str, Path | None] = {"--output": options.output, "--json": options.json_file}
+    for flag, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if options.json_file is not None and options.json_file.is_dir():
+        raise UsageError(f"--json {options.json_file} is a folder; name a file")

@@ -1,0 +1,127 @@
+"""Distillation of a converted model from its original, end to end, on images without labels.
+
+Both see the same images. Learnt are the tokens behind a few blocks and behind the last norm, by the relative square
+error of each, and the logits, where there are any, by their divergence. What is nearest on the images held out is kept,
+also where that is the beginning.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from linvit.conversion.fidelity import Fidelity, compare
+from linvit.conversion.streams import embed, token_weights
+from linvit.vit import LinformerViT
+
+# Blocks whose tokens are learnt: so many, evenly spaced, the last among them.
+NUM_TAPS = 4
+WARMUP = 0.05
+LARGEST_GRADIENT = 1.0
+NUM_CHECKS = 10
+
+
+@dataclass(frozen=True)
+class DistilOptions:
+    """How long: optimizer steps, or minutes by the clock, whichever is given; and the rate of AdamW."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    rate: float = 3e-5
+
+    def __post_init__(self) -> None:
+        assert (self.steps is None) != (self.minutes is None)
+
+
+def distil(
+    original: VisionTransformer,
+    converted: LinformerViT,
+    batches: Iterator[Tensor],
+    held_out: Tensor,
+    options: DistilOptions,
+    *,
+    report: Callable[[float, Fidelity], object] = lambda share, fidelity: None,
+) -> Fidelity:
+    """Train `converted` in place; returns what it is like in the end.
+
+    Args:
+        original, converted: in evaluation mode, in which they stay.
+        batches: images (B, 3, H, W), without end.
+        held_out: images to choose the best weights by.
+        options: how long.
+        report: told the share of the way gone, and the fidelity there, a few times.
+    """
+    optimizer = torch.optim.AdamW(converted.parameters(), lr=options.rate, weight_decay=0.0)
+    batch_size = len(first := next(batches))
+    best = fidelity = compare(original, converted, held_out, batch_size=batch_size)
+    state = {name: value.clone() for name, value in converted.state_dict().items()}
+    clock = _Clock(options)
+    images, checks = first, 0
+    while (share := clock.share) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * min(1.0, share / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
+        optimizer.zero_grad()
+        loss(original, converted, images).backward()
+        torch.nn.utils.clip_grad_norm_(converted.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+        clock.tick()
+        if clock.share * NUM_CHECKS >= checks + 1:
+            checks = int(clock.share * NUM_CHECKS)
+            fidelity = compare(original, converted, held_out, batch_size=batch_size)
+            report(min(clock.share, 1.0), fidelity)
+            if fidelity.mean_cosine > best.mean_cosine:
+                best, state = fidelity, {name: value.clone() for name, value in converted.state_dict().items()}
+        images = next(batches)
+    converted.load_state_dict(state)
+    return best
+
+
+def loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -> Tensor:
+    """How far apart the two are on images (B, 3, H, W); gradients go to `converted` alone."""
+    with torch.no_grad():
+        wanted = _tapped(original, images)
+        wanted_logits = original.forward_head(wanted[-1])
+    found = _tapped(converted, images)
+    parts = [
+        ((own - theirs).square().sum(-1) * token_weights(theirs, original.num_prefix_tokens)).mean()
+        for own, theirs in zip(found, wanted)
+    ]
+    total = torch.stack(parts).mean()
+    if original.num_classes > 0:
+        given = F.log_softmax(converted.forward_head(found[-1]), dim=-1)
+        total = total + F.kl_div(given, F.log_softmax(wanted_logits, dim=-1), log_target=True, reduction="batchmean")
+    return total
+
+
+def _tapped(model: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Tokens behind a few blocks, and behind the last norm: each (B, T, D)."""
+    depth = len(model.blocks)
+    taps = {math.ceil(depth * (number + 1) / NUM_TAPS) - 1 for number in range(NUM_TAPS)}
+    tokens, found = embed(model, images), []
+    for index, block in enumerate(model.blocks):
+        tokens = block(tokens)
+        if index in taps:
+            found.append(tokens)
+    return [*found, model.norm(tokens)]
+
+
+class _Clock:
+    """How much of the way is gone, by steps or by time."""
+
+    def __init__(self, options: DistilOptions) -> None:
+        self.options, self.steps, self.started = options, 0, time.monotonic()
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    @property
+    def share(self) -> float:
+        if self.options.steps is not None:
+            return self.steps / self.options.steps
+        assert self.options.minutes is not None
+        return (time.monotonic() - self.started) / (60 * self.options.minutes)

@@ -1,0 +1,147 @@
+"""A projected length for each layer, by what it costs and what pooling does to the tokens behind it.
+
+The spectrum of attention (`linvit.plan_k`) bounds what the best matrix of a rank could keep for one image; E is one and
+the same for all images. So here each length is tried, on a few images.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from linvit.bench.flops import count_flops
+from linvit.conversion.convert import attentions, convert_unchecked
+from linvit.conversion.streams import Streams, attended, fed_forward, relative_error
+from linvit.projections import GridSize, Projection
+from linvit.spectrum.cost import lengths_to_try
+from linvit.vit import LinformerViT, Share
+
+# Lengths nearer to each other cost and lose about the same.
+STEP = 1.5
+MIN_K = 16
+
+Pair = tuple[Projection | None, Projection | None]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One length in one layer (None: ordinary attention): operations more than with the least, squared error."""
+
+    k: int | None
+    flops: float
+    error: float
+
+
+def plan_lengths(
+    model: VisionTransformer,
+    tokens: Tensor,
+    *,
+    speedup: float,
+    projection: str,
+    share: Share,
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> list[int | None]:
+    """Lengths with which the model takes `speedup` times fewer operations, at the least sum of squared errors.
+
+    Args:
+        model: in evaluation mode.
+        tokens: what enters its first block (B, T, D), on a few images.
+        speedup: of the whole model, in operations; time falls by more where sequences are long.
+        projection: kind of E and F, not fitted yet.
+        share: who shares E and F; "layerwise" takes one length for all layers that it shortens.
+
+    Raises ValueError where no lengths are that fast.
+    """
+    if not speedup > 1:
+        raise ValueError(f"--speedup {speedup:g} leaves nothing to plan: give more than 1")
+    lengths = _lengths(model.patch_embed.grid_size)
+    offers = []
+    for layer in _offers(model, tokens, lengths, projection=projection, share=share):
+        offers.append(layer)
+        report(len(offers), len(model.blocks))
+    ordinary = _flops(model)
+    if share == "layerwise":
+        plans = [_choose([[each[i], each[-1]] for each in offers], ordinary / speedup) for i in range(len(lengths))]
+    else:
+        plans = [_choose(offers, ordinary / speedup)]
+    found = [plan for plan in plans if plan is not None]
+    if not found:
+        fastest = ordinary / sum(min(offer.flops for offer in each) for each in offers)
+        raise ValueError(f"--speedup {speedup:g} cannot be reached: k={lengths[0]} in every layer gives {fastest:.2f}")
+    best = min(found, key=lambda plan: sum(offer.error for offer in plan))
+    return [offer.k for offer in best]
+
+
+def _lengths(grid_size: GridSize) -> list[int]:
+    lengths: list[int] = []
+    for k in lengths_to_try(grid_size, min_k=MIN_K):
+        if not lengths or k >= STEP * lengths[-1]:
+            lengths.append(k)
+    if not lengths:
+        raise ValueError(f"--k plan: {grid_size[0]}×{grid_size[1]} patches are too few; choose a larger --img-size")
+    return lengths
+
+
+def _offers(
+    model: VisionTransformer, tokens: Tensor, lengths: list[int], *, projection: str, share: Share
+) -> Iterator[list[Offer]]:
+    """For each layer what each length costs and loses, from the shortest, and ordinary attention last."""
+    depth = len(model.blocks)
+    ordinary = Offer(None, _flops(model) / depth, 0.0)
+    flops: dict[int, float] = {}
+    projections: dict[int, list[Pair]] = {}
+    for k in lengths:
+        converted = convert_unchecked(model, k=k, projection=projection, share=share)
+        flops[k] = _flops(converted) / depth
+        projections[k] = [(each.key_projection, each.value_projection) for each in attentions(converted)]
+    for errors in _errors(model, converted, projections, tokens):
+        yield [*(Offer(k, flops[k], error) for k, error in errors.items()), ordinary]
+
+
+def _choose(offers: list[list[Offer]], budget: float) -> list[Offer] | None:
+    """From the best of each layer, step by step, what costs the least error for what it saves; None: too slow."""
+    chosen = [min(layer, key=lambda offer: offer.error) for layer in offers]
+    while sum(offer.flops for offer in chosen) > budget:
+        steps = [
+            ((offer.error - now.error) / (now.flops - offer.flops), layer, offer)
+            for layer, now in enumerate(chosen)
+            for offer in offers[layer]
+            if offer.flops < now.flops
+        ]
+        if not steps:
+            return None
+        _, layer, cheaper = min(steps, key=lambda step: step[0])
+        chosen[layer] = cheaper
+    return chosen
+
+
+def _errors(
+    model: VisionTransformer, converted: LinformerViT, projections: dict[int, list[Pair]], tokens: Tensor
+) -> Iterator[dict[int, float]]:
+    """For each layer, by length, the mean square error of the tokens behind its attention, all before being exact."""
+    streams = Streams(tokens, tokens, len(tokens), model.num_prefix_tokens, batch_size=4)
+    for layer, (block, own) in enumerate(zip(model.blocks, converted.blocks)):
+        wanted = streams.map(partial(attended, block), streams.original)
+        weights = streams.weights(wanted)
+        errors = {}
+        for k, pairs in projections.items():
+            own.attn.set_projections(*pairs[layer])
+            found = streams.map(partial(attended, own), streams.original)
+            errors[k] = relative_error(found, wanted, weights) ** 2
+        yield errors
+        streams.original = streams.map(partial(fed_forward, block), wanted)
+
+
+def _flops(model: nn.Module) -> int:
+    """Operations of a forward pass on one image."""
+    bare = copy.deepcopy(model).to("meta")
+    assert isinstance(bare, VisionTransformer)
+    if isinstance(bare, LinformerViT):
+        for attention in attentions(bare):
+            attention.fused_attn = True
+    images = torch.empty(1, bare.in_chans, *bare.patch_embed.img_size, device="meta")
+    return count_flops(bare, images, mode="forward")

@@ -1,0 +1,177 @@
+"""`linvit convert`: from a timm name and weights to a folder that timm opens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny_runs import make_images
+from vits import SMALL, make_vit
+
+import linvit.conversion.command
+from linvit.cli import main
+from linvit.conversion.options import ConvertOptions
+
+NAME = "vit_tiny_patch16_224"
+MODEL = [f"{name}={value}" for name, value in SMALL.items() if name not in ("num_classes", "img_size")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"), train=6, val=1)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(make_vit(NAME, num_classes=3).state_dict(), path)
+    return path
+
+
+def convert(data: Path, weights: Path, output: Path, *options: str, k: tuple[str, ...] = ("9",)) -> int:
+    return main(
+        [
+            *("convert", NAME, "--weights", str(weights), "--images", str(data), "-o", str(output), "--k", *k),
+            *("--img-size", "64", "--model-kwargs", *MODEL, "--rounds", "0", "--num-images", "16"),
+            *("--device", "cpu", *options),
+        ]
+    )
+
+
+def test_the_folder_opens_and_is_nearer_than_pooling(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert convert(data, weights, output, "--steps", "8", "--json", str(tmp_path / "results.json")) == 0
+    results = json.loads((output / "convert.json").read_text())
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert (results["model"], results["weights"], results["img_size"]) == (NAME, str(weights), [64, 64])
+    assert (results["k"], results["num_images"], results["num_held_out"]) == ([9, 9, 9], 16, 2)
+    assert [layer["error_after"] < layer["error_before"] for layer in results["layers"]] == [True] * 3
+    fidelity = results["fidelity"]
+    assert fidelity["fitted"]["patch_cosine"] > fidelity["pooled"]["patch_cosine"]
+    model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    assert model.num_classes == 3
+    original = make_vit(NAME, num_classes=3).state_dict()
+    # What is fitted has changed, all else is kept.
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, original.get(name, value))}
+    assert {name.split(".", 2)[2] for name in changed} >= {"attn.qkv.weight", "attn.proj.weight", "mlp.fc2.weight"}
+    assert not any("norm" in name or "fc1" in name or "head" in name for name in changed)
+    shown = capsys.readouterr()
+    assert "pooled" in shown.out
+    assert f"{output}: timm.create_model" in shown.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "results.json"]
+
+
+def test_distillation_plan_and_layers(data: Path, weights: Path, tmp_path: Path) -> None:
+    assert convert(data, weights, tmp_path / "a", "--distill-steps", "3", "--layers", "1-2") == 0
+    results = json.loads((tmp_path / "a/convert.json").read_text())
+    assert results["k"] == [None, 9, 9]
+    assert list(results["fidelity"]) == ["pooled", "fitted", "distilled"]
+    assert convert(data, weights, tmp_path / "b", "--speedup", "1.05", k=("plan",)) == 0
+    lengths = json.loads((tmp_path / "b/convert.json").read_text())["k"]
+    assert any(k is not None for k in lengths)
+    assert convert(data, weights, tmp_path / "c", k=("none", "9", "16")) == 0
+    assert json.loads((tmp_path / "c/convert.json").read_text())["k"] == [None, 9, 16]
+
+
+def test_both_models_are_timed(data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linvit.conversion.speed.can_read_peaks", lambda: False)
+    assert convert(data, weights, tmp_path / "out", "--rounds", "2", "--target-size", "64", "96x128") == 0
+    speeds = json.loads((tmp_path / "out/convert.json").read_text())["speed"]
+    assert [(speed["img_size"], speed["patches"], speed["rounds"]) for speed in speeds] == [
+        ([64, 64], 64, 2),
+        ([96, 128], 192, 2),
+    ]
+
+
+def test_fidelity_below_the_bound_is_refused_and_the_fit_is_kept(
+    data: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, poor = tmp_path / "out", ("--projection", "random")
+    assert convert(data, weights, output, *poor, "--min-cosine", "0.99") == 1
+    assert "is not written: the lowest cosine of its features to the original's is 0." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.convert"]
+    assert convert(data, weights, output, *poor, k=("16",)) == 1
+    assert "was begun with another k: go on with the same, or delete" in capsys.readouterr().err
+    fitting = linvit.conversion.command.fit_layers
+    done = []
+    monkeypatch.setattr(
+        "linvit.conversion.command.fit_layers",
+        lambda *args, **kwargs: done.extend(kwargs["done"]) or fitting(*args, **kwargs),
+    )
+    assert convert(data, weights, output, *poor, "--min-cosine", "0.1") == 0
+    assert len(done) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_keeps_what_is_fitted(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self, fit, converted):
+        save(self, fit, converted)
+        if fit.layer == 1:
+            raise KeyboardInterrupt
+
+    save = linvit.conversion.state.FitState.save
+    with monkeypatch.context() as patch:
+        patch.setattr("linvit.conversion.state.FitState.save", interrupt)
+        assert convert(data, weights, tmp_path / "out") == 130
+    assert len(list((tmp_path / ".out.convert").glob("layer-*.json"))) == 2
+    assert convert(data, weights, tmp_path / "out") == 0
+    assert convert(data, weights, tmp_path / "whole") == 0
+    stopped, whole = (timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True) for name in ("out", "whole"))
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in stopped.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--projection", "seperable"], 1, "unknown projection 'seperable'; did you mean 'separable'?"),
+        (["--layers", "7"], 1, "--layers names layer 7, but the model has 3: 0 to 2"),
+        (["--layers", "x"], 2, "--layers 'x' is no layer and no range of layers, such as 3 or 6-11"),
+        (["--speedup", "2"], 2, "--speedup is of a plan: leave out --k, or give --k plan"),
+        (["--distill-steps", "3", "--distill-minutes", "1"], 2, "--distill-steps and --distill-minutes say the same"),
+        (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
+        (["--images", "nowhere"], 1, "nowhere"),
+        (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: there is no folder nowhere; make it first"),
+        (["--num-images", "3"], 2, "--num-images takes a whole number of at least 8, not 3"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    options: list[str],
+    status: int,
+    words: str,
+    data: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert convert(data, weights, tmp_path / "out", *options) == status
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_layouts_are_refused_before_weights_are_looked_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--images", str(data), "-o", str(tmp_path / "out")]
+    assert main(["convert", "eva02_tiny_patch14_224", "--weights", "none.pth", *arguments]) == 1
+    assert "Eva cannot be converted: rotary position embedding" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    assert main(["convert", NAME, *arguments]) == 2
+    assert "exists already: choose another folder" in capsys.readouterr().err
+
+
+def test_layers_are_read_as_people_write_them() -> None:
+    options = ConvertOptions(source="a", images="b", output="c", k=9, layers=("6-8", "3", "7"))
+    assert options.converted_layers == [3, 6, 7, 8]
+    assert ConvertOptions(source="a", images="b", output="c").converted_layers is None
