@@ -128,4 +128,4 @@ def test_it_is_read_from_the_command_line() -> None:
     with pytest.raises(UsageError, match="--batch-size takes a whole number of at least 1, or auto, not 'many'"):
         parse(["D", "-b", "many"])
     with pytest.raises(UsageError, match="batch_size auto is tried without the teacher"):
-        parse(["D", "-b", "auto", "--distill-teacher", "run"])
+        parse(["D", "-b", "auto", "--kd-model-name", "run"])
