@@ -21,6 +21,8 @@ from linvit.files import reason
 from linvit.timmmodel import TimmModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+# Of parameters whose shapes do not fit; where the width is another, that is nearly all of them.
+MOST_SHAPES_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,16 @@ def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path)
     own = model.state_dict()
     lacking = own.keys() - state_dict.keys()
     besides = state_dict.keys() - own.keys()
-    reshaped = [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
+    reshaped = sorted(name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape)
+    more = len(reshaped) - MOST_SHAPES_NAMED
     problems = [
         *([f"lacks {compact(lacking)}"] if lacking else []),
         *([f"has {compact(besides)} besides"] if besides else []),
-        *(f"has {name} of {_shape(state_dict[name])}, not {_shape(own[name])}" for name in sorted(reshaped)),
+        *(
+            f"has {name} of {_shape(state_dict[name])}, not {_shape(own[name])}"
+            for name in reshaped[:MOST_SHAPES_NAMED]
+        ),
+        *([f"has {more} others of other shapes"] if more > 0 else []),
     ]
     if problems:
         raise ValueError(
