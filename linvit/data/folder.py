@@ -90,7 +90,24 @@ def open_folder(
 
 def class_folders(root: Path) -> list[str]:
     """The folders in a split's folder, sorted by name, but for hidden ones."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in list_folder(root) if not entry.name.startswith(".") and is_folder(entry))
+
+
+def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What lies in a folder; ValueError, naming it, where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}); allow reading it or leave it out") from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; ValueError, naming it, for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise ValueError(f"{entry.path}: cannot be followed ({error.strerror}); remove the link") from error
 
 
 def _find_split(data_dir: Path, split: str) -> Path:
@@ -107,11 +124,11 @@ def _find_split(data_dir: Path, split: str) -> Path:
 
 def _images_below(root: Path, folder: str) -> Iterable[str]:
     """Paths, relative to `root`, of the images in a folder of it at any depth."""
-    for entry in os.scandir(root / folder):
+    for entry in list_folder(root / folder):
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
-        if entry.is_dir():
+        if is_folder(entry):
             if entry.is_symlink() and _leads_back(root / path):
                 raise ValueError(f"{root / path}: is a link that leads round in circles; remove it")
             yield from _images_below(root, path)

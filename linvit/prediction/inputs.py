@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageOps
 
+from linvit.data.folder import is_folder, list_folder
 from linvit.data.imageset import ImageSet
 from linvit.data.read import EXTENSIONS, read_file
 from linvit.data.strings import PackedStrings
@@ -109,14 +110,10 @@ def _images_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:
         return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: natural_key(entry.name))
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be read ({error.strerror}); allow reading it or leave it out") from error
-    for entry in entries:
+    for entry in sorted(list_folder(folder), key=lambda entry: natural_key(entry.name)):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _images_below(entry.path, (*above, real))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield entry.path
