@@ -100,7 +100,7 @@ def _threshold(references: np.ndarray) -> float:
         return _ALIKE
     middle = np.median(references)
     deviation = 1.4826 * np.median(np.abs(references - middle))
-    return float(np.clip(middle + 4 * deviation, _ALIKE, _MOST_ALIKE))
+    return float(np.clip(middle + 5 * deviation, _ALIKE, _MOST_ALIKE))
 
 
 def _coarsely_alike(thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:

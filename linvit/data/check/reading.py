@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-import cv2
 import numpy as np
 
 from linvit.data.check.faults import Finding
@@ -16,7 +15,7 @@ from linvit.data.check.inspection import THUMBNAIL, inspect
 from linvit.data.check.messages import DecoderMessages
 from linvit.data.check.perceptual import hash_thumbnails
 from linvit.data.check.pool import Pool
-from linvit.data.read import UnreadableImage, read_file
+from linvit.data.read import UnreadableImage
 
 CHUNK = 32
 SMALL = 16
@@ -36,7 +35,13 @@ class FolderSource:
         self._root = os.fspath(root)
 
     def read(self, index: int, path: str) -> bytes:
-        return read_file(os.path.join(self._root, path))
+        file = os.path.join(self._root, path)
+        try:
+            # What `read_file` does, without the time that a Path takes.
+            with open(file, "rb", buffering=0) as handle:
+                return handle.read()
+        except OSError as error:
+            raise UnreadableImage(f"{file}: cannot be read ({error.strerror})") from error
 
 
 class Reader:
@@ -59,13 +64,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class Measurements:
-    """A row per image: width and height (0 where it was not decoded), bytes, a digest of them, a perceptual hash,
+    """A row per image: width and height (0 where it was not decoded), bytes, their CRC-32, a perceptual hash,
     a thumbnail (16, 16) uint8 grey, and the channels' means and mean squares (3,), 0 to 255.
     """
 
     sizes: np.ndarray
     num_bytes: np.ndarray
-    digests: np.ndarray
+    checksums: np.ndarray
     hashes: np.ndarray
     thumbnails: np.ndarray
     means: np.ndarray
@@ -76,7 +81,7 @@ class Measurements:
         return cls(
             sizes=np.zeros((count, 2), np.int32),
             num_bytes=np.zeros(count, np.int64),
-            digests=np.zeros(count, np.uint64),
+            checksums=np.zeros(count, np.uint32),
             hashes=np.zeros(count, np.uint64),
             thumbnails=np.zeros((count, SMALL, SMALL), np.uint8),
             means=np.zeros((count, 3), np.float32),
@@ -120,9 +125,11 @@ def read_all(
 
 
 def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
-    rows = Measurements.empty(len(task.paths))
+    count = len(task.paths)
+    rows = Measurements.empty(count)
     findings = []
-    large = np.zeros((len(task.paths), THUMBNAIL, THUMBNAIL), np.uint8)
+    thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8)
+    colours = np.zeros((2, count, 3))
     for row, path in enumerate(task.paths):
         try:
             data = reader.source.read(task.first + row, path)
@@ -133,10 +140,16 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             continue
         inspection = inspect(data, path, max_pixels=reader.max_pixels, messages=reader.messages)
         findings += [Finding(code, path, detail) for code, detail in inspection.findings]
-        rows.num_bytes[row], rows.digests[row] = inspection.num_bytes, inspection.digest
-        if inspection.pixels is not None:
-            width, height, rows.means[row], rows.squares[row], large[row] = inspection.pixels
-            rows.sizes[row] = width, height
-            cv2.resize(large[row], (SMALL, SMALL), dst=rows.thumbnails[row], interpolation=cv2.INTER_AREA)
-    rows.hashes[:] = hash_thumbnails(large)
+        rows.num_bytes[row], rows.checksums[row] = inspection.num_bytes, inspection.checksum
+        pixels = inspection.pixels
+        if pixels is not None:
+            rows.sizes[row] = pixels.width, pixels.height
+            colours[0, row], colours[1, row] = pixels.means[:, 0], pixels.deviations[:, 0]
+            thumbnails[row] = pixels.thumbnail
+    means, deviations = colours
+    rows.means[:], rows.squares[:] = means, means**2 + deviations**2
+    rows.hashes[:] = hash_thumbnails(thumbnails)
+    # Averages of 2 x 2, which slices give ten times as fast as a sum over axes.
+    parts = [thumbnails[:, i::2, j::2].astype(np.uint16) for i in (0, 1) for j in (0, 1)]
+    rows.thumbnails[:] = sum(parts[1:], parts[0]) // 4
     return _Result(task.first, findings, rows)

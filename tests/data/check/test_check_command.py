@@ -143,14 +143,16 @@ def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tests may run as root, from whom no permission can be taken.
     data = build_clean(tmp_path / "data")
-    scandir, read_bytes = os.scandir, Path.read_bytes
+    scandir, unpatched = os.scandir, open
 
     def refuse(path: str | Path) -> None:
         if str(path).endswith(("train/bee", "val/ant/0.jpg")):
             raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", lambda path: [refuse(path), scandir(path)][1])
-    monkeypatch.setattr(Path, "read_bytes", lambda path: [refuse(path), read_bytes(path)][1])
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *args, **kwargs: [refuse(path), unpatched(path, *args, **kwargs)][1]
+    )
     report = checked(data, tmp_path)
     assert report["findings"]["unreadable_folder"]["cases"] == [
         {"path": "train/bee", "detail": "permission denied", "others": []}
