@@ -6,7 +6,8 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,34 +190,46 @@ def test_leftovers_of_a_killed_run_are_cleared_up(data: Path, tmp_path: Path) ->
     assert not any(folder.exists() for folder in leftovers)
 
 
-def limit_file_sizes(epochs: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the system refuse files of weights in these epochs, and whatever follows, until the next one begins."""
+def limit_file_sizes() -> None:
+    """Have the system refuse files of weights."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextmanager
+def unlimited_afterwards() -> Iterator[None]:
+    """Not by a fixture: before those are taken down, a long report of pytest's own might be refused."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def limited_file_sizes(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the system refuse files of weights in this epoch, and whatever follows, until the next one begins."""
     begin_epoch = Recorder.begin_epoch
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(self: Recorder, epoch: int) -> None:
+    def begin(self: Recorder, number: int) -> None:
         self.saver.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]) if epoch in epochs else unlimited)
-        begin_epoch(self, epoch)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        if number == epoch:
+            limit_file_sizes()
+        begin_epoch(self, number)
 
-    monkeypatch.setattr(Recorder, "begin_epoch", limited)
-
-
-@pytest.fixture
-def file_sizes() -> Any:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with unlimited_afterwards(), monkeypatch.context() as patch:
+        patch.setattr(Recorder, "begin_epoch", begin)
+        yield
 
 
-@pytest.mark.usefixtures("file_sizes")
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"epochs": 3, "model_ema": True, "model_ema_decay": 0.5}
     assert train(data, tmp_path, "unharmed", **settings) == 0
-    limit_file_sizes({1}, monkeypatch)
-    assert train(data, tmp_path, **settings) == 0
+    with limited_file_sizes(1, monkeypatch):
+        assert train(data, tmp_path, **settings) == 0
     error = capsys.readouterr().err
     assert error.startswith(f"warning: cannot write {tmp_path}/run/last: file too large; make room")
     assert error.endswith("training goes on, and the next save tries again\n")
@@ -229,16 +242,12 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     ]
 
 
-@pytest.mark.usefixtures("file_sizes")
 def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert train(data, tmp_path, "unharmed") == 0
-    with monkeypatch.context() as patch:
-        limit_file_sizes({1}, patch)
+    with limited_file_sizes(1, monkeypatch):
         assert train(data, tmp_path) == 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: cannot write")
     assert error.startswith(f"error: cannot write {tmp_path}/run/last: file too large")
@@ -250,12 +259,12 @@ def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
     assert_same_runs(run, tmp_path / "unharmed")
 
 
-@pytest.mark.usefixtures("file_sizes")
 def test_a_run_that_cannot_be_saved_does_not_begin(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    assert train(data, tmp_path) == 1
+    with unlimited_afterwards():
+        limit_file_sizes()
+        assert train(data, tmp_path) == 1
     assert f"error: cannot write {tmp_path}/run/checkpoints/state-0000-000000" in capsys.readouterr().err
 
 
