@@ -65,6 +65,15 @@ def parse_options(
         raise UsageError(str(error)) from None
 
 
+def check_files(*files: tuple[str, Path | None]) -> None:
+    """Raise UsageError where a flag's file could not be written, before time is spent on what goes into it."""
+    for flag, path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+        if path is not None and path.is_dir():
+            raise UsageError(f"{flag} {path} is a folder; name a file")
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -6,8 +6,9 @@ import json
 import torch
 from torch import nn
 
+from linvit.commandline import check_files
 from linvit.data.loader import Loader
-from linvit.evaluate_options import EvalOptions
+from linvit.evaluate_options import EvalOptions, height_and_width
 from linvit.evaluation.collect import collect
 from linvit.evaluation.confusion import confusion, write_confusion
 from linvit.evaluation.report import add_comparisons, report
@@ -43,10 +44,8 @@ def evaluate_command(options: EvalOptions) -> int:
 
     Raises ValueError where sources, data or options do not fit together.
     """
-    for path in options.files:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; create it or choose another")
-    sizes: list[Size | None] = [(size, size) if isinstance(size, int) else size for size in options.img_size]
+    check_files(*options.files)
+    sizes: list[Size | None] = [height_and_width(size) for size in options.img_size]
     with joined_ranks(options.device) as ranks:
         evaluated = [
             evaluate_source(source, size, options, ranks)

@@ -18,6 +18,11 @@ def parse_size(value: Any) -> Any:
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A size in pixels as (height, width), where one number is a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
 Side = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
@@ -99,7 +104,12 @@ class EvalOptions(BaseModel):
         return self
 
     @property
-    def files(self) -> list[Path]:
-        """All that is written."""
-        chosen = (self.json_file, self.csv_file, self.markdown_file, *self.confusion, self.plot_file)
-        return [path for path in chosen if path is not None]
+    def files(self) -> list[tuple[str, Path | None]]:
+        """All that is written, by its flag."""
+        return [
+            ("--json", self.json_file),
+            ("--csv", self.csv_file),
+            ("--markdown", self.markdown_file),
+            *(("--confusion", path) for path in self.confusion),
+            ("--plot", self.plot_file),
+        ]

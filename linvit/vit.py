@@ -55,7 +55,7 @@ class LinformerViT(VisionTransformer):
             `share="none"`, one per layer and head. Must be below the number of patches.
         projection: kind of E and F, a key of `linvit.PROJECTIONS`; `"identity"` is ordinary attention throughout.
         share: who shares E and F, see the module's table.
-        projection_init: `"pool"` or `"jl"`, see `Projection`.
+        projection_init: `"pool"`, `"average"` or `"jl"`, see `Projection`.
         norm_eps: of every normalisation layer; None leaves timm's own.
         mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
 

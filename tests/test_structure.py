@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("linvit/**/*.py"), ROOT / "train_imagenet.py"])
 
 # What each part may import, beside itself. "tools" are the small files that know nothing of the rest.
-TOOLS = {"commandline", "files", "validation", "yamlfile"}
+TOOLS = {"commandline", "files", "terminal", "validation", "yamlfile"}
 MAY_IMPORT: dict[str, set[str]] = {
     "linvit": {"models"},
     "reference": set(),

@@ -51,6 +51,14 @@ def make_images(
     return folder
 
 
+def make_broken_images(folder: Path) -> Path:
+    """`make_images` of which two in three of the training set cannot be read, and one to evaluate on."""
+    make_images(folder)
+    for path in [*folder.glob("train/*/[0-4].png"), folder / "val/green/1.png"]:
+        path.write_bytes(b"")
+    return folder
+
+
 def train(data: Path, output: Path, experiment: str = "run", **settings: Any) -> int:
     """Run train_imagenet.py with SETTINGS and these; returns its exit status."""
     output.mkdir(parents=True, exist_ok=True)

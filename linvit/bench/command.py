@@ -1,21 +1,17 @@
 """`linvit bench`, from options to files."""
 
-import sys
-
 import torch
-from rich.console import Console
 
 from linvit.bench.measure import Bench, exact_float32, report
 from linvit.bench.options import BenchOptions
 from linvit.bench.plan import Plan
 from linvit.bench.presets import Group, select
-from linvit.bench.results import Results, check_files
+from linvit.bench.results import Results
 from linvit.bench.rows import Row
 from linvit.bench.table import show_models, show_rows
+from linvit.commandline import check_files
+from linvit.terminal import page
 from linvit.training.distributed import choose_device
-
-# Columns of a table that goes to a file or a pipe.
-PAGE_WIDTH = 100
 
 
 def bench_command(options: BenchOptions, *, command: str) -> int:
@@ -24,12 +20,12 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     `command` is recorded in the results. Raises UsageError for what cannot be built, before anything is timed, and
     ValueError where a model fails; what has been measured is written after every group, and when it is interrupted.
     """
-    check_files(options)
+    check_files(("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file))
     device = torch.device(choose_device(options.device))
     plan = Plan(select(options))
     results = Results(command)
     bench = Bench(plan, results, device)
-    console = Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+    console = page()
     show_models(console, plan)
     with exact_float32():
         # Groups are added while the loop runs.

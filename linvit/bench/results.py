@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from linvit.bench.check import Check
@@ -11,7 +10,6 @@ from linvit.bench.options import BenchOptions
 from linvit.bench.plot import save_plot
 from linvit.bench.provenance import provenance
 from linvit.bench.rows import Row, to_csv
-from linvit.commandline import UsageError
 from linvit.files import write_text
 
 
@@ -52,17 +50,3 @@ class Results:
             write_text(options.csv_file, to_csv(self.rows))
         if options.plot_file is not None:
             save_plot(json.loads(text), options.plot_file, digest=hashlib.sha256(text.encode()).hexdigest())
-
-
-def check_files(options: BenchOptions) -> None:
-    """Raise UsageError where a file could not be written, before hours are spent on what goes into it."""
-    files: dict[str, Path | None] = {
-        "--json": options.json_file,
-        "--csv": options.csv_file,
-        "--plot": options.plot_file,
-    }
-    for flag, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-        if path is not None and path.is_dir():
-            raise UsageError(f"{flag} {path} is a folder; name a file")

@@ -1,19 +1,16 @@
 """`linvit convert`, from options to a folder."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.models import VisionTransformer
 
 from linvit.bench.measure import exact_float32
 from linvit.bench.provenance import provenance
-from linvit.commandline import UsageError
+from linvit.commandline import UsageError, check_files
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.descent import Descent
 from linvit.conversion.distil import DistilOptions, distil
@@ -28,9 +25,11 @@ from linvit.conversion.sample import Sample
 from linvit.conversion.speed import Speed, at_size, measure_speed
 from linvit.conversion.state import FitState
 from linvit.conversion.streams import Streams, embed
+from linvit.evaluate_options import height_and_width
 from linvit.files import sha256_of, write_text
 from linvit.inference import input_spec
 from linvit.runs import Classifier, load_classifier
+from linvit.terminal import page, progress_bar
 from linvit.timmmodel import create_model
 from linvit.training.distributed import choose_device
 from linvit.vit import LinformerViT, ProjectedLength
@@ -56,7 +55,7 @@ def convert_command(options: ConvertOptions, *, command: str) -> int:
     with exact_float32():
         work = _Conversion(options)
         outcome = work.run()
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console = page()
     show_layers(console, outcome.fits)
     show_fidelity(console, outcome.fidelity)
     show_speed(console, outcome.speeds)
@@ -82,7 +81,7 @@ class _Conversion:
         self.original = self.classifier.model.to(device, torch.float32)
         self.sample = Sample(
             options.images,
-            input_spec(self.classifier, img_size=_size(options.img_size)),
+            input_spec(self.classifier, img_size=options.size),
             device,
             num_images=options.num_images,
             batch_size=options.batch_size,
@@ -95,8 +94,7 @@ class _Conversion:
             "images": self.sample.paths,
         }
         self.state = FitState(options.output, settings)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.bar = progress_bar()
 
     def run(self) -> Outcome:
         with self.bar:
@@ -179,7 +177,7 @@ class _Conversion:
         rounds = self.options.rounds
         if rounds == 0:
             return []
-        sizes = [_size(size) for size in self.options.target_size] or [self.sample.spec.size]
+        sizes = [height_and_width(size) for size in self.options.target_size] or [self.sample.spec.size]
         task = self.bar.add_task("timing", total=len(sizes) * rounds)
 
         def report(index: int) -> None:
@@ -190,7 +188,7 @@ class _Conversion:
 
 def _load(options: ConvertOptions) -> Classifier:
     """The original; ValueError where it is of another layout, before its weights are looked for."""
-    arguments: dict[str, Any] = {"model_kwargs": options.model_kwargs, "img_size": _size(options.img_size)}
+    arguments: dict[str, Any] = {"model_kwargs": options.model_kwargs, "img_size": options.size}
     if timm.is_model(options.source.partition(".")[0]):
         with torch.device("meta"):
             read_layout(create_model(options.source, img_size=arguments["img_size"], **options.model_kwargs))
@@ -202,10 +200,6 @@ def _load(options: ConvertOptions) -> Classifier:
     return classifier
 
 
-def _size(size: Any) -> Any:
-    return (size, size) if isinstance(size, int) else size
-
-
 def _only(layers: list[int], k: int, *, depth: int) -> list[int | None]:
     if layers[-1] >= depth:
         raise ValueError(f"--layers names layer {layers[-1]}, but the model has {depth}: 0 to {depth - 1}")
@@ -214,7 +208,7 @@ def _only(layers: list[int], k: int, *, depth: int) -> list[int | None]:
 
 def _check_target(converted: LinformerViT, size: int | tuple[int, int]) -> None:
     """Raise ValueError where the converted model cannot take images of this size, before it is fitted."""
-    height, width = _size(size)
+    height, width = height_and_width(size)
     try:
         at_size(converted, (height, width))
     except ValueError as error:
@@ -225,9 +219,4 @@ def _check_paths(options: ConvertOptions) -> None:
     """Raise UsageError where results could not be written, before minutes are spent on them."""
     if options.output.exists():
         raise UsageError(f"--output {options.output} exists already: choose another folder")
-    files: dict[str, Path | None] = {"--output": options.output, "--json": options.json_file}
-    for flag, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-    if options.json_file is not None and options.json_file.is_dir():
-        raise UsageError(f"--json {options.json_file} is a folder; name a file")
+    check_files(("--output", options.output), ("--json", options.json_file))

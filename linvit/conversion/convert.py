@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from linvit import models
 from linvit.attention import LinformerAttention
 from linvit.conversion.layouts import read_layout
-from linvit.conversion.start import start_from_averages
-from linvit.projections import Projection
 from linvit.vit import LinformerViT, ProjectedLength, Share
 from linvit.weights import compact
 
@@ -66,12 +64,11 @@ def convert_unchecked(model: nn.Module, *, k: ProjectedLength, projection: str, 
             k=k,
             projection=projection,
             share=share,
+            # The noise that tells rows apart in training would undo weights that are trained already.
+            projection_init="average",
             **layout,
             **get_device_dtype(model),
         )
-    for module in converted.modules():
-        if isinstance(module, Projection):
-            start_from_averages(module)
     _copy_weights(model, converted)
     converted.train(model.training)
     converted.set_grad_checkpointing(model.grad_checkpointing)

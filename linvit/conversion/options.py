@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from linvit.evaluate_options import ImageSize
+from linvit.evaluate_options import ImageSize, height_and_width
 from linvit.training.options import LayerLengths, Length
 
 
@@ -68,6 +68,11 @@ class ConvertOptions(BaseModel):
             if len(ends) > 2 or not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[-1]):
                 raise ValueError(f"{part!r} is no layer and no range of layers, such as 3 or 6-11")
         return layers
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """`img_size` as (height, width)."""
+        return None if self.img_size is None else height_and_width(self.img_size)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

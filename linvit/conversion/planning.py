@@ -17,12 +17,15 @@ from linvit.bench.flops import count_flops
 from linvit.conversion.convert import attentions, convert_unchecked
 from linvit.conversion.streams import Streams, attended, fed_forward, relative_error
 from linvit.projections import GridSize, Projection
+from linvit.spectrum import knapsack
 from linvit.spectrum.cost import lengths_to_try
 from linvit.vit import LinformerViT, Share
 
 # Lengths nearer to each other cost and lose about the same.
 STEP = 1.5
 MIN_K = 16
+# Into which a layer's operations are divided to count them.
+UNITS = 1000
 
 Pair = tuple[Projection | None, Projection | None]
 
@@ -103,20 +106,10 @@ def _offers(
 
 
 def _choose(offers: list[list[Offer]], budget: float) -> list[Offer] | None:
-    """From the best of each layer, step by step, what costs the least error for what it saves; None: too slow."""
-    chosen = [min(layer, key=lambda offer: offer.error) for layer in offers]
-    while sum(offer.flops for offer in chosen) > budget:
-        steps = [
-            ((offer.error - now.error) / (now.flops - offer.flops), layer, offer)
-            for layer, now in enumerate(chosen)
-            for offer in offers[layer]
-            if offer.flops < now.flops
-        ]
-        if not steps:
-            return None
-        _, layer, cheaper = min(steps, key=lambda step: step[0])
-        chosen[layer] = cheaper
-    return chosen
+    """The offers of least error together that cost no more than the budget; None: all are too slow."""
+    costs = [[knapsack.Offer(offer.flops, -offer.error) for offer in layer] for layer in offers]
+    numbers = knapsack.choose(costs, budget, unit=offers[0][-1].flops / UNITS)
+    return None if numbers is None else [layer[number] for layer, number in zip(offers, numbers)]
 
 
 def _errors(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from linvit.data.classes import CLASS_FILE, MissingClasses, number_labels, quoted
 from linvit.data.folder import ImageFolder
-from linvit.data.splits import split_names
+from linvit.data.splits import NoSuchSplit, split_names
 
 _COLUMNS = ("path", "label", "split")
 
@@ -105,7 +105,7 @@ def _in_split(file: Path, rows: list[_Row], split: str) -> list[_Row]:
         if name in splits:
             return [row for row in rows if row.split == name]
     there = f"it holds {quoted(splits)}" if splits else "give its folder, or give it a column 'split'"
-    raise ValueError(f"{file}: no split '{split}' (looked for {', '.join(names)}); {there}")
+    raise NoSuchSplit(f"{file}: no split '{split}' (looked for {', '.join(names)}); {there}")
 
 
 def _refuse_repeats(file: Path, rows: list[_Row]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from linvit.data.classes import MissingClasses, number_classes, quoted
 from linvit.data.imageset import ImageSet
 from linvit.data.read import EXTENSIONS, read_file
-from linvit.data.splits import split_names
+from linvit.data.splits import NoSuchSplit, split_names
 from linvit.data.strings import PackedStrings
 
 
@@ -119,7 +119,7 @@ def _find_split(data_dir: Path, split: str) -> Path:
             return data_dir / name
     here = class_folders(data_dir)
     found = f"it holds {quoted(here)}" if here else "it holds no folders"
-    raise ValueError(f"{data_dir}: no split '{split}' (looked for {', '.join(names)}); {found}")
+    raise NoSuchSplit(f"{data_dir}: no split '{split}' (looked for {', '.join(names)}); {found}")
 
 
 def _images_below(root: Path, folder: str) -> Iterable[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from linvit.data.classes import CLASS_FILE, MissingClasses, number_classes, number_labels, quoted
 from linvit.data.imageset import ImageSet
 from linvit.data.read import UnreadableImage, read_file
-from linvit.data.splits import split_names
+from linvit.data.splits import NoSuchSplit, split_names
 from linvit.files import reason
 
 # What DATA begins with for such a set.
@@ -123,7 +123,7 @@ def _load(data: str, split: str) -> tuple[str, Any]:
     except Exception as error:
         # The library lets through errors of the network, of Arrow and of its own.
         raise ValueError(f"{data}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
-    raise ValueError(
+    raise NoSuchSplit(
         f"{data}: no split '{split}' (looked for {', '.join(split_names(split))}); it holds {quoted(list(splits))}"
     )
 

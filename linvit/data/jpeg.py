@@ -1,8 +1,40 @@
 """What the header of a JPEG file says, found without decoding it."""
 
 import struct
+from typing import NamedTuple
 
 _EXIF_ORIENTATION = 0x0112
+
+
+class JpegHeader(NamedTuple):
+    """Size in pixels as stored, colour channels, and how EXIF has it turned (1 to 8; 1 is not at all)."""
+
+    height: int
+    width: int
+    channels: int
+    orientation: int
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header of a JPEG file; None for other files, and where it makes no sense."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    orientation = 1
+    position = 2
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:
+            position += 1
+            continue
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        # Start of frame, of any kind of JPEG; three other markers lie between.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width, channels = struct.unpack_from(">HHB", data, position + 5)
+            return JpegHeader(height, width, channels, orientation) if height and width else None
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            orientation = _orientation(data[position + 10 : position + 2 + length])
+        position += 2 + length
+    return None
 
 
 def reducible_size(data: bytes) -> tuple[int, int] | None:
@@ -11,27 +43,11 @@ def reducible_size(data: bytes) -> tuple[int, int] | None:
     A reduced image's last row and column may stand for fewer pixels than the others. Turned images in which they
     would come first are left out: those whose height or width is no multiple of 8.
     """
-    if data[:2] != b"\xff\xd8":
+    header = read_jpeg_header(data)
+    if header is None or (header.orientation != 1 and (header.height % 8 or header.width % 8)):
         return None
-    orientation = 1
-    position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        # Start of frame, of any kind of JPEG; three other markers lie between.
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            if not height or not width or (orientation != 1 and (height % 8 or width % 8)):
-                return None
-            # Orientations from 5 on exchange rows and columns.
-            return (height, width) if orientation < 5 else (width, height)
-        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = _orientation(data[position + 10 : position + 2 + length])
-        position += 2 + length
-    return None
+    # Orientations from 5 on exchange rows and columns.
+    return (header.height, header.width) if header.orientation < 5 else (header.width, header.height)
 
 
 def _orientation(tiff: bytes) -> int:

@@ -11,7 +11,7 @@ from linvit.data.folder import class_folders, open_folder
 from linvit.data.hubset import PREFIX, open_hub
 from linvit.data.imageset import ImageSet
 from linvit.data.shards import open_shards
-from linvit.data.splits import split_names
+from linvit.data.splits import NoSuchSplit, split_names
 
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -80,7 +80,7 @@ def _find(root: Path, split: str) -> Path | list[Path]:
             return shards
     here = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     found = f"it holds {quoted(here)}" if here else "it is empty"
-    raise ValueError(f"{root}: no split '{split}' (looked for {', '.join(split_names(split))}); {found}")
+    raise NoSuchSplit(f"{root}: no split '{split}' (looked for {', '.join(split_names(split))}); {found}")
 
 
 def _tars_of(folder: Path) -> list[Path]:

@@ -4,6 +4,10 @@ _TRAIN_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
+class NoSuchSplit(ValueError):
+    """Data without the split that is asked for; its message names those that there are."""
+
+
 def split_names(split: str) -> tuple[str, ...]:
     """The name asked for, then those that mean the same: "train" and "training"; "val", "validation" and so on."""
     if split == "train":

@@ -8,13 +8,14 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
-from linvit.commandline import UsageError
+from linvit.commandline import UsageError, check_files
 from linvit.data.strings import PackedStrings
+from linvit.evaluate_options import height_and_width
 from linvit.evaluation.imagenet import lemmas
 from linvit.prediction.inputs import LooseImages, expand, read_list
 from linvit.prediction.options import PredictOptions
 from linvit.prediction.predictor import Prediction, Predictor
-from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, Row, WriteRow, check_output, open_rows, printable
+from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, Row, WriteRow, check_format, open_rows, printable
 from linvit.runs import Classifier, load_classifier
 
 # Options that, where they are given, stand in place of the run's settings of the same names.
@@ -27,10 +28,11 @@ def predict_command(options: PredictOptions) -> int:
     The status is 1 where none of the images can be read. Raises UsageError for a path that does not exist and a file
     that cannot be written, before anything is loaded; ValueError where the source does not fit the options.
     """
+    check_files(("--output", options.output), ("--tile-output", options.tile_output))
     try:
         for path in (options.output, options.tile_output):
             if path is not None:
-                check_output(path)
+                check_format(path)
         images = LooseImages(PackedStrings.pack(_paths(options.images)))
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -62,7 +64,7 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
 
 
 def _create_predictor(options: PredictOptions) -> Predictor:
-    size = (options.img_size, options.img_size) if isinstance(options.img_size, int) else options.img_size
+    size = None if options.img_size is None else height_and_width(options.img_size)
     classifier = load_classifier(
         options.source,
         weights=options.weights,

@@ -15,6 +15,7 @@ from torch import Tensor
 from linvit.data.batch import normalize
 from linvit.data.loader import create_eval_loader
 from linvit.data.read import UnreadableImage
+from linvit.evaluate_options import height_and_width
 from linvit.inference import BatchForward, amp_precision, input_spec
 from linvit.prediction.inputs import Input, LooseImages, find_images
 from linvit.prediction.tiles import read_tiles
@@ -91,7 +92,7 @@ class Predictor:
     ) -> None:
         self.tiling = create_tiling(tile, overlap=overlap, merge=merge)
         self.device = torch.device(choose_device(device))
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        size = None if img_size is None else height_and_width(img_size)
         classifier = source
         if not isinstance(classifier, Classifier):
             classifier = load_classifier(str(source), weights=weights, img_size=size)

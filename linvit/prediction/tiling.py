@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from linvit.evaluate_options import height_and_width
+
 
 class Box(NamedTuple):
     """A window of an image, in its pixels."""
@@ -61,7 +63,7 @@ def create_tiling(
     """Tiles of that side, or height and width, that overlap by an eighth unless told otherwise; None for None."""
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     return Tiling((height, width), min(height, width) // 8 if overlap is None else overlap, merge)
 
 

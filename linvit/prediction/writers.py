@@ -23,10 +23,8 @@ _LISTS = {"labels": "label", "probabilities": "probability"}
 _GROUP_SIZE = 4096
 
 
-def check_output(path: Path) -> None:
-    """Raises ValueError where such a file cannot be written here."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; create it first")
+def check_format(path: Path) -> None:
+    """Raises ValueError where files of such a kind cannot be written here."""
     if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow, or end the name in .csv or .jsonl")
 

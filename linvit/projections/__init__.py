@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
@@ -52,8 +53,8 @@ def build_projection(
     kind whose maps are all the same.
     """
     cls = projection_class(kind)
-    if init not in ("pool", "jl"):
-        raise ValueError(f"unknown projection_init {init!r} (there are pool, jl)")
+    if init not in get_args(ProjectionInit):
+        raise ValueError(f"unknown projection_init {init!r} (there are {', '.join(get_args(ProjectionInit))})")
     if not isinstance(k, int):
         if len(k) != num_maps:
             raise ValueError(f"k={list(k)} names {len(k)} heads, but there are {num_maps}")

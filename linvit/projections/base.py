@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from linvit.projections.grid import GridSize
 
-ProjectionInit = Literal["pool", "jl"]
+ProjectionInit = Literal["pool", "average", "jl"]
+# Of the entries of a plain average; it tells rows apart that are trained from scratch.
+POOL_NOISE = 0.1
 
 
 class Projection(nn.Module):
@@ -28,7 +30,8 @@ class Projection(nn.Module):
         num_maps: number of independent maps; 1 when all heads share one, else the number of heads.
         dim: width C of the tokens, for kinds that have parameters per channel.
         init: `"pool"` starts at 2-D local averages plus a little noise, so that EX has the scale of X at every N;
-            `"jl"` at the paper's N(0, 1/k) (Theorem 2). Kinds without parameters have nothing to start.
+            `"average"` without the noise, for weights that are trained already; `"jl"` at the paper's N(0, 1/k)
+            (Theorem 2). Kinds without parameters have nothing to start.
 
     A kind defines `forward`; if it has parameters or buffers, `create_parameters` and `reset_parameters`;
     `remap_weight` if they lie on the grid, and `adopt` if a checkpoint's may have other shapes. `build_projection`
@@ -71,6 +74,11 @@ class Projection(nn.Module):
 
     def init_weights(self) -> None:
         self.reset_parameters()
+
+    @property
+    def pool_noise(self) -> float:
+        """Standard deviation of the noise on fresh averages, as a share of their entries."""
+        return 0.0 if self.init == "average" else POOL_NOISE
 
     @property
     def lengths(self) -> list[int]:

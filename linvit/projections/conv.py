@@ -18,8 +18,6 @@ from linvit.projections.base import Projection, register_projection
 from linvit.projections.grid import GridSize, averaging_matrix, factor_pair
 from linvit.projections.separable import project_separable
 
-# As a share of the entries of a plain average over the cell.
-POOL_NOISE = 0.1
 NORM_EPS = 1e-6
 
 
@@ -42,7 +40,7 @@ class ConvProjection(Projection):
         if self.init == "jl":
             nn.init.normal_(self.weight, std=pieces**-0.5)
         else:
-            nn.init.normal_(self.weight, mean=1 / pieces, std=POOL_NOISE / pieces)
+            nn.init.normal_(self.weight, mean=1 / pieces, std=self.pool_noise / pieces)
         nn.init.ones_(self.gamma)
         nn.init.zeros_(self.beta)
 

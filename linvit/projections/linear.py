@@ -6,9 +6,6 @@ from torch import Tensor, nn
 from linvit.projections.base import MatrixProjection, register_projection
 from linvit.projections.grid import GridSize, remap_grid, tile_rows
 
-# Entries of a row that averages N/k patches are k/N; noise of this share of them tells the rows apart.
-POOL_NOISE = 0.1
-
 
 def project_dense(x: Tensor, weight: Tensor) -> Tensor:
     """E x for x (B, M, H·W, C), E (M, K, H, W): (B, M, K, C). One x serves all maps."""
@@ -33,7 +30,7 @@ class LinearProjection(MatrixProjection):
         if self.init == "jl":
             nn.init.normal_(self.weight, std=self.k**-0.5)
             return
-        nn.init.normal_(self.weight, std=POOL_NOISE * self.k / (self.grid_size[0] * self.grid_size[1]))
+        nn.init.normal_(self.weight, std=self.pool_noise * self.k / (self.grid_size[0] * self.grid_size[1]))
         self.weight.add_(tile_rows(self.k, self.grid_size, device=self.weight.device, dtype=self.weight.dtype))
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:

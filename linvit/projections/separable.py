@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from linvit.projections.base import MatrixProjection, register_projection
 from linvit.projections.grid import GridSize, averaging_matrix, check_cells, factor_pair, remap_axis
 
-# As a share of the entries of a plain average along one axis.
-POOL_NOISE = 0.1
-
 
 def project_separable(x: Tensor, weight_h: Tensor, weight_w: Tensor) -> Tensor:
     """(E_h ⊗ E_w) x for x (B, M, H·W, C), E_h (M, k_h, H), E_w (M, k_w, W): (B, M, k_h·k_w, C).
@@ -53,7 +50,7 @@ class SeparableProjection(MatrixProjection):
                 # The product of two such entries has variance 1/k.
                 nn.init.normal_(weight, std=cells**-0.5)
             else:
-                nn.init.normal_(weight, std=POOL_NOISE * cells / size)
+                nn.init.normal_(weight, std=self.pool_noise * cells / size)
                 weight.add_(averaging_matrix(cells, size, device=weight.device, dtype=weight.dtype))
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:

@@ -1,16 +1,15 @@
 """`linvit spectrum`, from options to files."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from linvit.bench.provenance import provenance
-from linvit.commandline import UsageError
+from linvit.commandline import check_files
+from linvit.evaluate_options import height_and_width
 from linvit.files import write_text
 from linvit.inference import input_spec
 from linvit.runs import load_classifier
@@ -21,12 +20,11 @@ from linvit.spectrum.plan import Plan, make_plan, model_kwargs
 from linvit.spectrum.plot import save_plot
 from linvit.spectrum.result import Spectrum, read_spectra
 from linvit.spectrum.table import show_growth, show_plan, show_spectrum, to_csv
+from linvit.terminal import page, progress_bar
 from linvit.training.distributed import choose_device
 from linvit.yamlfile import write_settings
 
 HeightWidth = tuple[int, int]
-# Columns of a table that goes to a file or a pipe.
-PAGE_WIDTH = 100
 
 
 def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
@@ -35,7 +33,8 @@ def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
     `command` is recorded in the results. Raises UsageError for files that could not be written and ValueError where
     model, weights, images and options do not fit together.
     """
-    _check_files(options)
+    check_files(("--json", options.json_file), ("--csv", options.csv_file))
+    check_files(("--plot", options.plot_file), ("--plan", options.plan_file))
     origin = provenance(command, seed=options.seed, n=options.num_images)
     spectra = read_spectra(Path(options.source)) if options.reads_results else _measure(options, origin)
     largest = max(spectra, key=lambda spectrum: spectrum.num_tokens)
@@ -63,11 +62,9 @@ def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]
     if options.weights is not None and not options.weights.exists():
         raise ValueError(f"--weights {options.weights}: there is no such file")
     paths = sample_paths(options.images, count=options.num_images, seed=options.seed)
-    sizes: list[HeightWidth | None] = [(size, size) if isinstance(size, int) else size for size in options.img_size]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    sizes: list[HeightWidth | None] = [height_and_width(size) for size in options.img_size]
     spectra = []
-    with bar:
+    with progress_bar() as bar:
         for size in sizes or [None]:
             spectra.append(_measure_at(size, paths, options, bar))
             # What took minutes outlives an interruption, and a plan that cannot be made.
@@ -96,7 +93,7 @@ def _measure_at(size: HeightWidth | None, paths: list[str], options: SpectrumOpt
 
 
 def _show(spectra: list[Spectrum], index: int | None, plan: Plan | None, keywords: dict[str, Any] | None) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+    console = page()
     for spectrum in spectra:
         show_spectrum(console, spectrum, index)
     if len(spectra) > 1:
@@ -109,13 +106,3 @@ def _write_json(path: Path | None, facts: dict[str, Any], spectra: list[Spectrum
     if path is not None:
         results = {**facts, "n": spectra[0].num_images, "spectra": [spectrum.to_dict() for spectrum in spectra]}
         write_text(path, json.dumps(results) + "\n")
-
-
-def _check_files(options: SpectrumOptions) -> None:
-    """Raise UsageError where a file could not be written, before minutes are spent on what goes into it."""
-    for flag in ("json", "csv", "plot", "plan"):
-        path: Path | None = getattr(options, f"{flag}_file")
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
-        if path is not None and path.is_dir():
-            raise UsageError(f"--{flag} {path} is a folder; name a file")

@@ -1,25 +1,21 @@
 """A projected length for each layer, within a budget.
 
 Each layer has choices: operations, and the share of its attention's energy that is kept at most. Which to take in each
-layer so that the sum of the energies is largest within a number of operations is a multiple-choice knapsack, and small
-enough to be solved exactly. Taking what gives most energy per operation first would not do: energy is concave in k,
-singular values being sorted, but operations are not linear in k, and ordinary attention is a jump.
+layer so that the sum of the energies is largest within a number of operations is small enough to be solved exactly.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from linvit.spectrum.cost import Choice, layer_choices
+from linvit.spectrum.knapsack import Offer, choose
 from linvit.spectrum.result import Spectrum
 from linvit.vit import Share
 
 # Fewer keys cost hardly less, and a projection that is fitted, or pools, keeps less than the best of its rank.
 MIN_K = 16
-# Of operations, in ordinary attention of one layer.
+# Into which ordinary attention of one layer is divided to count operations.
 UNITS = 1000
 
 
@@ -138,33 +134,10 @@ def _offers(layers: list[list[Choice]], share: Share) -> list[list[list[Choice]]
 
 
 def _spend(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """The choices of most energy that cost no more than the budget, by dynamic programming over layers and prices.
-
-    Nothing where not even the cheapest choices fit. Prices are what choices cost beyond the cheapest, in units of which
-    ordinary attention is a thousand, rounded up: what is not spent for that is less than a unit a layer.
-    """
-    unit = layers[0][-1].ordinary_flops / UNITS
-    capacity = math.floor((budget - sum(choices[0].flops for choices in layers)) / unit)
-    if capacity < 0:
-        return []
-    # More than everything costs buys nothing.
-    capacity = min(capacity, UNITS * len(layers))
-    energy = np.zeros(capacity + 1)
-    prices, taken = [], []
-    for choices in layers:
-        own = [math.ceil((choice.flops - choices[0].flops) / unit) for choice in choices]
-        offers = np.full((len(choices), capacity + 1), -np.inf)
-        for offer, choice, price in zip(offers, choices, own):
-            offer[price:] = energy[: max(capacity + 1 - price, 0)] + choice.energy
-        energy = offers.max(0)
-        prices.append(own)
-        taken.append(offers.argmax(0))
-    chosen = []
-    for choices, own, best in zip(layers[::-1], prices[::-1], taken[::-1]):
-        number = int(best[capacity])
-        chosen.append(choices[number])
-        capacity -= own[number]
-    return chosen[::-1]
+    """The choices of most energy that cost no more than the budget; nothing where not even the cheapest fit."""
+    offers = [[Offer(choice.flops, choice.energy) for choice in choices] for choices in layers]
+    numbers = choose(offers, budget, unit=layers[0][-1].ordinary_flops / UNITS)
+    return [choices[number] for choices, number in zip(layers, numbers or ())]
 
 
 def _cheapest(choices: Sequence[Choice], energy: float) -> Choice:

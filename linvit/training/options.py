@@ -39,8 +39,10 @@ class ModelOptions(_Options):
     share: Literal["none", "headwise", "kv", "layerwise"] | None = Field(
         None, description="what shares one projection: nothing, the heads, also keys and values, or all layers"
     )
-    projection_init: Literal["pool", "jl"] | None = Field(
-        None, description="rows start as local averages (pool) or as the paper's random matrix (jl)"
+    projection_init: Literal["pool", "average", "jl"] | None = Field(
+        None,
+        description="rows start as local averages, with a little noise (pool) or without (average), or as the paper's "
+        "random matrix (jl)",
     )
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of the model, as class_token=false init_values=1e-5"

@@ -60,3 +60,12 @@ def test_the_least_error_for_what_is_saved():
     assert [offer.k for offer in _choose(offers, 5)] == [64, 16]
     assert [offer.k for offer in _choose(offers, 2)] == [16, 16]
     assert _choose(offers, 1.9) is None
+
+
+def test_offers_are_chosen_together() -> None:
+    # By error per operation the second layer would be shortened first, and then the first as well.
+    offers = [
+        [Offer(16, 4.0, 3.0), Offer(None, 10.0, 0.0)],
+        [Offer(16, 6.0, 1.0), Offer(None, 10.0, 0.0)],
+    ]
+    assert [offer.k for offer in _choose(offers, 15)] == [16, None]

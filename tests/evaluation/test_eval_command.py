@@ -298,7 +298,7 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys
 def test_a_file_that_cannot_be_written_is_said_before_the_work(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 1
+    assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 2
     assert "no/eval.json: there is no folder" in capsys.readouterr().err
 
 

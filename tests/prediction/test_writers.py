@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_output, open_rows
+from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
 
 ROWS: list[dict[str, Any]] = [
     {"path": 'a, "b"\n.png', "labels": ("é", "x"), "probabilities": (0.9, 1e-9), "error": None},
@@ -98,9 +98,7 @@ def test_a_full_disk_names_the_file(name: str, moment: str, tmp_path: Path, monk
 
 
 def test_what_cannot_be_written_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_output(tmp_path / "p.csv")
-    with pytest.raises(ValueError, match=r"there is no folder .*/nowhere; create it first"):
-        check_output(tmp_path / "nowhere/p.csv")
+    check_format(tmp_path / "p.csv")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"p.parquet: Parquet needs pyarrow; pip install pyarrow"):
-        check_output(tmp_path / "p.parquet")
+        check_format(tmp_path / "p.parquet")

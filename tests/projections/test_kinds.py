@@ -110,6 +110,16 @@ def test_random_matrix_is_theorem_twos_and_stays():
     torch.testing.assert_close(other.matrix(), E, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["linear", "separable"])
+def test_averages_have_no_noise_and_pooling_little(kind):
+    average, pool = (
+        build_projection(kind, k=16, grid_size=(8, 8), init=init).matrix()[0] for init in ("average", "pool")
+    )
+    cells = build_projection("avgpool", k=16, grid_size=(8, 8)).matrix()[0].float()
+    torch.testing.assert_close(average, cells)
+    assert 0.05 < (pool - cells).abs().max() / cells.max() < 0.8
+
+
 @pytest.mark.parametrize("init", ["pool", "jl"])
 def test_convolution_starts_at_an_average_or_at_noise(init):
     projection = build_projection("conv", k=16, grid_size=(32, 32), dim=64, init=init)
@@ -117,6 +127,8 @@ def test_convolution_starts_at_an_average_or_at_noise(init):
     assert projection.weight.shape == (1, 64, 8, 8)
     assert projection.weight.mean().item() == pytest.approx(mean, abs=0.006)
     assert projection.weight.std().item() == pytest.approx(deviation, rel=0.1)
+    average = build_projection("conv", k=16, grid_size=(32, 32), dim=64, init="average")
+    assert bool((average.weight == 1 / 64).all())
 
 
 def test_separable_is_a_kronecker_product():

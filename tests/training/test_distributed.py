@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddp_runs import RUNS, SETTINGS
-from tiny_runs import make_images, read_state, read_summary, train
+from tiny_runs import make_broken_images, make_images, read_state, read_summary, train
 
 from linvit.evaluate import evaluate_command
 from linvit.evaluate_options import EvalOptions
@@ -39,11 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of which two in three of the training set cannot be read, and one to evaluate on."""
-    folder = make_images(tmp_path_factory.mktemp("broken"))
-    for path in [*folder.glob("train/*/[0-4].png"), folder / "val/green/1.png"]:
-        path.write_bytes(b"")
-    return folder
+    return make_broken_images(tmp_path_factory.mktemp("broken"))
 
 
 def torchrun(port: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:

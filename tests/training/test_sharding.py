@@ -14,7 +14,7 @@ from ddp_runs import SETTINGS
 from fsdp_runs import FSDP, runs
 from test_distributed import free_ports, torchrun
 from tiny_runs import SETTINGS as TINY
-from tiny_runs import assert_same, make_images, read_state, read_summary, train
+from tiny_runs import assert_same, make_broken_images, make_images, read_state, read_summary, train
 from tiny_steps import build_step, random_batch
 from torch.distributed.tensor import DTensor, Shard
 
@@ -35,11 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of which two in three of the training set cannot be read, and one to evaluate on."""
-    folder = make_images(tmp_path_factory.mktemp("broken"))
-    for path in [*folder.glob("train/*/[0-4].png"), folder / "val/green/1.png"]:
-        path.write_bytes(b"")
-    return folder
+    return make_broken_images(tmp_path_factory.mktemp("broken"))
 
 
 @pytest.fixture(scope="module")

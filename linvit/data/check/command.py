@@ -4,9 +4,7 @@ import json
 import time
 from typing import Any
 
-from rich.console import Console
-
-from linvit.commandline import UsageError
+from linvit.commandline import check_files
 from linvit.data.check.classes import check_classes
 from linvit.data.check.duplicates import find_copies, name_groups
 from linvit.data.check.nearcopies import find_near_copies
@@ -21,6 +19,7 @@ from linvit.data.check.table import show_report
 from linvit.data.check.tree import Listing
 from linvit.data.check.verdict import try_training
 from linvit.files import write_text
+from linvit.terminal import page
 
 # Columns of a table that goes to a file or a pipe.
 PAGE_WIDTH = 120
@@ -31,15 +30,10 @@ def check_command(options: CheckOptions) -> int:
 
     Raises ValueError where there are no images.
     """
-    for file in (options.json_file, options.html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: its folder does not exist; create it")
+    check_files(("--json", options.json_file), ("--html", options.html_file))
     listing, source = open_source(options.data_dir)
     report = check(options, listing, source)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PAGE_WIDTH)
-    show_report(console, report)
+    show_report(page(PAGE_WIDTH), report)
     if options.json_file is not None:
         write_text(options.json_file, json.dumps(report, indent=2) + "\n")
     if options.html_file is not None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
+from linvit.data.jpeg import read_jpeg_header
+
 
 class Header(NamedTuple):
     """Size in pixels as stored, and what about the image needs conversion, as codes of notes."""
@@ -17,27 +19,12 @@ class Header(NamedTuple):
 
 def read_header(data: bytes, format_name: str) -> Header | None:
     """The header, or None where there is none that makes sense."""
-    if format_name == "JPEG":
-        header = _plain_jpeg(data)
-        if header is not None:
-            return header
-    return _by_pillow(data, format_name)
-
-
-def _plain_jpeg(data: bytes) -> Header | None:
-    """The header of a JPEG without EXIF, in a tenth of Pillow's time; None for others."""
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        # Start of frame, of any kind of JPEG; three other markers lie between.
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height = int.from_bytes(data[position + 5 : position + 7], "big")
-            width = int.from_bytes(data[position + 7 : position + 9], "big")
-            return Header(width, height, ("cmyk",) if data[position + 9] == 4 else ())
-        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
-            return None
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
+    jpeg = read_jpeg_header(data) if format_name == "JPEG" else None
+    if jpeg is None:
+        return _by_pillow(data, format_name)
+    # In a tenth of Pillow's time.
+    notes = [*["cmyk"] * (jpeg.channels == 4), *["exif_rotated"] * (jpeg.orientation != 1)]
+    return Header(jpeg.width, jpeg.height, tuple(notes))
 
 
 def _by_pillow(data: bytes, format_name: str) -> Header | None:

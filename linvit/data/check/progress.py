@@ -5,7 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
+
+from linvit.terminal import progress_bar
 
 
 class ProgressBar:
@@ -13,9 +15,7 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         self._stderr = os.fdopen(os.dup(2), "w")
-        console = Console(file=self._stderr)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = progress_bar(Console(file=self._stderr))
         return self
 
     def __exit__(

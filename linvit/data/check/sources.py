@@ -12,7 +12,7 @@ from linvit.data.check.tree import ImageEntry, Listing, scan
 from linvit.data.hubset import PREFIX
 from linvit.data.imageset import ImageSet
 from linvit.data.sources import open_images
-from linvit.data.splits import split_names
+from linvit.data.splits import NoSuchSplit, split_names
 
 _SPLITS = ("train", "val", "test")
 
@@ -54,10 +54,8 @@ def _open_sets(data: Path) -> tuple[Listing, Source]:
     for split in _SPLITS:
         try:
             images = open_images(data, split=split)
-        except ValueError as error:
+        except NoSuchSplit as error:
             # Not every split need be there, but what is there must be sound.
-            if "no split" not in str(error):
-                raise
             problems.append(error)
             continue
         # "val" finds what is called "test" as well.
