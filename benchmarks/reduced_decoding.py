@@ -1,0 +1,91 @@
+"""What decoding JPEGs at a reduced size changes: pixels, and the accuracy of a trained classifier.
+
+    python benchmarks/reduced_decoding.py RUN DATA --num-images 2000 --json benchmarks/results/reduced_decoding.json
+
+Photographs are enlarged to the smallest size at which they are decoded at 1/2, 1/4 and 1/8, which is the worst case: no
+more than twice the pixels of the input are left, each way. Differences are means over pixels, in grey levels; that
+between bilinear and bicubic resizing of the whole image is there to compare with.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from provenance import provenance
+
+from linvit.data.loader import normalize
+from linvit.data.read import decode_image
+from linvit.data.sources import open_images
+from linvit.data.transforms import build_eval_pipeline
+from linvit.inference import input_spec
+from linvit.runs import load_classifier
+
+
+def enlarged(image: np.ndarray, shorter: int) -> bytes:
+    """A JPEG of the image whose shorter side has so many pixels, rounded up to whole blocks."""
+    height, width = image.shape[:2]
+    scale = shorter / min(height, width)
+    size = [-(-round(length * scale) // 8) * 8 for length in (width, height)]
+    bgr = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    classifier = load_classifier(args.run)
+    spec = input_spec(classifier)
+    images = open_images(args.data, split="val", class_names=classifier.class_names)
+    drawn = np.random.default_rng(0).permutation(len(images))[: args.num_images].tolist()
+    pipeline = build_eval_pipeline(spec)
+    other = build_eval_pipeline(
+        replace(spec, interpolation="bilinear" if spec.interpolation == "bicubic" else "bicubic")
+    )
+
+    @torch.inference_mode()
+    def is_right(pixels: np.ndarray, label: int) -> bool:
+        logits = classifier.model(normalize(torch.from_numpy(pixels)[None], spec))
+        return bool(logits.argmax() == label)
+
+    rows: list[dict[str, Any]] = []
+    for reduction in (2, 4, 8):
+        shorter = int(2 * reduction * min(spec.size) / spec.crop_pct) + 8
+        sums = np.zeros(4)
+        changed = 0
+        for index in drawn:
+            data, label = enlarged(images.read(index), shorter), images.label(index)
+            whole_image = decode_image(data, name="")
+            whole, resized = (each(image=whole_image)["image"] for each in (pipeline, other))
+            reduced = pipeline.read(data, name="")
+            hits = is_right(whole, label), is_right(reduced, label)
+            changed += hits[0] != hits[1]
+            levels = (np.abs(each.astype(int) - whole).mean() for each in (reduced, resized))
+            sums += [*levels, *hits]
+        difference, between_filters, *top1 = (sums / len(drawn)).tolist()
+        rows.append(
+            {
+                "decoded_at": f"1/{reduction}",
+                "difference": round(difference, 3),
+                "bilinear_to_bicubic": round(between_filters, 3),
+                "top1_whole": round(100 * top1[0], 2),
+                "top1_reduced": round(100 * top1[1], 2),
+                "images_right_in_one_only": changed,
+            }
+        )
+        print(rows[-1], flush=True)
+    if args.json is not None:
+        about = provenance(seed=0, n=1) | {"num_images": len(drawn), "img_size": list(spec.size)}
+        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
