@@ -26,7 +26,7 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
     for line in describe_images(report):
         console.print(line, markup=False, soft_wrap=True)
     faults, notes = (_count(report, severity) for severity in ("fault", "note"))
-    kinds = f"{faults or 'no'} kind{'' if faults == 1 else 's'} of fault, {notes or 'no'} of note"
+    kinds = f"kinds found: {faults or 'no'} fault{'' if faults == 1 else 's'}, {notes or 'no'} note{'' if notes == 1 else 's'}"
     console.print(
         f"{kinds}; {report['num_images']:,} images in {report['seconds']:.1f} s, "
         f"{report['images_per_second']:,.0f} a second",

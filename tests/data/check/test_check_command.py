@@ -36,13 +36,13 @@ def state_of(folder: Path) -> list[tuple[object, ...]]:
 def test_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = build_clean(tmp_path / "data")
     assert main(["check", str(data), "-j", "0"]) == 0
-    assert "no kinds of fault, no of note" in capsys.readouterr().out
+    assert "kinds found: no faults, no notes" in capsys.readouterr().out
     build_fault(data, "alpha")
     assert main(["check", str(data), "-j", "0"]) == 0
     build_fault(data, "tiny")
     assert main(["check", str(data), "-j", "0"]) == 1
     shown = capsys.readouterr().out
-    assert "1 kind of fault, 1 of note" in shown
+    assert "kinds found: 1 fault, 1 note" in shown
     assert "train/ant/tiny.png (40×5)" in shown
     assert main(["check", str(data), "-j", "0", "--allow", "tiny"]) == 0
 
