@@ -104,8 +104,9 @@ class Loader:
         """The batch, normalised on the device; it may still be on its way there."""
         if isinstance(raw, Failure):
             raise ValueError(raw.message)
+        # From memory that is not page-locked a copy must be over before the worker fills it anew.
         images = normalize(
-            raw.images.to(self._device, non_blocking=True),
+            raw.images.to(self._device, non_blocking=raw.images.is_pinned()),
             self._spec,
             dtype=self._dtype,
             channels_last=self._channels_last,

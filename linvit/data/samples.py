@@ -42,7 +42,9 @@ class RawBatch:
 
     def pin_memory(self) -> Self:
         """A copy in page-locked memory; called by the DataLoader."""
-        pinned = replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        # With a mark of its own: once free, the worker's memory may hold the images of a later batch.
+        mark = torch.ones_like(self.mark)
+        pinned = replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), mark=mark)
         self.release()
         return pinned
 

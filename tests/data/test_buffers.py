@@ -1,8 +1,10 @@
 """Memory is used again once it was set free, and never before."""
 
+import pytest
 import torch
 
 from linvit.data.buffers import Buffers
+from linvit.data.samples import RawBatch
 
 SHAPE = (2, 3, 4, 3)
 
@@ -26,6 +28,19 @@ def test_memory_in_use_is_never_given_away() -> None:
         images.fill_(number)
     assert [int(images.float().mean()) for images, _ in held] == list(range(20))
     assert all(mark.item() == 1 for _, mark in held)
+
+
+def test_a_copy_in_page_locked_memory_sets_its_source_free_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    buffers = Buffers()
+    images, mark = buffers.take(SHAPE)
+    batch = RawBatch(images, torch.zeros(2), torch.zeros(2), (), mark)
+    copied = batch.pin_memory()
+    later, _ = buffers.take(SHAPE)
+    assert later.data_ptr() == images.data_ptr()
+    # The copy has arrived on the device; what the memory holds by now has not.
+    copied.release()
+    assert buffers.take(SHAPE)[0].data_ptr() != later.data_ptr()
 
 
 def test_other_shapes_take_other_memory() -> None:
