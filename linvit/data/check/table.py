@@ -26,7 +26,10 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
     for line in describe_images(report):
         console.print(line, markup=False, soft_wrap=True)
     faults, notes = (_count(report, severity) for severity in ("fault", "note"))
-    kinds = f"kinds found: {faults or 'no'} fault{'' if faults == 1 else 's'}, {notes or 'no'} note{'' if notes == 1 else 's'}"
+    counts = [
+        f"{count or 'no'} {what}{'' if count == 1 else 's'}" for count, what in ((faults, "fault"), (notes, "note"))
+    ]
+    kinds = f"kinds found: {', '.join(counts)}"
     console.print(
         f"{kinds}; {report['num_images']:,} images in {report['seconds']:.1f} s, "
         f"{report['images_per_second']:,.0f} a second",
