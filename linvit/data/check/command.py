@@ -4,8 +4,10 @@ import json
 import time
 from typing import Any
 
+import numpy as np
+
 from linvit.commandline import check_files
-from linvit.data.check.classes import check_classes
+from linvit.data.check.classes import check_classes, training_split
 from linvit.data.check.duplicates import find_copies, name_groups
 from linvit.data.check.nearcopies import find_near_copies
 from linvit.data.check.options import CheckOptions
@@ -15,6 +17,7 @@ from linvit.data.check.progress import ProgressBar
 from linvit.data.check.reading import Reader, Source, read_all
 from linvit.data.check.report import build_report
 from linvit.data.check.sources import open_source
+from linvit.data.check.statistics import drawn_for_colours
 from linvit.data.check.table import show_report
 from linvit.data.check.tree import Listing
 from linvit.data.check.verdict import try_training
@@ -46,8 +49,10 @@ def check(options: CheckOptions, listing: Listing, source: Source) -> dict[str, 
     workers = usable_cores() if options.workers is None else options.workers
     paths = [image.path for image in listing.images]
     started = time.perf_counter()
+    trained_on = training_split(listing)
+    coloured = drawn_for_colours(np.array([image.split == trained_on for image in listing.images]))
     with ProgressBar() as progress, Pool(workers, Reader(source, max_pixels=options.max_pixels)) as pool:
-        measurements, findings = read_all(pool, paths, progress.stage("images", len(paths)).advance)
+        measurements, findings = read_all(pool, paths, coloured, progress.stage("images", len(paths)).advance)
         copies = find_copies(measurements)
         findings += name_groups(copies, listing.images)
         near = None
@@ -59,6 +64,7 @@ def check(options: CheckOptions, listing: Listing, source: Source) -> dict[str, 
         listing,
         measurements,
         [*listing.findings, *check_classes(listing), *findings],
+        coloured=coloured,
         training=try_training(options.data_dir),
         near_copies=near,
         allow=options.allow,

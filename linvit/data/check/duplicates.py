@@ -13,10 +13,10 @@ from linvit.data.check.tree import ImageEntry
 def find_copies(measurements: Measurements) -> list[list[int]]:
     """Groups of images whose bytes are the same; empty files are none.
 
-    Taken for the same where the checksum, the length and the 64 bits of the perceptual hash are.
+    Taken for the same where the length and the 64 bits of the checksum are.
     """
     places = np.flatnonzero(measurements.num_bytes > 0)
-    columns = (measurements.checksums, measurements.num_bytes, measurements.hashes)
+    columns = (measurements.checksums, measurements.num_bytes)
     keys = np.stack([column.astype(np.uint64) for column in columns], axis=1)[places]
     _, group_of, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
     group_of = group_of.ravel()

@@ -64,8 +64,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Measurements:
-    """A row per image: width and height (0 where it was not decoded), bytes, their CRC-32, a perceptual hash,
-    a thumbnail (16, 16) uint8 grey, and the channels' means and mean squares (3,), 0 to 255.
+    """A row per image: width and height (0 where it was not decoded), bytes, their checksum, a perceptual hash,
+    a thumbnail (16, 16) uint8 grey, and the channels' means and mean squares (3,), 0 to 255: those of the pixels
+    where an image was decoded whole.
     """
 
     sizes: np.ndarray
@@ -81,7 +82,7 @@ class Measurements:
         return cls(
             sizes=np.zeros((count, 2), np.int32),
             num_bytes=np.zeros(count, np.int64),
-            checksums=np.zeros(count, np.uint32),
+            checksums=np.zeros(count, np.uint64),
             hashes=np.zeros(count, np.uint64),
             thumbnails=np.zeros((count, SMALL, SMALL), np.uint8),
             means=np.zeros((count, 3), np.float32),
@@ -102,6 +103,7 @@ class Measurements:
 class _Task(NamedTuple):
     first: int
     paths: list[str]
+    whole: np.ndarray
 
 
 class _Result(NamedTuple):
@@ -111,12 +113,16 @@ class _Result(NamedTuple):
 
 
 def read_all(
-    pool: Pool[Reader], paths: Sequence[str], on_images: Callable[[int], None]
+    pool: Pool[Reader], paths: Sequence[str], whole: np.ndarray, on_images: Callable[[int], None]
 ) -> tuple[Measurements, list[Finding]]:
-    """Inspect every image; `on_images` is told how many more are done."""
+    """Inspect every image; `on_images` is told how many more are done.
+
+    Those of `whole`, (N,) bool, are decoded whole, the others perhaps at a reduced size.
+    """
     measurements = Measurements.empty(len(paths))
     findings: list[Finding] = []
-    tasks = (_Task(first, list(paths[first : first + CHUNK])) for first in range(0, len(paths), CHUNK))
+    chunks = (slice(first, first + CHUNK) for first in range(0, len(paths), CHUNK))
+    tasks = (_Task(chunk.start, list(paths[chunk]), whole[chunk]) for chunk in chunks)
     for result in pool.map(_inspect_chunk, tasks):
         measurements.fill(result.first, result.measurements)
         findings += result.findings
@@ -130,7 +136,7 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
     findings = []
     thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8)
     colours = np.zeros((2, count, 3))
-    for row, path in enumerate(task.paths):
+    for row, (path, whole) in enumerate(zip(task.paths, task.whole.tolist())):
         try:
             data = reader.source.read(task.first + row, path)
         except UnreadableImage as error:
@@ -138,7 +144,7 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             reason = cause.strerror.lower() if isinstance(cause, OSError) and cause.strerror else str(error)
             findings.append(Finding("unreadable_file", path, reason))
             continue
-        inspection = inspect(data, path, max_pixels=reader.max_pixels, messages=reader.messages)
+        inspection = inspect(data, path, max_pixels=reader.max_pixels, whole=whole, messages=reader.messages)
         findings += [Finding(code, path, detail) for code, detail in inspection.findings]
         rows.num_bytes[row], rows.checksums[row] = inspection.num_bytes, inspection.checksum
         pixels = inspection.pixels

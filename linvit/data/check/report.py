@@ -22,6 +22,7 @@ def build_report(
     measurements: Measurements,
     findings: Sequence[Finding],
     *,
+    coloured: np.ndarray,
     training: str,
     near_copies: NearCopies | None,
     allow: Sequence[str],
@@ -31,6 +32,7 @@ def build_report(
     """The report: `findings` by their code, faults first, each with what becomes of it and all its cases.
 
     Args:
+        coloured: which images of the training split were decoded whole, (N,) bool.
         training: what training says against the data, if anything.
         near_copies: how near duplicates were looked for, if they were.
         allow: codes of faults that count as notes.
@@ -44,7 +46,6 @@ def build_report(
         }
         for split, classes in listing.classes.items()
     }
-    colours_of = training_split(listing)
     described = _by_code(findings, allow)
     num_images = len(listing.images)
     return {
@@ -55,7 +56,7 @@ def build_report(
         "num_faults": sum(entry["count"] for entry in described.values() if entry["severity"] == "fault"),
         "training": training or "would start",
         "splits": splits,
-        "colours": {"split": colours_of, **mean_and_std(measurements, split_of == colours_of)},
+        "colours": {"split": training_split(listing), **mean_and_std(measurements, coloured)},
         "near_duplicates": near_copies.describe() if near_copies is not None else None,
         "findings": described,
         "seconds": round(seconds, 3),

@@ -9,6 +9,9 @@ from linvit.data.check.reading import Measurements
 # Bins of the histogram of aspects; a mirrored scale, since 1:2 is as far from square as 2:1.
 _ASPECTS = (0, 1 / 4, 1 / 2, 2 / 3, 3 / 4, 0.95, 1.05, 4 / 3, 3 / 2, 2, 4, np.inf)
 
+# Images that mean and deviation are taken of: more would move them by less than 0.01.
+_MOST_COLOURS = 2_000
+
 
 def describe_sizes(measurements: Measurements, chosen: np.ndarray) -> dict[str, Any]:
     """Smallest, median and largest width, height and aspect (width / height) of the images `chosen` (N,) bool.
@@ -32,6 +35,14 @@ def describe_sizes(measurements: Measurements, chosen: np.ndarray) -> dict[str, 
     }
 
 
+def drawn_for_colours(chosen: np.ndarray) -> np.ndarray:
+    """Of the images `chosen` (N,) bool those whose colours are measured: all or, evenly spread, a few thousand."""
+    places = np.flatnonzero(chosen)
+    drawn = np.zeros_like(chosen)
+    drawn[places[np.linspace(0, len(places) - 1, min(len(places), _MOST_COLOURS)).astype(int)]] = True
+    return drawn
+
+
 def mean_and_std(measurements: Measurements, chosen: np.ndarray) -> dict[str, Any]:
     """Mean and standard deviation per channel, 0 to 1, over 64 × 64 pixels of every image of `chosen` (N,) bool.
 
@@ -43,10 +54,11 @@ def mean_and_std(measurements: Measurements, chosen: np.ndarray) -> dict[str, An
     means = measurements.means[chosen].mean(axis=0, dtype=np.float64)
     squares = measurements.squares[chosen].mean(axis=0, dtype=np.float64)
     deviations = np.sqrt(np.maximum(squares - means**2, 0))
-    return {
+    colours = {
         name: [round(float(value) / 255, 4) for value in values]
         for name, values in (("mean", means), ("std", deviations))
     }
+    return {"num_images": int(chosen.sum()), **colours}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
