@@ -73,7 +73,7 @@ class TrainConfig(
 
         source = f"{path}: " if path and not flags else f"{path} and the flags: " if path else ""
         try:
-            return validate(cls, {**settings, **flags}, source=source, spell=spell)
+            return validate(cls, _with_model({**settings, **flags}), source=source, spell=spell)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -140,6 +140,16 @@ def parse_with(parser: argparse.ArgumentParser, argv: Sequence[str], kind: type[
     if config.data_dir is None:
         raise UsageError("give the folder of images: DATA on the command line or data_dir in the YAML")
     return config
+
+
+def _with_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings and, where they name a folder of weights but no model, the model that lies in that folder."""
+    folder = settings.get("pretrained_path")
+    if not isinstance(folder, str | Path) or "model" in settings:
+        return settings
+    places = (Path(folder) / "best", Path(folder))
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    return settings if found is None else {**settings, "model": f"local-dir:{found}"}
 
 
 def _read_taken(path: Path) -> dict[str, Any]:

@@ -24,7 +24,11 @@ class _Options(BaseModel):
 class ModelOptions(_Options):
     """The model, its Linformer projection and the weights it starts from."""
 
-    model: str = Field("linvit_small_patch16_224", description="name of a linvit or timm model")
+    model: str = Field(
+        "linvit_small_patch16_224",
+        description="name of a linvit or timm model, or local-dir:FOLDER (default: the one in pretrained_path, if that "
+        "is a folder with a model)",
+    )
     k: Length | LayerLengths | None = Field(
         None,
         title="a length of at least 1, a list with a length, a list of lengths or none for each layer, or none",

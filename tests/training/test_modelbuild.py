@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 
+from linvit.conversion.convert import convert_vit
 from linvit.timmmodel import create_model
 from linvit.training.config import TrainConfig
 from linvit.training.distributed import Ranks
@@ -72,6 +73,19 @@ def test_pretrained_path_adapts_and_initial_checkpoint_does_not(tmp_path: Path) 
     assert torch.equal(model.head.weight, source.head.weight)
     with pytest.raises(ValueError, match="does not fit"):
         build_model(config(initial_checkpoint=tmp_path), class_names=["x", "y"])
+
+
+def test_a_converted_model_is_fine_tuned_at_a_larger_size(tmp_path: Path) -> None:
+    original = create_model("vit_tiny_patch16_224", img_size=(32, 32), **TINY)
+    converted = convert_vit(original, k=[4, None], projection="separable")
+    timm.models.save_for_hf(converted, tmp_path, safe_serialization=True)
+    settings = {"data_dir": "data", "pretrained_path": tmp_path, "model": f"local-dir:{tmp_path}", "img_size": (48, 64)}
+    model, new = build_model(TrainConfig.model_validate(settings), class_names=CLASSES)
+    assert new == ["head.bias", "head.weight"]
+    assert model.patch_embed.grid_size == (6, 8)
+    assert [projected is None for projected in (block.attn.projections() for block in model.blocks)] == [False, True]
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, original.blocks[1].mlp.fc1.weight)
+    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 3)
 
 
 def test_the_classifier_starts_as_asked() -> None:
