@@ -27,6 +27,8 @@ from linvit.data.loader import normalize
 from linvit.data.options import InputOptions
 from linvit.data.sources import open_images
 from linvit.data.transforms import InputSpec, build_eval_pipeline, resolve_input
+from linvit.files import sha256_of
+from linvit.weights import weights_file
 
 NUM_NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07
@@ -42,13 +44,16 @@ def draw(images: ImageSet, count: int, seed: int) -> list[int]:
 
 
 @torch.inference_mode()
-def features_of(model: torch.nn.Module, images: ImageSet, indices: Sequence[int], spec: InputSpec) -> Tensor:
-    """(N, D) float32."""
+def features_of(
+    model: torch.nn.Module, images: ImageSet, indices: Sequence[int], spec: InputSpec, *, amp: bool
+) -> Tensor:
+    """(N, D) float32; with `amp` the model computes in bfloat16."""
     pipeline = build_eval_pipeline(spec)
     rows = []
     for index in indices:
         pixels = torch.from_numpy(pipeline(image=images.read(index))["image"])[None]
-        rows.append(model(normalize(pixels, spec)).float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            rows.append(model(normalize(pixels, spec)).float())
     return torch.cat(rows)
 
 
@@ -99,6 +104,13 @@ def create(source: str, size: int | None) -> torch.nn.Module:
     return model.eval()
 
 
+def weights_of(source: str) -> str:
+    """A digest of a model's weights, so that features of others under the same name are not taken for its own."""
+    _, _, path = source.partition("=")
+    file = Path(path) if path else weights_file(Path(source.removeprefix("local-dir:")))
+    return sha256_of(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", type=Path)
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=500)
     parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--amp", action="store_true", help="all models in bfloat16, which some CPUs have units for")
     parser.add_argument("--cache", type=Path, help="folder that features are kept in, by model, size and images")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -120,12 +133,15 @@ def main() -> None:
         model = create(source, args.img_size)
         spec = resolve_input(model, InputOptions(img_size=(args.img_size,) * 2 if args.img_size else None))
         started = time.perf_counter()
+        weights = weights_of(source)
         features = {}
         for split in sets:
-            key = f"{source} {spec} {images[split].root} {indices[split]}"
+            key = f"{source} {weights} {spec} {args.amp} {images[split].root} {indices[split]}"
             path = args.cache and args.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
             found = kept(path)
-            features[split] = features_of(model, images[split], indices[split], spec) if found is None else found
+            if found is None:
+                found = features_of(model, images[split], indices[split], spec, amp=args.amp)
+            features[split] = found
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(features[split], path)
@@ -150,7 +166,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.json is not None:
-        about = provenance(seed=args.seed, n=1) | {"img_size": args.img_size, "num_images": sets}
+        about = provenance(seed=args.seed, n=1) | {"img_size": args.img_size, "num_images": sets, "amp": args.amp}
         args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
