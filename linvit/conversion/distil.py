@@ -32,7 +32,7 @@ class DistilOptions:
 
     steps: int | None = None
     minutes: float | None = None
-    rate: float = 3e-5
+    rate: float = 1e-5
 
     def __post_init__(self) -> None:
         assert (self.steps is None) != (self.minutes is None)
