@@ -160,7 +160,8 @@ class _Conversion:
 
     def _distil(self, converted: LinformerViT, held_out: torch.Tensor) -> Fidelity:
         task = self.bar.add_task("distilling", total=100)
-        options = DistilOptions(self.options.distill_steps, self.options.distill_minutes, self.options.distill_rate)
+        given = self.options
+        options = DistilOptions(given.distill_steps, given.distill_minutes, given.distill_rate, given.amp)
         return distil(
             self.original,
             converted,

@@ -28,11 +28,15 @@ NUM_CHECKS = 10
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """How long: optimizer steps, or minutes by the clock, whichever is given; and the rate of AdamW."""
+    """How long: optimizer steps, or minutes by the clock, whichever is given; the rate of AdamW; whether in bfloat16.
+
+    Weights, losses and the comparison on the images held out are in single precision all the same.
+    """
 
     steps: int | None = None
     minutes: float | None = None
     rate: float = 1e-5
+    amp: bool = False
 
     def __post_init__(self) -> None:
         assert (self.steps is None) != (self.minutes is None)
@@ -66,7 +70,9 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = options.rate * min(1.0, share / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
         optimizer.zero_grad()
-        loss(original, converted, images).backward()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+            given = loss(original, converted, images)
+        given.backward()
         torch.nn.utils.clip_grad_norm_(converted.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         clock.tick()
@@ -89,12 +95,13 @@ def loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -
     found = _tapped(converted, images)
     parts = [
         ((own - theirs).square().sum(-1) * token_weights(theirs, original.num_prefix_tokens)).mean()
-        for own, theirs in zip(found, wanted)
+        for own, theirs in zip(map(Tensor.float, found), map(Tensor.float, wanted))
     ]
     total = torch.stack(parts).mean()
     if original.num_classes > 0:
-        given = F.log_softmax(converted.forward_head(found[-1]), dim=-1)
-        total = total + F.kl_div(given, F.log_softmax(wanted_logits, dim=-1), log_target=True, reduction="batchmean")
+        given = F.log_softmax(converted.forward_head(found[-1]).float(), dim=-1)
+        wanted_given = F.log_softmax(wanted_logits.float(), dim=-1)
+        total = total + F.kl_div(given, wanted_given, log_target=True, reduction="batchmean")
     return total
 
 

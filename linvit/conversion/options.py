@@ -47,6 +47,7 @@ class ConvertOptions(BaseModel):
     distill_steps: int | None = Field(None, gt=0, description="steps of end-to-end distillation after the fit")
     distill_minutes: float | None = Field(None, gt=0, description="minutes of end-to-end distillation after the fit")
     distill_rate: float = Field(1e-5, gt=0, description="learning rate of the distillation")
+    amp: bool = Field(False, description="distil in bfloat16: twice as fast on GPUs, and on CPUs with bfloat16 units")
     batch_size: int = Field(8, gt=0, description="images at once")
     seed: int = Field(0, ge=0, description="of the draw of images, and of the order they are used in")
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
@@ -82,6 +83,8 @@ class ConvertOptions(BaseModel):
             raise ValueError("--layers goes with one length for all of them: give --k N")
         if self.distill_steps is not None and self.distill_minutes is not None:
             raise ValueError("--distill-steps and --distill-minutes say the same: give one")
+        if self.amp and self.distill_steps is None and self.distill_minutes is None:
+            raise ValueError("--amp is of the distillation: leave it out, or give --distill-minutes")
         return self
 
     @property

@@ -35,6 +35,14 @@ def test_distillation_comes_nearer():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_distillation_in_bfloat16_comes_nearer_too():
+    model, converted, before, after = distilled(DistilOptions(steps=40, rate=1e-3, amp=True))
+    assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
+    assert all(parameter.dtype == torch.float32 for parameter in converted.parameters())
+    # The comparison is not in bfloat16, in which equal models would differ.
+    assert after == compare(model, converted, make_images(8, seed=5), batch_size=8)
+
+
 def test_what_does_harm_is_not_kept():
     model, converted, before, after = distilled(DistilOptions(steps=3, rate=10.0))
     assert after == before
