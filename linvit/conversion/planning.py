@@ -1,7 +1,10 @@
-"""A projected length for each layer, by what it costs and what pooling does to the tokens behind it.
+"""A projected length for each layer, by what it costs and what pooling does to the model's last tokens.
 
 The spectrum of attention (`linvit.plan_k`) bounds what the best matrix of a rank could keep for one image; E is one and
 the same for all images. So here each length is tried, on a few images.
+
+An error behind one layer is not the same as behind another: what early layers lose, later ones partly make up for. So
+for each layer one length in the middle is followed to the end of the model, and tells what its errors count.
 """
 
 import copy
@@ -32,7 +35,7 @@ Pair = tuple[Projection | None, Projection | None]
 
 @dataclass(frozen=True)
 class Offer:
-    """One length in one layer (None: ordinary attention): operations more than with the least, squared error."""
+    """One length in one layer (None: ordinary attention): operations, squared error of the model's last tokens."""
 
     k: int | None
     flops: float
@@ -115,8 +118,10 @@ def _choose(offers: list[list[Offer]], budget: float) -> list[Offer] | None:
 def _errors(
     model: VisionTransformer, converted: LinformerViT, projections: dict[int, list[Pair]], tokens: Tensor
 ) -> Iterator[dict[int, float]]:
-    """For each layer, by length, the mean square error of the tokens behind its attention, all before being exact."""
+    """For each layer, by length, about the mean square error of the last tokens, all other layers being exact."""
     streams = Streams(tokens, tokens, len(tokens), model.num_prefix_tokens, batch_size=4)
+    middle = list(projections)[len(projections) // 2]
+    last = streams.map(partial(_finish, model, 0), tokens)
     for layer, (block, own) in enumerate(zip(model.blocks, converted.blocks)):
         wanted = streams.map(partial(attended, block), streams.original)
         weights = streams.weights(wanted)
@@ -125,8 +130,28 @@ def _errors(
             own.attn.set_projections(*pairs[layer])
             found = streams.map(partial(attended, own), streams.original)
             errors[k] = relative_error(found, wanted, weights) ** 2
-        yield errors
+            if k == middle:
+                found = streams.map(partial(fed_forward, block), found)
+                lost = _lost(streams.map(partial(_finish, model, layer + 1), found), last, model.num_prefix_tokens)
+        # Where pooling does not even change the layer's own tokens, no length loses anything.
+        share = lost / errors[middle] if errors[middle] > 0 else 0.0
+        yield {k: share * error for k, error in errors.items()}
         streams.original = streams.map(partial(fed_forward, block), wanted)
+
+
+def _finish(model: VisionTransformer, first: int, tokens: Tensor) -> Tensor:
+    """The model's last tokens (B, T, D), from what enters its block number `first`."""
+    for block in model.blocks[first:]:
+        tokens = block(tokens)
+    normed: Tensor = model.norm(tokens)
+    return normed
+
+
+def _lost(found: Tensor, wanted: Tensor, num_prefix_tokens: int) -> float:
+    """Mean squares of the relative errors of prefix tokens and of patches, added up: either may be read."""
+    relative = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+    parts = (relative[:, :num_prefix_tokens], relative[:, num_prefix_tokens:])
+    return sum(float(part.mean()) for part in parts if part.numel())
 
 
 def _flops(model: nn.Module) -> int:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from vits import make_streams, make_vit
+from vits import make_images, make_streams, make_vit
 
-from linvit.conversion.planning import Offer, _choose, plan_lengths
+from linvit.conversion.convert import convert_vit
+from linvit.conversion.planning import Offer, _choose, _offers, plan_lengths
+from linvit.conversion.streams import embed
 
 
 def plan(speedup, model=None, **kwargs):
@@ -36,6 +38,19 @@ def test_layers_that_lose_nothing_are_shortened_first():
     lengths = plan(1.4, model)
     assert lengths[1] == 16
     assert all(k is None or k > 16 for k in (lengths[0], lengths[2]))
+
+
+@torch.no_grad()
+def test_errors_are_those_of_the_last_tokens():
+    model, images = make_vit(patch_size=4, mlp_ratio=1.0), make_images(4)
+    lengths = [16, 36, 64]
+    offers = list(_offers(model, embed(model, images), lengths, projection="separable", share="kv"))
+    wanted = model.forward_features(images)
+    for layer, (_, middle, _, ordinary) in enumerate(offers):
+        found = convert_vit(model, k=[36 if each == layer else None for each in range(3)]).forward_features(images)
+        relative = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+        assert middle.error == pytest.approx(float(relative[:, 0].mean() + relative[:, 1:].mean()), rel=1e-3)
+        assert ordinary.error == 0
 
 
 def test_layerwise_sharing_has_one_length():
