@@ -19,10 +19,11 @@ from provenance import provenance
 # What follows `linvit convert`; a line in the figure joins the cases of one name.
 CASES: list[tuple[str, list[str]]] = [
     *(("planned k", ["--k", "plan", "--speedup", speedup]) for speedup in ("1.25", "1.4", "1.6")),
-    *(("separable", ["--k", k]) for k in ("64", "144", "256")),
-    *(("avgpool", ["--projection", "avgpool", "--k", k]) for k in ("64", "256")),
-    *(("dct", ["--projection", "dct", "--k", k]) for k in ("64", "256")),
-    *(("linear", ["--projection", "linear", "--k", k]) for k in ("64", "256")),
+    *(
+        (kind, ["--projection", kind, "--k", k])
+        for kind in ("separable", "linear", "avgpool", "dct")
+        for k in ("64", "256")
+    ),
 ]
 PANELS = {
     "patch_cosine": "patch tokens' cosine to the original's",
