@@ -47,7 +47,7 @@ def probe(outputs: list[Path], args: argparse.Namespace) -> list[dict[str, Any]]
     script, found = Path(__file__).with_name("probe.py"), args.work / "probe.json"
     models = [f"{args.model}={args.weights}", *(f"local-dir:{output}" for output in outputs)]
     size = ["--img-size", str(args.img_size), "--cache", str(args.work / "features"), "--json", str(found)]
-    counts = ["--train", str(args.probe), "--val", str(args.probe)]
+    counts = ["--num-images", str(args.probe)]
     amp = ["--amp"] if args.amp else []
     subprocess.run([sys.executable, str(script), str(args.data), *models, *size, *counts, *amp], check=True)
     rows: list[dict[str, Any]] = json.loads(found.read_text())["rows"]
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=518)
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--probe", type=int, default=500, help="images that features are learnt from, and tested on")
+    parser.add_argument("--probe", type=int, default=500, help="images that features are probed on")
     parser.add_argument("--amp", action="store_true", help="features of all models in bfloat16")
     parser.add_argument("--only", nargs="*", help="names of cases; all if none")
     parser.add_argument("--options", nargs="*", default=[], help="further options of linvit convert, without --")
