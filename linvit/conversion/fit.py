@@ -62,12 +62,14 @@ def fit_layers(
     done: Sequence[LayerFit] = (),
     report: Callable[[LayerFit], object] = lambda fit: None,
 ) -> list[LayerFit]:
-    """Fit the layers of `converted` in place, and take `streams` to the tokens behind the last block.
+    """Fit the layers of `converted` in place, and take `streams` along, to the tokens behind the last block.
 
-    Layers that are `done` already are only gone through. Both models are in evaluation mode and single precision;
+    Layers that are `done` already are only gone through; where all are, nothing happens. Both models are in evaluation mode and single precision;
     `report` is told each layer when it is fitted.
     """
     fits = list(done)
+    if len(fits) == len(converted.blocks):
+        return fits
     for layer, (block, own) in enumerate(zip(original.blocks, converted.blocks)):
         wanted = streams.map(partial(attended, block), streams.original)
         if layer >= len(done):
