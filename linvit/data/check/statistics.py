@@ -10,7 +10,7 @@ from linvit.data.check.reading import Measurements
 _ASPECTS = (0, 1 / 4, 1 / 2, 2 / 3, 3 / 4, 0.95, 1.05, 4 / 3, 3 / 2, 2, 4, np.inf)
 
 # Images that mean and deviation are taken of: more would move them by less than 0.01.
-_MOST_COLOURS = 2_000
+_MOST_COLOURS = 1_000
 
 
 def describe_sizes(measurements: Measurements, chosen: np.ndarray) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def describe_sizes(measurements: Measurements, chosen: np.ndarray) -> dict[str, 
 
 
 def drawn_for_colours(chosen: np.ndarray) -> np.ndarray:
-    """Of the images `chosen` (N,) bool those whose colours are measured: all or, evenly spread, a few thousand."""
+    """Of the images `chosen` (N,) bool those whose colours are measured: all or, evenly spread, a thousand."""
     places = np.flatnonzero(chosen)
     drawn = np.zeros_like(chosen)
     drawn[places[np.linspace(0, len(places) - 1, min(len(places), _MOST_COLOURS)).astype(int)]] = True
