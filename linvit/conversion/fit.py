@@ -64,8 +64,8 @@ def fit_layers(
 ) -> list[LayerFit]:
     """Fit the layers of `converted` in place, and take `streams` along, to the tokens behind the last block.
 
-    Layers that are `done` already are only gone through; where all are, nothing happens. Both models are in evaluation mode and single precision;
-    `report` is told each layer when it is fitted.
+    Layers that are `done` already are only gone through; where all are, nothing happens. Both models are in evaluation
+    mode and single precision; `report` is told each layer when it is fitted.
     """
     fits = list(done)
     if len(fits) == len(converted.blocks):
