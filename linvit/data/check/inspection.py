@@ -138,10 +138,10 @@ def _measure(image: np.ndarray, height: int, width: int) -> Pixels:
     """The pixels of an image of this size, decoded whole or reduced."""
     # Every so many pixels one: far quicker than averaging, and without bias for mean and deviation.
     means, deviations = cv2.meanStdDev(samples := _pick(image))
-    reduction = _reduction(*image.shape[:2])
-    if reduction > 1:
+    reduction = _reduction(height, width)
+    if reduction > 1 and image.shape[:2] == (height, width):
         # Copies look alike whether one is a JPEG and the other not, or one was decoded whole.
-        small = -(-image.shape[1] // reduction), -(-image.shape[0] // reduction)
+        small = -(-width // reduction), -(-height // reduction)
         samples = _pick(cv2.resize(image, small, interpolation=cv2.INTER_AREA))
     grey = cv2.cvtColor(samples, cv2.COLOR_RGB2GRAY)
     thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)

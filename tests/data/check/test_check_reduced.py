@@ -57,7 +57,7 @@ def test_size_is_the_one_shown(height: int, width: int, orientation: int | None)
     assert reduced.means == pytest.approx(whole.means, abs=2)
 
 
-@pytest.mark.parametrize(("height", "width"), [(270, 410), (1024, 768)])
+@pytest.mark.parametrize(("height", "width"), [(270, 410), (1024, 768), (1536, 2048)])
 def test_copies_look_alike_however_they_are_decoded(height: int, width: int) -> None:
     pixels = photo(height, width)
     png = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
