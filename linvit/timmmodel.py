@@ -1,5 +1,6 @@
 """timm models: made by name, with errors that say what to do, and what linvit relies on in them."""
 
+import json
 from typing import Any
 
 import timm
@@ -7,6 +8,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import linvit.models  # noqa: F401  registers the linvit_* names
+from linvit.files import reason
 from linvit.validation import unknown
 
 
@@ -35,15 +37,19 @@ def create_model(
 ) -> TimmModel:
     """A timm model by its name, also `local-dir:FOLDER` or `hf-hub:ID`, at `img_size` where it has a fixed size.
 
-    Raises ValueError for an unknown name, with the nearest one, for arguments that the model does not take, and where
-    published weights are asked for and there are none.
+    Raises ValueError for an unknown name, with the nearest one, for a folder that describes no model, for arguments
+    that the model does not take, and where published weights are asked for and there are none.
     """
     if ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"{unknown('model', name, timm.list_models())} (`linvit models` lists them)")
-    sized = resolve_model_input_args(name, {"img_size": img_size}, num_classes=num_classes)
-    given = {key: sized[key] for key in ("img_size", "num_classes") if key in sized}
     try:
+        sized = resolve_model_input_args(name, {"img_size": img_size}, num_classes=num_classes)
+        given = {key: sized[key] for key in ("img_size", "num_classes") if key in sized}
         return timm.create_model(name, **{**given, **model_kwargs})
+    except (json.JSONDecodeError, KeyError) as error:
+        if ":" not in name:
+            raise
+        raise ValueError(f"{name}: its config.json describes no model ({reason(error)}); restore it") from error
     except TypeError as error:
         raise ValueError(f"{name} does not take these arguments: {error}") from error
     except RuntimeError as error:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ def test_a_converted_model_is_fine_tuned_at_a_larger_size(tmp_path: Path) -> Non
     assert [projected is None for projected in (block.attn.projections() for block in model.blocks)] == [False, True]
     assert torch.equal(model.blocks[1].mlp.fc1.weight, original.blocks[1].mlp.fc1.weight)
     assert model(torch.randn(1, 3, 48, 64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("config_json", "message"),
+    [
+        ("{", "config.json describes no model (Expecting property name"),
+        ("{}", "config.json describes no model"),
+        ('{"architecture": "vit_huge_patch1_7"}', "cannot be built so: Unknown model (vit_huge_patch1_7)"),
+    ],
+)
+def test_a_folder_that_describes_no_model_is_named(tmp_path: Path, config_json: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(config_json)
+    with pytest.raises(ValueError, match=f"local-dir:{tmp_path}.*{re.escape(message)}"):
+        create_model(f"local-dir:{tmp_path}")
 
 
 def test_the_classifier_starts_as_asked() -> None:
