@@ -3,7 +3,7 @@
     python benchmarks/probe.py DATA NAME=WEIGHTS local-dir:FOLDER ... --img-size 518 --json FILE
 
 Features are what the model gives without its classifier, of images of DATA/val, as many of each class as of any other.
-Ten-fold: each image is classified by what was learnt from nine tenths of the others. Neighbours: k = 20, votes weighted
+Ten-fold: each image is classified by what was learnt from the other nine tenths. Neighbours: k = 20, votes weighted
 by exp(cosine / 0.07) as in Caron et al. 2021, section 4.1. Linear probe: logistic regression on standardised features;
 a tenth of what it learns from decides which L2 it takes.
 """

@@ -335,22 +335,6 @@ def test_the_folder_of_images_must_be_given():
     assert parse(["--data-dir", "D"]) == parse(["D"])
 
 
-def test_a_folder_of_weights_brings_its_model(tmp_path):
-    converted, run = tmp_path / "converted", tmp_path / "run"
-    (run / "best").mkdir(parents=True)
-    converted.mkdir()
-    for folder in (converted, run / "best"):
-        (folder / "config.json").touch()
-    default = TrainConfig().model
-    assert parse(["data", "--pretrained-path", str(converted)]).model == f"local-dir:{converted}"
-    assert parse(["data", "--pretrained-path", str(run)]).model == f"local-dir:{run / 'best'}"
-    assert parse(["data", "--pretrained-path", str(converted), "--model", default]).model == default
-    assert parse(["data", "--pretrained-path", "weights.safetensors"]).model == default
-    file = tmp_path / "c.yaml"
-    file.write_text(f"pretrained_path: {run}\n")
-    assert parse(["data", "--config", str(file)]).model == f"local-dir:{run / 'best'}"
-
-
 def test_errors_say_whether_yaml_or_flag_is_wrong(tmp_path):
     path = write(tmp_path, {"epochs": 2, "lr": "x"})
     assert refusal(["D", "-c", str(path), "--lr", "1"]).startswith(f"{path} and the flags: warmup_epochs 5 is longer")

@@ -100,8 +100,8 @@ def loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -
     total = torch.stack(parts).mean()
     if original.num_classes > 0:
         given = F.log_softmax(converted.forward_head(found[-1]).float(), dim=-1)
-        wanted_given = F.log_softmax(wanted_logits.float(), dim=-1)
-        total = total + F.kl_div(given, wanted_given, log_target=True, reduction="batchmean")
+        asked = F.log_softmax(wanted_logits.float(), dim=-1)
+        total = total + F.kl_div(given, asked, log_target=True, reduction="batchmean")
     return total
 
 

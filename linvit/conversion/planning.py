@@ -141,10 +141,8 @@ def _errors(
 
 def _finish(model: VisionTransformer, first: int, tokens: Tensor) -> Tensor:
     """The model's last tokens (B, T, D), from what enters its block number `first`."""
-    for block in model.blocks[first:]:
-        tokens = block(tokens)
-    normed: Tensor = model.norm(tokens)
-    return normed
+    last: Tensor = model.norm(model.blocks[first:](tokens))
+    return last
 
 
 def _lost(found: Tensor, wanted: Tensor, num_prefix_tokens: int) -> float:

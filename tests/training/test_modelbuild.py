@@ -8,7 +8,7 @@ import torch
 
 from linvit.conversion.convert import convert_vit
 from linvit.timmmodel import create_model
-from linvit.training.config import TrainConfig
+from linvit.training.config import TrainConfig, parse
 from linvit.training.distributed import Ranks
 from linvit.training.modelbuild import build_model, place_model, wrap_model
 
@@ -76,12 +76,28 @@ def test_pretrained_path_adapts_and_initial_checkpoint_does_not(tmp_path: Path) 
         build_model(config(initial_checkpoint=tmp_path), class_names=["x", "y"])
 
 
+def test_a_folder_of_weights_brings_its_model(tmp_path: Path) -> None:
+    converted, run = tmp_path / "converted", tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    converted.mkdir()
+    for folder in (converted, run / "best"):
+        (folder / "config.json").touch()
+    default = TrainConfig().model
+    assert parse(["data", "--pretrained-path", str(converted)]).model == f"local-dir:{converted}"
+    assert parse(["data", "--pretrained-path", str(run)]).model == f"local-dir:{run / 'best'}"
+    assert parse(["data", "--pretrained-path", str(converted), "--model", default]).model == default
+    assert parse(["data", "--pretrained-path", "weights.safetensors"]).model == default
+    file = tmp_path / "c.yaml"
+    file.write_text(f"pretrained_path: {run}\n")
+    assert parse(["data", "--config", str(file)]).model == f"local-dir:{run / 'best'}"
+
+
 def test_a_converted_model_is_fine_tuned_at_a_larger_size(tmp_path: Path) -> None:
     original = create_model("vit_tiny_patch16_224", img_size=(32, 32), **TINY)
     converted = convert_vit(original, k=[4, None], projection="separable")
     timm.models.save_for_hf(converted, tmp_path, safe_serialization=True)
-    settings = {"data_dir": "data", "pretrained_path": tmp_path, "model": f"local-dir:{tmp_path}", "img_size": (48, 64)}
-    model, new = build_model(TrainConfig.model_validate(settings), class_names=CLASSES)
+    settings = parse(["data", "--pretrained-path", str(tmp_path), "--img-size", "48", "64"])
+    model, new = build_model(settings, class_names=CLASSES)
     assert new == ["head.bias", "head.weight"]
     assert model.patch_embed.grid_size == (6, 8)
     assert [projected is None for projected in (block.attn.projections() for block in model.blocks)] == [False, True]

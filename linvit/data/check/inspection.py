@@ -72,14 +72,14 @@ def _look(
         image = decode_image(data, name=path, reduction=1 if size is None else _reduction(*size))
     except UnreadableImage:
         return [_why_unreadable(data, format_name, header, messages.take())], None
-    findings = _from_name_and_header(path, format_name, header)
+    pixels = _measure(image, *(size or image.shape[:2]))
+    findings = _from_name_and_header(path, format_name, header) + _from_size(pixels)
+    if not pixels.deviations.any() and _is_blank(image if size is None else decode_image(data, name=path)):
+        findings.append(("blank", ""))
+    # After the last decoding: what it says would be taken for the next image's.
     damage = _damage(data, messages.take())
     if damage:
         findings.append(("damaged", damage))
-    pixels = _measure(image, *(size or image.shape[:2]))
-    findings += _from_size(pixels)
-    if not pixels.deviations.any() and _is_blank(image if size is None else decode_image(data, name=path)):
-        findings.append(("blank", ""))
     return findings, pixels
 
 

@@ -77,6 +77,18 @@ def test_pixels_whose_averages_alone_are_equal_are_not_blank() -> None:
     assert look(flat, whole=False).findings == [("blank", "")]
 
 
+def test_complaints_about_a_blank_image_are_not_the_next_ones() -> None:
+    flat = encode(np.full((256, 256, 3), 90, np.uint8))
+    damaged = flat[:-2] + bytes(range(50)) + flat[-2:]
+    with DecoderMessages() as messages:
+        blank, clean = (
+            inspect(data, "a.jpg", max_pixels=10**8, whole=False, messages=messages).findings
+            for data in (damaged, encode(PIXELS))
+        )
+    assert [code for code, _ in blank] == ["blank", "damaged"]
+    assert clean == []
+
+
 def test_colours_are_of_some_images_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = np.arange(1000) % 4 != 0
     assert (drawn_for_colours(chosen) == chosen).all()
