@@ -36,10 +36,11 @@ class Moments:
 
     def add(self, h: Tensor, missing: Tensor, weights: Tensor) -> None:
         """Take in tokens: h (…, D'), missing (…, D), weights (…)."""
-        rows = with_ones(h.flatten(0, -2))
+        rows = with_ones(h.flatten(0, -2).to(missing.dtype))
         weighted = rows * weights.flatten()[:, None]
-        self.inputs += (weighted.mT @ rows).double()
-        self.products += (weighted.mT @ missing.flatten(0, -2)).double()
+        with torch.autocast(h.device.type, enabled=False):
+            self.inputs += (weighted.mT @ rows).double()
+            self.products += (weighted.mT @ missing.flatten(0, -2)).double()
 
     def gain(self, found: Tensor) -> float:
         """By how much less is missing after a change (D' + 1, D) of γ[W b]: weighted sum of squares."""
@@ -66,11 +67,12 @@ def solutions(moments: Moments, *, has_bias: bool) -> Iterator[Tensor]:
     if has_bias:
         gram = gram - inputs[width, width] * centre[:, None] * centre[None]
         right = right - inputs[width, width] * centre[:, None] * mean_product[None]
-    values, vectors = torch.linalg.eigh(gram)
-    rotated = vectors.mT @ right
-    scale = values.clamp(min=0).mean().clamp(min=torch.finfo(values.dtype).tiny)
+    scale = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     for penalty in PENALTIES:
-        weight = vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(penalty * scale.expand(width)))
+        if failed:  # too little evidence for so small a penalty
+            return
+        weight = torch.cholesky_solve(right, factor)
         bias = mean_product - centre @ weight if has_bias else torch.zeros_like(mean_product)
         yield torch.cat([weight, bias[None]])
 

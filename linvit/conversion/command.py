@@ -39,7 +39,7 @@ IMAGES_PLANNED_ON = 8
 # What another fit would come out of; the other options may change while it is stopped.
 _FITTED_BY = (
     *("source", "weights", "model_kwargs", "k", "speedup", "layers", "projection", "share", "img_size"),
-    *("num_images", "steps", "max_error", "batch_size", "seed"),
+    *("num_images", "steps", "max_error", "amp", "batch_size", "seed"),
 )
 
 
@@ -121,7 +121,7 @@ class _Conversion:
             self.bar.advance(task, len(images))
         both = torch.cat(tokens)
         prefix = self.original.num_prefix_tokens
-        return Streams(both, both, self.sample.num_held_out, prefix, self.options.batch_size)
+        return Streams(both, both, self.sample.num_held_out, prefix, self.options.batch_size, self.options.amp)
 
     def _convert(self, streams: Streams) -> LinformerViT:
         options = self.options
@@ -143,6 +143,7 @@ class _Conversion:
             speedup=self.options.speedup or DEFAULT_SPEEDUP,
             projection=self.options.projection,
             share=self.options.share,
+            amp=self.options.amp,
             report=lambda done, total: self.bar.update(task, completed=done, total=total),
         )
 

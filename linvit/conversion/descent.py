@@ -71,9 +71,9 @@ def descend(
 
 def held_out_error(block: Block, streams: Streams, wanted: Tensor, weights: Tensor) -> float:
     """Weighted mean square of what the tokens before the MLP are off, on the images that were held out."""
-    held = slice(streams.num_fitted, None)
-    found = streams.map(partial(attended, block), streams.converted[held])
-    return float(((found - wanted[held]).square().sum(-1) * weights[held]).mean())
+    found = streams.map(partial(attended, block), streams.held_out(streams.converted))
+    squares = (found - streams.held_out(wanted)).square().sum(-1)
+    return float((squares * streams.held_out(weights)).mean())
 
 
 class _Best:

@@ -39,7 +39,9 @@ class ConvertOptions(BaseModel):
         None, description="size to convert at, as 518 or 768x512; the model's own if none"
     )
 
-    num_images: int = Field(128, ge=8, description="images drawn from the folder; an eighth of them is held out")
+    num_images: int = Field(
+        512, ge=8, description="images drawn from the folder; an eighth of them, at most 64, is held out"
+    )
     steps: int = Field(0, ge=0, description="steps of descent in each layer, before what is fitted in closed form")
     max_error: float | None = Field(
         None, gt=0, description="a layer whose tokens are off by a larger share goes back to ordinary attention"
@@ -47,7 +49,7 @@ class ConvertOptions(BaseModel):
     distill_steps: int | None = Field(None, gt=0, description="steps of end-to-end distillation after the fit")
     distill_minutes: float | None = Field(None, gt=0, description="minutes of end-to-end distillation after the fit")
     distill_rate: float = Field(1e-5, gt=0, description="learning rate of the distillation")
-    amp: bool = Field(False, description="distil in bfloat16: faster on CPUs with units for it, and on GPUs")
+    amp: bool = Field(False, description="fit and distil in bfloat16: faster on CPUs with units for it, and on GPUs")
     batch_size: int = Field(8, gt=0, description="images at once")
     seed: int = Field(0, ge=0, description="of the draw of images, and of the order they are used in")
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
@@ -83,8 +85,6 @@ class ConvertOptions(BaseModel):
             raise ValueError("--layers goes with one length for all of them: give --k N")
         if self.distill_steps is not None and self.distill_minutes is not None:
             raise ValueError("--distill-steps and --distill-minutes say the same: give one")
-        if self.amp and self.distill_steps is None and self.distill_minutes is None:
-            raise ValueError("--amp is of the distillation: leave it out, or give --distill-minutes")
         return self
 
     @property

@@ -49,6 +49,7 @@ def plan_lengths(
     speedup: float,
     projection: str,
     share: Share,
+    amp: bool = False,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[int | None]:
     """Lengths with which the model takes `speedup` times fewer operations, at the least sum of squared errors.
@@ -59,14 +60,16 @@ def plan_lengths(
         speedup: of the whole model, in operations; time falls by more where sequences are long.
         projection: kind of E and F, not fitted yet.
         share: who shares E and F; "layerwise" takes one length for all layers that it shortens.
+        amp: whether blocks compute in bfloat16.
 
     Raises ValueError where no lengths are that fast.
     """
     if not speedup > 1:
         raise ValueError(f"--speedup {speedup:g} leaves nothing to plan: give more than 1")
     lengths = _lengths(model.patch_embed.grid_size)
+    streams = Streams(tokens, tokens, len(tokens), model.num_prefix_tokens, batch_size=4, amp=amp)
     offers = []
-    for layer in _offers(model, tokens, lengths, projection=projection, share=share):
+    for layer in _offers(model, streams, lengths, projection=projection, share=share):
         offers.append(layer)
         report(len(offers), len(model.blocks))
     ordinary = _flops(model)
@@ -93,7 +96,7 @@ def _lengths(grid_size: GridSize) -> list[int]:
 
 
 def _offers(
-    model: VisionTransformer, tokens: Tensor, lengths: list[int], *, projection: str, share: Share
+    model: VisionTransformer, streams: Streams, lengths: list[int], *, projection: str, share: Share
 ) -> Iterator[list[Offer]]:
     """For each layer what each length costs and loses, from the shortest, and ordinary attention last."""
     depth = len(model.blocks)
@@ -104,7 +107,7 @@ def _offers(
         converted = convert_unchecked(model, k=k, projection=projection, share=share)
         flops[k] = _flops(converted) / depth
         projections[k] = [(each.key_projection, each.value_projection) for each in attentions(converted)]
-    for errors in _errors(model, converted, projections, tokens):
+    for errors in _errors(model, converted, projections, streams):
         yield [*(Offer(k, flops[k], error) for k, error in errors.items()), ordinary]
 
 
@@ -116,12 +119,11 @@ def _choose(offers: list[list[Offer]], budget: float) -> list[Offer] | None:
 
 
 def _errors(
-    model: VisionTransformer, converted: LinformerViT, projections: dict[int, list[Pair]], tokens: Tensor
+    model: VisionTransformer, converted: LinformerViT, projections: dict[int, list[Pair]], streams: Streams
 ) -> Iterator[dict[int, float]]:
     """For each layer, by length, about the mean square error of the last tokens, all other layers being exact."""
-    streams = Streams(tokens, tokens, len(tokens), model.num_prefix_tokens, batch_size=4)
     middle = list(projections)[len(projections) // 2]
-    last = streams.map(partial(_finish, model, 0), tokens)
+    last = streams.map(partial(_finish, model, 0), streams.original)
     for layer, (block, own) in enumerate(zip(model.blocks, converted.blocks)):
         wanted = streams.map(partial(attended, block), streams.original)
         weights = streams.weights(wanted)

@@ -25,16 +25,33 @@ class Streams:
     num_held_out: int
     num_prefix_tokens: int
     batch_size: int
+    # Whether blocks compute in bfloat16; what is between them is in single precision all the same.
+    amp: bool = False
 
     @property
     def num_fitted(self) -> int:
         """Images that weights are fitted to."""
         return len(self.original) - self.num_held_out
 
+    def held_out(self, tensor: Tensor) -> Tensor:
+        """Of a tensor (n, …) the images that no weight is fitted to."""
+        return tensor[self.num_fitted :]
+
     def map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """`function` of tensors (n, …), a batch of images at a time."""
-        with torch.no_grad():
-            return torch.cat([function(*parts) for parts in self.batches(*tensors)])
+        out, begun = tensors[0], 0
+        with torch.no_grad(), self.precision():
+            for parts in self.batches(*tensors):
+                part = function(*parts)
+                # Not a list that is put together in the end: that would take the memory twice.
+                out = out if begun else part.new_empty(len(tensors[0]), *part.shape[1:])
+                out[begun : begun + len(part)] = part
+                begun += len(part)
+        return out
+
+    def precision(self) -> torch.autocast:
+        """In which blocks compute."""
+        return torch.autocast(self.original.device.type, torch.bfloat16, enabled=self.amp)
 
     def batches(self, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """The tensors' batches of images, side by side."""

@@ -138,7 +138,6 @@ def test_an_interruption_keeps_what_is_fitted(
         (["--layers", "x"], 2, "--layers 'x' is no layer and no range of layers, such as 3 or 6-11"),
         (["--speedup", "2"], 2, "--speedup is of a plan: leave out --k, or give --k plan"),
         (["--distill-steps", "3", "--distill-minutes", "1"], 2, "--distill-steps and --distill-minutes say the same"),
-        (["--amp"], 2, "--amp is of the distillation"),
         (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
         (["--images", "nowhere"], 1, "nowhere"),
         (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: there is no folder nowhere; make it first"),

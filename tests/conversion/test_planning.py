@@ -6,7 +6,6 @@ from vits import make_images, make_streams, make_vit
 
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.planning import Offer, _choose, _offers, plan_lengths
-from linvit.conversion.streams import embed
 
 
 def plan(speedup, model=None, **kwargs):
@@ -44,7 +43,8 @@ def test_layers_that_lose_nothing_are_shortened_first():
 def test_errors_are_those_of_the_last_tokens():
     model, images = make_vit(patch_size=4, mlp_ratio=1.0), make_images(4)
     lengths = [16, 36, 64]
-    offers = list(_offers(model, embed(model, images), lengths, projection="separable", share="kv"))
+    streams = make_streams(model, fitted=0, held_out=4)
+    offers = list(_offers(model, streams, lengths, projection="separable", share="kv"))
     wanted = model.forward_features(images)
     for layer, (_, middle, _, ordinary) in enumerate(offers):
         found = convert_vit(model, k=[36 if each == layer else None for each in range(3)]).forward_features(images)
