@@ -29,6 +29,7 @@ PANELS = {
     "patch_cosine": "patch tokens' cosine to the original's",
     "knn": "k-NN accuracy, %",
     "linear": "linear probe, %",
+    "linear_with_patches": "linear probe with patches, %",
 }
 
 
@@ -37,9 +38,14 @@ def convert(case: list[str], args: argparse.Namespace, output: Path) -> None:
         return
     source = [args.model, "--weights", str(args.weights), "--images", str(args.data / "train")]
     fit = ["--img-size", str(args.img_size), "--num-images", str(args.num_images), "--rounds", str(args.rounds)]
-    command = [sys.executable, "-m", "linvit", "convert", *source, "-o", str(output), *case, *fit, *args.options]
+    command = [sys.executable, "-m", "linvit", "convert", *source, "-o", str(output), *case, *fit, *amp(args)]
+    command += args.options
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
+
+
+def amp(args: argparse.Namespace) -> list[str]:
+    return ["--amp"] if args.amp else []
 
 
 def probe(outputs: list[Path], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -48,14 +54,13 @@ def probe(outputs: list[Path], args: argparse.Namespace) -> list[dict[str, Any]]
     models = [f"{args.model}={args.weights}", *(f"local-dir:{output}" for output in outputs)]
     size = ["--img-size", str(args.img_size), "--cache", str(args.work / "features"), "--json", str(found)]
     counts = ["--num-images", str(args.probe)]
-    amp = ["--amp"] if args.amp else []
-    subprocess.run([sys.executable, str(script), str(args.data), *models, *size, *counts, *amp], check=True)
+    subprocess.run([sys.executable, str(script), str(args.data), *models, *size, *counts, *amp(args)], check=True)
     rows: list[dict[str, Any]] = json.loads(found.read_text())["rows"]
     return rows
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(17, 4.6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         for kind, marker in zip(dict.fromkeys(row["case"] for row in rows), "*osD^v"):
             points = sorted((row["times_faster"], row[name]) for row in rows if row["case"] == kind)
@@ -77,7 +82,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--probe", type=int, default=500, help="images that features are probed on")
-    parser.add_argument("--amp", action="store_true", help="features of all models in bfloat16")
+    parser.add_argument("--amp", action="store_true", help="fit, and features of all models, in bfloat16")
     parser.add_argument("--only", nargs="*", help="names of cases; all if none")
     parser.add_argument("--options", nargs="*", default=[], help="further options of linvit convert, without --")
     parser.add_argument("--work", type=Path, required=True)

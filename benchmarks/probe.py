@@ -5,7 +5,8 @@
 Features are what the model gives without its classifier, of images of DATA/val, as many of each class as of any other.
 Ten-fold: each image is classified by what was learnt from the other nine tenths. Neighbours: k = 20, votes weighted
 by exp(cosine / 0.07) as in Caron et al. 2021, section 4.1. Linear probe: logistic regression on standardised features;
-a tenth of what it learns from decides which L2 it takes.
+a tenth of what it learns from decides which L2 it takes. Once more with the mean of the patch tokens beside them, as in
+Oquab et al. 2023 (DINOv2), appendix B.3.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from provenance import provenance
+from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,15 +49,17 @@ def draw(images: ImageSet, count: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def features_of(
-    model: torch.nn.Module, images: ImageSet, indices: Sequence[int], spec: InputSpec, *, amp: bool
+    model: VisionTransformer, images: ImageSet, indices: Sequence[int], spec: InputSpec, *, amp: bool
 ) -> Tensor:
-    """(N, D) float32; with `amp` the model computes in bfloat16."""
+    """What the model gives, and the mean of its patch tokens: (N, 2, D) float32; with `amp` it computes in bfloat16."""
     pipeline = build_eval_pipeline(spec)
     rows = []
     for index in indices:
         pixels = torch.from_numpy(pipeline(image=images.read(index))["image"])[None]
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            rows.append(model(normalize(pixels, spec)).float())
+            tokens = model.forward_features(normalize(pixels, spec))
+            given = model.forward_head(tokens)
+        rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1))
     return torch.cat(rows)
 
 
@@ -113,7 +117,7 @@ def by_folds(hits: Callable[..., Tensor], features: Tensor, labels: Tensor, seed
     return found
 
 
-def create(source: str, size: int | None) -> torch.nn.Module:
+def create(source: str, size: int | None) -> VisionTransformer:
     name, _, weights = source.partition("=")
     arguments = {"img_size": size} if size else {}
     if weights:
@@ -121,6 +125,7 @@ def create(source: str, size: int | None) -> torch.nn.Module:
         model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **arguments)
     else:
         model = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+    assert isinstance(model, VisionTransformer)
     return model.eval()
 
 
@@ -159,9 +164,11 @@ def main() -> None:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(features, path)
+        given, patches = features.unbind(1)
         hits = {
-            "knn": by_folds(knn_hits, features, labels, args.seed),
-            "linear": by_folds(probe_hits, features, labels, args.seed),
+            "knn": by_folds(knn_hits, given, labels, args.seed),
+            "linear": by_folds(probe_hits, given, labels, args.seed),
+            "linear_with_patches": by_folds(probe_hits, torch.cat([given, patches], dim=1), labels, args.seed),
         }
         reference = reference or (features, hits)
         row = {
@@ -176,7 +183,9 @@ def main() -> None:
                 f"{name}_less_stderr": 100 * (reference[1][name].float() - each.float()).std().item() / len(each) ** 0.5
                 for name, each in hits.items()
             },
-            "cosine": F.cosine_similarity(features, reference[0], dim=1).mean().item(),
+            "cosine": F.cosine_similarity(given, reference[0][:, 0], dim=1).mean().item(),
+            # Of the features' variance, each standardised by the first model's, what is not the first model's.
+            "variance_lost": ((given - reference[0][:, 0]) / reference[0][:, 0].std(0)).square().mean().item(),
             "seconds": time.perf_counter() - started,
         }
         rows.append(row)
