@@ -14,7 +14,7 @@ from linvit.commandline import UsageError, check_files
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.descent import Descent
 from linvit.conversion.distil import DistilOptions, distil
-from linvit.conversion.fidelity import Fidelity, compare
+from linvit.conversion.fidelity import Comparison, Fidelity
 from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
 from linvit.conversion.layouts import read_layout
 from linvit.conversion.options import ConvertOptions
@@ -102,11 +102,11 @@ class _Conversion:
             converted = self._convert(streams)
             for size in self.options.target_size:
                 _check_target(converted, size)
-            held_out = self.sample.held_out()
-            fidelity = {"pooled": self._compare(converted, held_out)}
+            held_out = Comparison(self.original, self.sample.held_out(), batch_size=self.options.batch_size)
+            fidelity = {"pooled": held_out.of(converted)}
             fits = self._fit(converted, streams)
             del streams
-            fidelity["fitted"] = self._compare(converted, held_out)
+            fidelity["fitted"] = held_out.of(converted)
             if self.options.distill_steps is not None or self.options.distill_minutes is not None:
                 fidelity["distilled"] = self._distil(converted, held_out)
             speeds = self._time(converted)
@@ -159,7 +159,7 @@ class _Conversion:
         options = FitOptions(Descent(self.options.steps), max_error=self.options.max_error, seed=self.options.seed)
         return fit_layers(self.original, converted, streams, options, done=done, report=report)
 
-    def _distil(self, converted: LinformerViT, held_out: torch.Tensor) -> Fidelity:
+    def _distil(self, converted: LinformerViT, held_out: Comparison) -> Fidelity:
         task = self.bar.add_task("distilling", total=100)
         given = self.options
         options = DistilOptions(given.distill_steps, given.distill_minutes, given.distill_rate, given.amp)
@@ -169,11 +169,8 @@ class _Conversion:
             self.sample.endless(),
             held_out,
             options,
-            report=lambda share, fidelity: self.bar.update(task, completed=100 * share),
+            report=lambda share: self.bar.update(task, completed=100 * share),
         )
-
-    def _compare(self, converted: LinformerViT, images: torch.Tensor) -> Fidelity:
-        return compare(self.original, converted, images, batch_size=self.options.batch_size)
 
     def _time(self, converted: LinformerViT) -> list[Speed]:
         rounds = self.options.rounds

@@ -15,7 +15,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from linvit.conversion.fidelity import Fidelity, compare
+from linvit.conversion.fidelity import Comparison, Fidelity
 from linvit.conversion.streams import embed, token_weights
 from linvit.vit import LinformerViT
 
@@ -23,14 +23,15 @@ from linvit.vit import LinformerViT
 NUM_TAPS = 4
 WARMUP = 0.05
 LARGEST_GRADIENT = 1.0
-NUM_CHECKS = 10
+# On the images held out, evenly spaced; as the rate falls, the last ones are mostly the best.
+NUM_CHECKS = 5
 
 
 @dataclass(frozen=True)
 class DistilOptions:
     """How long: optimizer steps, or minutes by the clock, whichever is given; the rate of AdamW; whether in bfloat16.
 
-    Weights, losses and the comparison on the images held out are in single precision all the same.
+    Weights, losses and the comparison in the end are in single precision all the same.
     """
 
     steps: int | None = None
@@ -46,29 +47,29 @@ def distil(
     original: VisionTransformer,
     converted: LinformerViT,
     batches: Iterator[Tensor],
-    held_out: Tensor,
+    held_out: Comparison,
     options: DistilOptions,
     *,
-    report: Callable[[float, Fidelity], object] = lambda share, fidelity: None,
+    report: Callable[[float], object] = lambda share: None,
 ) -> Fidelity:
     """Train `converted` in place; returns what it is like in the end.
 
     Args:
         original, converted: in evaluation mode, in which they stay.
         batches: images (B, 3, H, W), without end.
-        held_out: images to choose the best weights by.
+        held_out: images to choose the best weights by, with what the original makes of them.
         options: how long.
-        report: told the share of the way gone, and the fidelity there, a few times.
+        report: told the share of the way gone, after each step.
     """
     optimizer = torch.optim.AdamW(converted.parameters(), lr=options.rate, weight_decay=0.0)
-    batch_size = len(first := next(batches))
-    best = fidelity = compare(original, converted, held_out, batch_size=batch_size)
+    best = held_out.of(converted, amp=options.amp)
     state = {name: value.clone() for name, value in converted.state_dict().items()}
     clock = _Clock(options)
-    images, checks = first, 0
+    checks = 0
     while (share := clock.share) < 1:
         for group in optimizer.param_groups:
             group["lr"] = options.rate * min(1.0, share / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
+        images = next(batches)
         optimizer.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
             given = loss(original, converted, images)
@@ -78,13 +79,12 @@ def distil(
         clock.tick()
         if clock.share * NUM_CHECKS >= checks + 1:
             checks = int(clock.share * NUM_CHECKS)
-            fidelity = compare(original, converted, held_out, batch_size=batch_size)
-            report(min(clock.share, 1.0), fidelity)
+            fidelity = held_out.of(converted, amp=options.amp)
             if fidelity.mean_cosine > best.mean_cosine:
                 best, state = fidelity, {name: value.clone() for name, value in converted.state_dict().items()}
-        images = next(batches)
+        report(min(clock.share, 1.0))
     converted.load_state_dict(state)
-    return best
+    return held_out.of(converted)
 
 
 def loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -> Tensor:

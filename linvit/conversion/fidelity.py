@@ -28,27 +28,49 @@ class Fidelity:
         return sum(self.cosines) / len(self.cosines)
 
 
-@torch.no_grad()
+class Comparison:
+    """Images, and what the original makes of them, in single precision.
+
+    Args:
+        original: in evaluation mode.
+        images: (n, 3, H, W).
+        batch_size: of them at once.
+    """
+
+    def __init__(self, original: VisionTransformer, images: Tensor, *, batch_size: int) -> None:
+        self.original, self.batches = original, images.split(batch_size)
+        with torch.no_grad():
+            self.theirs = [_features(original, batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def of(self, converted: VisionTransformer, *, amp: bool = False) -> Fidelity:
+        """How near a model is, in evaluation mode; with `amp` it computes in bfloat16, in which it is a bit farther."""
+        original, rows = self.original, []
+        for batch, (tokens, pooled, logits) in zip(self.batches, self.theirs):
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
+                own = [each.float() for each in _features(converted, batch)]
+            cosines = torch.cosine_similarity(tokens, own[0], dim=-1)
+            row = [cosines[:, 0], cosines[:, original.num_prefix_tokens :].mean(1)]
+            row.append(torch.cosine_similarity(pooled, own[1]))
+            row.append((logits.argmax(1) == own[2].argmax(1)).float())
+            rows.append(torch.stack(row))
+        class_cosine, patch_cosine, feature_cosine, agreement = torch.cat(rows, dim=1).mean(1).tolist()
+        return Fidelity(
+            num_images=sum(map(len, self.batches)),
+            class_cosine=class_cosine if original.has_class_token else None,
+            patch_cosine=patch_cosine,
+            feature_cosine=feature_cosine if original.global_pool else None,
+            top1_agreement=agreement if original.num_classes > 0 else None,
+        )
+
+
+def _features(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens behind the last norm (B, T, D), what the classifier reads and what it says, both (B, ·)."""
+    tokens = model.forward_features(images)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    return tokens, pooled.flatten(1), model.head(pooled).flatten(1)
+
+
 def compare(original: VisionTransformer, converted: VisionTransformer, images: Tensor, *, batch_size: int) -> Fidelity:
-    """Both models on images (B, 3, H, W), in evaluation mode."""
-    rows = []
-    for batch in images.split(batch_size):
-        theirs, own = original.forward_features(batch), converted.forward_features(batch)
-        prefix = original.num_prefix_tokens
-        cosines = torch.cosine_similarity(theirs, own, dim=-1)
-        row = [cosines[:, 0], cosines[:, prefix:].mean(1)]
-        pooled = [
-            model.forward_head(tokens, pre_logits=True) for model, tokens in ((original, theirs), (converted, own))
-        ]
-        row.append(torch.cosine_similarity(*(each.flatten(1) for each in pooled)))
-        logits = [model.head(each) for model, each in zip((original, converted), pooled)]
-        row.append((logits[0].flatten(1).argmax(1) == logits[1].flatten(1).argmax(1)).float())
-        rows.append(torch.stack(row))
-    class_cosine, patch_cosine, feature_cosine, agreement = torch.cat(rows, dim=1).mean(1).tolist()
-    return Fidelity(
-        num_images=len(images),
-        class_cosine=class_cosine if original.has_class_token else None,
-        patch_cosine=patch_cosine,
-        feature_cosine=feature_cosine if original.global_pool else None,
-        top1_agreement=agreement if original.num_classes > 0 else None,
-    )
+    """Both models on images (n, 3, H, W), in evaluation mode."""
+    return Comparison(original, images, batch_size=batch_size).of(converted)

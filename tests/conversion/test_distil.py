@@ -10,27 +10,25 @@ import linvit.conversion.speed
 from linvit.bench.specs import build, parse_spec
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.distil import DistilOptions, distil, loss
-from linvit.conversion.fidelity import compare
+from linvit.conversion.fidelity import Comparison, compare
 from linvit.conversion.speed import at_size, measure_speed, model_spec
 
 
 def distilled(options, model=None, **kwargs):
     model = model or make_vit()
     converted = convert_vit(model, k=9)
-    held_out = make_images(8, seed=5)
-    before = compare(model, converted, held_out, batch_size=8)
+    held_out = Comparison(model, make_images(8, seed=5), batch_size=8)
+    before = held_out.of(converted)
     batches = itertools.cycle(make_images(32, seed=6).split(8))
     return model, converted, before, distil(model, converted, batches, held_out, options, **kwargs)
 
 
 def test_distillation_comes_nearer():
     reports = []
-    model, converted, before, after = distilled(
-        DistilOptions(steps=40, rate=1e-3), report=lambda share, fidelity: reports.append((share, fidelity))
-    )
+    model, converted, before, after = distilled(DistilOptions(steps=40, rate=1e-3), report=reports.append)
     assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
     assert after == compare(model, converted, make_images(8, seed=5), batch_size=8)
-    assert [round(share, 1) for share, _ in reports] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert reports == pytest.approx([(step + 1) / 40 for step in range(40)])
     assert not converted.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -39,7 +37,7 @@ def test_distillation_in_bfloat16_comes_nearer_too():
     model, converted, before, after = distilled(DistilOptions(steps=40, rate=1e-3, amp=True))
     assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
     assert all(parameter.dtype == torch.float32 for parameter in converted.parameters())
-    # The comparison is not in bfloat16, in which equal models would differ.
+    # The comparison in the end is not in bfloat16, in which equal models would differ.
     assert after == compare(model, converted, make_images(8, seed=5), batch_size=8)
 
 
@@ -66,7 +64,11 @@ def test_nothing_is_lost_between_equals(num_classes):
     assert loss(model, same, images) == pytest.approx(0, abs=1e-6)
     assert loss(model, other, images) > 1e-3
     fidelity = compare(model, same, images, batch_size=2)
+    assert fidelity.num_images == 3
     assert fidelity.cosines == pytest.approx([1, 1, 1])
+    rounded = Comparison(model, images, batch_size=2).of(same, amp=True)
+    assert rounded.cosines == pytest.approx([1, 1, 1], abs=1e-3)
+    assert rounded.cosines != fidelity.cosines
     assert fidelity.top1_agreement == (1.0 if num_classes else None)
 
 

@@ -10,7 +10,7 @@ from vits import make_images, make_streams, make_vit
 from linvit.conversion.closedform import Moments, best_change, change, solutions, with_ones, without
 from linvit.conversion.convert import convert_vit, projected_lengths
 from linvit.conversion.descent import Descent
-from linvit.conversion.fit import FitOptions, fit_layers
+from linvit.conversion.fit import PATCHES_FITTED, FitOptions, _draw, fit_layers
 from linvit.conversion.state import FitState
 from linvit.conversion.streams import PREFIX_SHARE, token_weights
 
@@ -60,6 +60,43 @@ def test_descent_helps_where_the_closed_form_cannot():
 def test_a_descent_that_goes_wrong_is_not_kept(monkeypatch):
     monkeypatch.setattr("linvit.conversion.descent.RATE", 10.0)
     assert fit(BOTH)[2] == fit(CLOSED_FORM)[2]
+
+
+def test_some_patches_stand_for_all():
+    tokens, counts = _draw(5 + 1000, 5, torch.Generator())
+    assert len(tokens) == len(set(tokens.tolist())) == 5 + PATCHES_FITTED
+    assert tokens[:5].tolist() == list(range(5))
+    assert int(tokens.max()) < 1005
+    assert counts[:5].tolist() == [1] * 5
+    assert float(counts[5:].sum()) == pytest.approx(1000)
+    tokens, counts = _draw(10, 1, torch.Generator())
+    assert sorted(tokens.tolist()) == list(range(10))
+    assert counts.tolist() == [1] * 10
+
+
+def test_a_part_of_the_patches_teaches_about_as_much(monkeypatch):
+    whole = fit(fitted=48)[2]
+    monkeypatch.setattr("linvit.conversion.fit.PATCHES_FITTED", 16)
+    part = fit(fitted=48)[2]
+    for one, other in zip(part, whole):
+        assert one.error_after < one.error_before
+        assert one.block_error == pytest.approx(other.block_error, rel=0.1)
+        assert one.block_error != other.block_error
+
+
+def test_in_bfloat16_it_comes_as_near():
+    model = make_vit()
+    single, half = (convert_vit(model, k=9) for _ in range(2))
+    exact = fit_layers(model, single, make_streams(model), CLOSED_FORM)
+    streams = make_streams(model)
+    streams.amp = True
+    rounded = fit_layers(model, half, streams, CLOSED_FORM)
+    assert streams.converted.dtype == torch.float32
+    assert {value.dtype for value in half.state_dict().values()} == {torch.float32}
+    for one, other in zip(rounded, exact):
+        assert one.error_after == pytest.approx(other.error_after, rel=0.05)
+        assert one.error_after != other.error_after
+    assert difference(model, half) == pytest.approx(difference(model, single), rel=0.05)
 
 
 def test_layers_before_the_first_that_is_converted_stay_as_they_are():
@@ -177,6 +214,14 @@ def test_the_closed_form_is_weighted_ridge_regression(has_bias, monkeypatch):
     assert none[:-1].norm() < some[:-1].norm() < free[:-1].norm()
     if not has_bias:
         assert free[-1].abs().max() == 0
+
+
+def test_what_is_the_same_in_all_rows_leaves_only_the_penalised(monkeypatch):
+    monkeypatch.setattr("linvit.conversion.closedform.PENALTIES", (1.0, 0.0))
+    moments = Moments.empty(6, 3, torch.device("cpu"))
+    moments.add(torch.zeros(4, 6), torch.ones(4, 3), torch.ones(4))
+    (found,) = solutions(moments, has_bias=True)
+    assert found.tolist() == [[0.0] * 3] * 6 + [[1.0] * 3]
 
 
 def test_the_change_is_what_gains_most_on_other_images():
