@@ -14,6 +14,7 @@ from linvit.commandline import UsageError, check_files
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.descent import Descent
 from linvit.conversion.distil import DistilOptions, distil
+from linvit.conversion.earlier import load_earlier
 from linvit.conversion.fidelity import Comparison, Fidelity
 from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
 from linvit.conversion.layouts import read_layout
@@ -79,6 +80,8 @@ class _Conversion:
         self.classifier = _load(options)
         assert isinstance(self.classifier.model, VisionTransformer)
         self.original = self.classifier.model.to(device, torch.float32)
+        start = options.start_from
+        self.earlier = None if start is None else load_earlier(start, self.original)
         self.sample = Sample(
             options.images,
             input_spec(self.classifier, img_size=options.size),
@@ -92,6 +95,7 @@ class _Conversion:
             **options.model_dump(mode="json", include=set(_FITTED_BY)),
             "weights": sha256_of(weights) if weights.is_file() else self.classifier.weights,
             "images": self.sample.paths,
+            "start_from": self.earlier and sha256_of(Path(self.earlier.weights)),
         }
         self.state = FitState(options.output, settings)
         self.bar = progress_bar()
@@ -103,7 +107,8 @@ class _Conversion:
             for size in self.options.target_size:
                 _check_target(converted, size)
             held_out = Comparison(self.original, self.sample.held_out(), batch_size=self.options.batch_size)
-            fidelity = {"pooled": held_out.of(converted)}
+            beginning = "pooled" if self.earlier is None else "before"
+            fidelity = {beginning: held_out.of(converted)}
             fits = self._fit(converted, streams)
             del streams
             fidelity["fitted"] = held_out.of(converted)
@@ -125,6 +130,9 @@ class _Conversion:
 
     def _convert(self, streams: Streams) -> LinformerViT:
         options = self.options
+        if self.earlier is not None:
+            assert isinstance(self.earlier.model, LinformerViT)
+            return self.earlier.model.to(streams.original.device, torch.float32)
         k: ProjectedLength
         if options.k == "plan":
             k = self.state.plan(lambda: self._plan(streams))

@@ -113,16 +113,20 @@ def nearest_name(layout: dict[str, Any]) -> str:
     return min((name.partition(".")[0] for name in models.default_cfgs), key=distance)
 
 
+def without_counterpart(model: VisionTransformer, converted: LinformerViT) -> set[str]:
+    """Weights and buffers, but for E and F, that only one of the two has, or in another shape."""
+    own, theirs = converted.state_dict(), model.state_dict()
+    extra = {name for name in own if name not in theirs}
+    foreign = {name for name in extra if "key_projection." not in name and "value_projection." not in name}
+    missing = {name for name, value in theirs.items() if name not in own or own[name].shape != value.shape}
+    return foreign | missing
+
+
 def _copy_weights(model: VisionTransformer, converted: LinformerViT) -> None:
     """All weights and buffers, and which of them are trained; ValueError where any but E and F would be left over."""
-    own, theirs = converted.state_dict(), model.state_dict()
-    fresh = {name for name in own if name not in theirs}
-    foreign = {name for name in fresh if "key_projection." not in name and "value_projection." not in name}
-    differing = foreign | (theirs.keys() - own.keys())
-    differing |= {name for name in theirs.keys() & own.keys() if theirs[name].shape != own[name].shape}
-    if differing:
+    if differing := without_counterpart(model, converted):
         raise ValueError(f"this VisionTransformer cannot be converted: its {compact(differing)} have no counterpart")
-    converted.load_state_dict({**theirs, **{name: own[name] for name in fresh}})
+    converted.load_state_dict({**converted.state_dict(), **model.state_dict()})
     is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in converted.named_parameters():
         parameter.requires_grad_(is_trained.get(name, True))

@@ -79,7 +79,7 @@ def fit_layers(
         if layer < len(done):
             middle = _behind_attention(own, streams, _heads(own, streams))
         else:
-            middle, before, after = _fit_attention(converted, layer, streams, wanted, options)
+            middle, before, after = _fit_attention(block, converted, layer, streams, wanted, options)
         streams.original = streams.map(partial(fed_forward, block), wanted)
         if layer >= len(done) and not _is_untouched(converted, layer):
             _refit_mlp(own, streams, middle, streams.original, _generator(options, layer))
@@ -91,11 +91,10 @@ def fit_layers(
 
 
 def _fit_attention(
-    converted: LinformerViT, layer: int, streams: Streams, wanted: Tensor, options: FitOptions
+    original: Block, converted: LinformerViT, layer: int, streams: Streams, wanted: Tensor, options: FitOptions
 ) -> tuple[Tensor, float, float]:
     """Fit the attention of one layer; returns the tokens behind it, and its error before and after."""
     block, weights = converted.blocks[layer], streams.weights(wanted)
-    original_weights = {name: value.clone() for name, value in block.attn.state_dict().items()}
     before = _error(streams, streams.map(partial(attended, block), streams.held_out(streams.converted)), wanted)
     if block.attn.projections() is not None:
         parameters = _own_parameters(block.attn, converted.share)
@@ -105,7 +104,7 @@ def _fit_attention(
         if options.max_error is None or after <= options.max_error:
             return middle, before, after
         use_ordinary_attention(converted, [layer])
-        block.attn.load_state_dict({name: original_weights[name] for name in block.attn.state_dict()})
+        block.attn.load_state_dict(original.attn.state_dict())
     if _is_untouched(converted, layer):
         middle = _behind_attention(block, streams, _heads(block, streams))
     else:

@@ -35,6 +35,11 @@ class ConvertOptions(BaseModel):
     )
     projection: str = Field("separable", description="kind of E and F")
     share: Literal["none", "headwise", "kv", "layerwise"] = Field("kv", description="who shares E and F")
+    start_from: Path | None = Field(
+        None,
+        description="folder of an earlier conversion of the same model, as at a smaller size, where more "
+        "images are fitted in the time; it brings k, projection and share along",
+    )
     img_size: ImageSize | None = Field(
         None, description="size to convert at, as 518 or 768x512; the model's own if none"
     )
@@ -83,6 +88,9 @@ class ConvertOptions(BaseModel):
             raise ValueError("--speedup is of a plan: leave out --k, or give --k plan")
         if self.layers and not isinstance(self.k, int):
             raise ValueError("--layers goes with one length for all of them: give --k N")
+        brought = [name for name in ("k", "speedup", "layers", "projection", "share") if name in self.model_fields_set]
+        if self.start_from is not None and brought:
+            raise ValueError(f"--start-from brings its own along: leave out --{brought[0]}")
         if self.distill_steps is not None and self.distill_minutes is not None:
             raise ValueError("--distill-steps and --distill-minutes say the same: give one")
         return self

@@ -31,11 +31,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(data: Path, weights: Path, output: Path, *options: str, k: tuple[str, ...] = ("9",)) -> int:
+    """With `k` of nothing `--k` is left out."""
     return main(
         [
-            *("convert", NAME, "--weights", str(weights), "--images", str(data), "-o", str(output), "--k", *k),
+            *("convert", NAME, "--weights", str(weights), "--images", str(data), "-o", str(output)),
             *("--img-size", "64", "--model-kwargs", *MODEL, "--rounds", "0", "--num-images", "16"),
-            *("--device", "cpu", *options),
+            *("--device", "cpu", *(("--k", *k) if k else ()), *options),
         ]
     )
 
@@ -75,6 +76,28 @@ def test_distillation_plan_and_layers(data: Path, weights: Path, tmp_path: Path)
     assert any(k is not None for k in lengths)
     assert convert(data, weights, tmp_path / "c", k=("none", "9", "16")) == 0
     assert json.loads((tmp_path / "c/convert.json").read_text())["k"] == [None, 9, 16]
+
+
+def test_it_goes_on_from_an_earlier_one_at_another_size(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(data, weights, tmp_path / "small", k=("9", "none", "16")) == 0
+    small, larger = ("--start-from", str(tmp_path / "small")), ("--img-size", "96")
+    assert convert(data, weights, tmp_path / "large", *small, *larger, k=()) == 0
+    results = json.loads((tmp_path / "large/convert.json").read_text())
+    assert (results["k"], results["img_size"]) == ([9, None, 16], [96, 96])
+    before, fitted = (results["fidelity"][name]["patch_cosine"] for name in ("before", "fitted"))
+    assert convert(data, weights, tmp_path / "new", *larger, k=("9", "none", "16")) == 0
+    pooled = json.loads((tmp_path / "new/convert.json").read_text())["fidelity"]["pooled"]["patch_cosine"]
+    assert pooled < before < fitted
+    for wrong, words in (
+        (("--start-from", str(data)), "is neither a run nor a folder with config.json"),
+        ((*small, "--k", "9"), "--start-from brings its own along: leave out --k"),
+    ):
+        capsys.readouterr()
+        assert convert(data, weights, tmp_path / "wrong", *wrong, k=()) > 0
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "wrong").exists()
 
 
 def test_both_models_are_timed(data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
