@@ -95,6 +95,7 @@ class _Conversion:
             **options.model_dump(mode="json", include=set(_FITTED_BY)),
             "weights": sha256_of(weights) if weights.is_file() else self.classifier.weights,
             "images": self.sample.paths,
+            "planned_for": options.target_size[:1] if options.k == "plan" else (),
             "start_from": self.earlier and sha256_of(Path(self.earlier.weights)),
         }
         self.state = FitState(options.output, settings)
@@ -145,12 +146,14 @@ class _Conversion:
 
     def _plan(self, streams: Streams) -> list[int | None]:
         task = self.bar.add_task("planning", total=None)
+        sizes = self.options.target_size
         return plan_lengths(
             self.original,
             streams.original[:IMAGES_PLANNED_ON],
             speedup=self.options.speedup or DEFAULT_SPEEDUP,
             projection=self.options.projection,
             share=self.options.share,
+            at=height_and_width(sizes[0]) if sizes else None,
             amp=self.options.amp,
             report=lambda done, total: self.bar.update(task, completed=done, total=total),
         )

@@ -28,7 +28,9 @@ class ConvertOptions(BaseModel):
         description="projected length: one number; one per layer ('none' is ordinary attention there); or plan, which "
         "tries lengths in each layer and takes those that lose least at --speedup",
     )
-    speedup: float | None = Field(None, gt=1, description="of a plan: so many times fewer operations (default: 1.5)")
+    speedup: float | None = Field(
+        None, gt=1, description="of a plan: so many times fewer operations, at the first --target-size (default: 1.5)"
+    )
     layers: tuple[str, ...] = Field(
         (),
         description="layers to convert, from 0, as 6-11 or 3 5 7-9; the others keep ordinary attention (default: all)",
@@ -63,7 +65,7 @@ class ConvertOptions(BaseModel):
         None, gt=0, lt=1, description="refuse a model whose features have a lower cosine to the original's than this"
     )
     target_size: tuple[ImageSize, ...] = Field(
-        (), description="sizes to time at, beside the original; the size of the conversion if none"
+        (), description="sizes it is meant for: planned for the first, timed at all; the size of the conversion if none"
     )
     rounds: int = Field(5, ge=0, description="how often both are timed at each size; 0 leaves it out")
     json_file: Path | None = Field(None, description="file for the results, which also lie in OUT/convert.json")

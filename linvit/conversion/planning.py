@@ -49,6 +49,7 @@ def plan_lengths(
     speedup: float,
     projection: str,
     share: Share,
+    at: tuple[int, int] | None = None,
     amp: bool = False,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[int | None]:
@@ -60,6 +61,7 @@ def plan_lengths(
         speedup: of the whole model, in operations; time falls by more where sequences are long.
         projection: kind of E and F, not fitted yet.
         share: who shares E and F; "layerwise" takes one length for all layers that it shortens.
+        at: (height, width) of the images whose operations count; the model's own if none.
         amp: whether blocks compute in bfloat16.
 
     Raises ValueError where no lengths are that fast.
@@ -69,10 +71,10 @@ def plan_lengths(
     lengths = _lengths(model.patch_embed.grid_size)
     streams = Streams(tokens, tokens, len(tokens), model.num_prefix_tokens, batch_size=4, amp=amp)
     offers = []
-    for layer in _offers(model, streams, lengths, projection=projection, share=share):
+    for layer in _offers(model, streams, lengths, projection=projection, share=share, at=at):
         offers.append(layer)
         report(len(offers), len(model.blocks))
-    ordinary = _flops(model)
+    ordinary = _flops(model, at)
     if share == "layerwise":
         plans = [_choose([[each[i], each[-1]] for each in offers], ordinary / speedup) for i in range(len(lengths))]
     else:
@@ -96,16 +98,22 @@ def _lengths(grid_size: GridSize) -> list[int]:
 
 
 def _offers(
-    model: VisionTransformer, streams: Streams, lengths: list[int], *, projection: str, share: Share
+    model: VisionTransformer,
+    streams: Streams,
+    lengths: list[int],
+    *,
+    projection: str,
+    share: Share,
+    at: tuple[int, int] | None = None,
 ) -> Iterator[list[Offer]]:
     """For each layer what each length costs and loses, from the shortest, and ordinary attention last."""
     depth = len(model.blocks)
-    ordinary = Offer(None, _flops(model) / depth, 0.0)
+    ordinary = Offer(None, _flops(model, at) / depth, 0.0)
     flops: dict[int, float] = {}
     projections: dict[int, list[Pair]] = {}
     for k in lengths:
         converted = convert_unchecked(model, k=k, projection=projection, share=share)
-        flops[k] = _flops(converted) / depth
+        flops[k] = _flops(converted, at) / depth
         projections[k] = [(each.key_projection, each.value_projection) for each in attentions(converted)]
     for errors in _errors(model, converted, projections, streams):
         yield [*(Offer(k, flops[k], error) for k, error in errors.items()), ordinary]
@@ -154,10 +162,13 @@ def _lost(found: Tensor, wanted: Tensor, num_prefix_tokens: int) -> float:
     return sum(float(part.mean()) for part in parts if part.numel())
 
 
-def _flops(model: nn.Module) -> int:
-    """Operations of a forward pass on one image."""
-    bare = copy.deepcopy(model).to("meta")
+def _flops(model: nn.Module, at: tuple[int, int] | None) -> int:
+    """Operations of a forward pass on one image, of the model's own size or another."""
+    bare = copy.deepcopy(model)
     assert isinstance(bare, VisionTransformer)
+    if at is not None:
+        bare.set_input_size(img_size=at)
+    bare.to("meta")
     if isinstance(bare, LinformerViT):
         for attention in attentions(bare):
             attention.fused_attn = True

@@ -5,7 +5,7 @@ import torch
 from vits import make_images, make_streams, make_vit
 
 from linvit.conversion.convert import convert_vit
-from linvit.conversion.planning import Offer, _choose, _offers, plan_lengths
+from linvit.conversion.planning import Offer, _choose, _flops, _offers, plan_lengths
 
 
 def plan(speedup, model=None, **kwargs):
@@ -25,6 +25,15 @@ def test_the_faster_the_shorter():
     assert [cost(lengths) for lengths in plans] == sorted((cost(lengths) for lengths in plans), reverse=True)
     assert len({cost(lengths) for lengths in plans}) == 3
     assert all(k is None or 16 <= k < 256 for lengths in plans for k in lengths)
+
+
+def test_at_a_larger_size_attention_is_more_of_the_work():
+    here, there = plan(1.5), plan(1.5, at=(128, 128))
+    assert cost(there) > cost(here)
+    model = make_vit(patch_size=4, mlp_ratio=1.0)
+    converted = convert_vit(model, k=there)
+    assert _flops(model, (128, 128)) > 1.5 * _flops(converted, (128, 128))
+    assert _flops(model, None) < 1.5 * _flops(converted, None)
 
 
 def test_layers_that_lose_nothing_are_shortened_first():
