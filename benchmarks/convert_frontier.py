@@ -27,9 +27,9 @@ CASES: list[tuple[str, list[str]]] = [
 ]
 PANELS = {
     "patch_cosine": "patch tokens' cosine to the original's",
+    "variance_lost": "share of the features' variance lost",
     "knn": "k-NN accuracy, %",
     "linear": "linear probe, %",
-    "linear_with_patches": "linear probe with patches, %",
 }
 
 
@@ -63,9 +63,15 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(17, 4.6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         for kind, marker in zip(dict.fromkeys(row["case"] for row in rows), "*osD^v"):
-            points = sorted((row["times_faster"], row[name]) for row in rows if row["case"] == kind)
+            # Accuracies with the standard error of the difference to the original's, on the same images.
+            points = sorted(
+                (row["times_faster"], row[name], row.get(f"{name}_less_stderr", 0.0))
+                for row in rows
+                if row["case"] == kind
+            )
+            faster, values, errors = zip(*points)
             style = dict(markersize=11, color="black") if kind == "original" else dict(markersize=6, linewidth=1.5)
-            axes.plot(*zip(*points), marker=marker, label=kind, **style)
+            axes.errorbar(faster, values, errors, marker=marker, label=kind, capsize=2, elinewidth=0.7, **style)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("times faster than the original, forward")
         axes.grid(alpha=0.3)
