@@ -3,7 +3,8 @@
     python benchmarks/convert_frontier.py MODEL WEIGHTS DATA --img-size 518 --work FOLDER --json FILE --plot FILE
 
 Each case is one `linvit convert`, on images of DATA/train, then one `probe.py` over all of them beside the original.
-Folders and features that are in --work already are not made again, so that a run that was stopped goes on.
+Options that are not known here go to `linvit convert`. Folders and features that are in --work already are not made
+again, so that a run that was stopped goes on.
 """
 
 import argparse
@@ -90,12 +91,10 @@ def main() -> None:
     parser.add_argument("--probe", type=int, default=500, help="images that features are probed on")
     parser.add_argument("--amp", action="store_true", help="fit, and features of all models, in bfloat16")
     parser.add_argument("--only", nargs="*", help="names of cases; all if none")
-    parser.add_argument("--options", nargs="*", default=[], help="further options of linvit convert, without --")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    args.options = [f"--{option}" if index % 2 == 0 else option for index, option in enumerate(args.options)]
+    args, args.options = parser.parse_known_args()
     origin = provenance(seed=0, n=1)
     args.work.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if not args.only or case[0] in args.only]

@@ -120,11 +120,8 @@ def by_folds(hits: Callable[..., Tensor], features: Tensor, labels: Tensor, seed
 def create(source: str, size: int | None) -> VisionTransformer:
     name, _, weights = source.partition("=")
     arguments = {"img_size": size} if size else {}
-    if weights:
-        overlay = {"file": weights, "num_classes": 0}
-        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **arguments)
-    else:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+    overlay = {"file": weights, "num_classes": 0} if weights else None
+    model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **arguments)
     assert isinstance(model, VisionTransformer)
     return model.eval()
 

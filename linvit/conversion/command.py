@@ -90,12 +90,15 @@ class _Conversion:
             batch_size=options.batch_size,
             seed=options.seed,
         )
+        is_planned = options.k == "plan" and self.earlier is None
+        if is_planned:
+            _check_planned_size(options, self.sample.spec.size)
         weights = Path(self.classifier.weights)
         settings = {
             **options.model_dump(mode="json", include=set(_FITTED_BY)),
             "weights": sha256_of(weights) if weights.is_file() else self.classifier.weights,
             "images": self.sample.paths,
-            "planned_for": options.target_size[:1] if options.k == "plan" else (),
+            "target_size": options.target_size[:1] if is_planned else (),
             "start_from": self.earlier and sha256_of(Path(self.earlier.weights)),
         }
         self.state = FitState(options.output, settings)
@@ -204,6 +207,8 @@ def _load(options: ConvertOptions) -> Classifier:
             read_layout(create_model(options.source, img_size=arguments["img_size"], **options.model_kwargs))
     if options.weights is None:
         classifier = load_classifier(options.source, **arguments)
+    elif not options.weights.exists():
+        raise UsageError(f"--weights {options.weights}: there is no such file; leave it out for timm's own")
     else:
         classifier = load_classifier(str(options.weights), model_name=options.source, **arguments)
     read_layout(classifier.model)
@@ -225,8 +230,20 @@ def _check_target(converted: LinformerViT, size: int | tuple[int, int]) -> None:
         raise ValueError(f"--target-size {height}x{width}: {error}") from error
 
 
+def _check_planned_size(options: ConvertOptions, size: tuple[int, int]) -> None:
+    """Raise UsageError where the size to plan for is smaller than that of the conversion, (height, width)."""
+    for planned in options.target_size[:1]:
+        if any(side < own for side, own in zip(height_and_width(planned), size)):
+            raise UsageError(
+                f"--target-size begins with a smaller size than {size[0]}x{size[1]}, at which lengths are tried: put "
+                "the size to plan for first, and convert at it or at a smaller --img-size"
+            )
+
+
 def _check_paths(options: ConvertOptions) -> None:
-    """Raise UsageError where results could not be written, before minutes are spent on them."""
+    """Raise UsageError where files are missing or could not be written, before minutes are spent on them."""
     if options.output.exists():
         raise UsageError(f"--output {options.output} exists already: choose another folder")
+    if options.start_from is not None and not options.start_from.is_dir():
+        raise UsageError(f"--start-from {options.start_from}: there is no such folder; name what a conversion wrote")
     check_files(("--output", options.output), ("--json", options.json_file))

@@ -37,14 +37,13 @@ def descend(
     parameters: Iterable[nn.Parameter],
     streams: Streams,
     wanted: Tensor,
-    weights: Tensor,
     descent: Descent,
     generator: torch.Generator,
 ) -> None:
     """Fit parameters of the block's attention so that the tokens before its MLP become `wanted` (n, T, D)."""
     attention: LinformerAttention = block.attn
     optimizer = torch.optim.Adam([{"params": [each], "size": _size(each)} for each in parameters], betas=(0.9, 0.98))
-    fitted = streams.num_fitted
+    weights, fitted = streams.weights(wanted), streams.num_fitted
     best = _Best(attention, lambda: held_out_error(block, streams, wanted, weights))
     num_patches = wanted.shape[1] - streams.num_prefix_tokens
     for step in range(descent.steps):

@@ -69,8 +69,3 @@ def _features(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor,
     tokens = model.forward_features(images)
     pooled = model.forward_head(tokens, pre_logits=True)
     return tokens, pooled.flatten(1), model.head(pooled).flatten(1)
-
-
-def compare(original: VisionTransformer, converted: VisionTransformer, images: Tensor, *, batch_size: int) -> Fidelity:
-    """Both models on images (n, 3, H, W), in evaluation mode."""
-    return Comparison(original, images, batch_size=batch_size).of(converted)

@@ -94,11 +94,12 @@ def _fit_attention(
     original: Block, converted: LinformerViT, layer: int, streams: Streams, wanted: Tensor, options: FitOptions
 ) -> tuple[Tensor, float, float]:
     """Fit the attention of one layer; returns the tokens behind it, and its error before and after."""
-    block, weights = converted.blocks[layer], streams.weights(wanted)
+    block = converted.blocks[layer]
     before = _error(streams, streams.map(partial(attended, block), streams.held_out(streams.converted)), wanted)
     if block.attn.projections() is not None:
-        parameters = _own_parameters(block.attn, converted.share)
-        descend(block, parameters, streams, wanted, weights, options.descent, _generator(options, layer))
+        if options.descent.steps:
+            parameters = _own_parameters(block.attn, converted.share)
+            descend(block, parameters, streams, wanted, options.descent, _generator(options, layer))
         middle = _refit_attention(block, streams, wanted, _generator(options, layer))
         after = _error(streams, streams.held_out(middle), wanted)
         if options.max_error is None or after <= options.max_error:

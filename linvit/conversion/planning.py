@@ -61,7 +61,7 @@ def plan_lengths(
         speedup: of the whole model, in operations; time falls by more where sequences are long.
         projection: kind of E and F, not fitted yet.
         share: who shares E and F; "layerwise" takes one length for all layers that it shortens.
-        at: (height, width) of the images whose operations count; the model's own if none.
+        at: (height, width) of the images whose operations count, no smaller than the model's own; its own if none.
         amp: whether blocks compute in bfloat16.
 
     Raises ValueError where no lengths are that fast.

@@ -39,14 +39,16 @@ class Streams:
 
     def map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """`function` of tensors (n, …), a batch of images at a time."""
-        out, begun = tensors[0], 0
         with torch.no_grad(), self.precision():
-            for parts in self.batches(*tensors):
-                part = function(*parts)
-                # Not a list that is put together in the end: that would take the memory twice.
-                out = out if begun else part.new_empty(len(tensors[0]), *part.shape[1:])
-                out[begun : begun + len(part)] = part
-                begun += len(part)
+            batches = iter(self.batches(*tensors))
+            first = function(*next(batches))
+            # Not a list that is put together in the end: that would take the memory twice.
+            out = first.new_empty(len(tensors[0]), *first.shape[1:])
+            done = len(first)
+            out[:done] = first
+            for parts in batches:
+                out[done : done + len(parts[0])] = function(*parts)
+                done += len(parts[0])
         return out
 
     def precision(self) -> torch.autocast:
@@ -67,7 +69,8 @@ def token_weights(wanted: Tensor, num_prefix_tokens: int) -> Tensor:
 
     Every token is normalised before it is used, and some are many times longer than others.
     """
-    weights = 1 / wanted.square().sum(-1).clamp(min=1e-12)
+    # Unlike a sum of squares, a norm takes no memory of the tokens' size.
+    weights = 1 / torch.linalg.vector_norm(wanted, dim=-1).square().clamp(min=1e-12)
     patches = wanted.shape[1] - num_prefix_tokens
     if num_prefix_tokens:
         weights[:, :num_prefix_tokens] *= PREFIX_SHARE * wanted.shape[1] / num_prefix_tokens

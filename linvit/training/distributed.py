@@ -1,5 +1,7 @@
 """The processes of a run: one, or as many as torchrun starts; each knows its device and its rank."""
 
+import atexit
+import gc
 import json
 import os
 import time
@@ -72,6 +74,10 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     """
     found = init_distributed_device_so(device=choose_device(device))
     ranks = Ranks(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"])
+    if ranks.world_size > 1:
+        # A model's cycles keep the group, and so gloo's threads, which may still have a tensor of the last collective
+        # to release: a thread that does so while the interpreter ends aborts the process.
+        atexit.register(gc.collect)
     try:
         try:
             yield ranks

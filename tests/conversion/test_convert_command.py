@@ -92,6 +92,7 @@ def test_it_goes_on_from_an_earlier_one_at_another_size(
     assert pooled < before < fitted
     for wrong, words in (
         (("--start-from", str(data)), "is neither a run nor a folder with config.json"),
+        (("--start-from", "nowhere"), "--start-from nowhere: there is no such folder"),
         ((*small, "--k", "9"), "--start-from brings its own along: leave out --k"),
     ):
         capsys.readouterr()
@@ -134,6 +135,19 @@ def test_fidelity_below_the_bound_is_refused_and_the_fit_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_size_to_time_at_may_change_unless_it_was_planned_for(
+    planned: bool, data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(data, weights, tmp_path / "start") == 0
+    how = ("--speedup", "1.05") if planned else ("--start-from", str(tmp_path / "start"))
+    assert convert(data, weights, tmp_path / "out", *how, "--min-cosine", "0.999999", k=()) == 1
+    assert "is not written" in capsys.readouterr().err
+    assert convert(data, weights, tmp_path / "out", *how, "--target-size", "96", k=()) == (1 if planned else 0)
+    if planned:
+        assert "was begun with another target_size: go on with the same" in capsys.readouterr().err
+
+
 def test_an_interruption_keeps_what_is_fitted(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +177,9 @@ def test_an_interruption_keeps_what_is_fitted(
         (["--distill-steps", "3", "--distill-minutes", "1"], 2, "--distill-steps and --distill-minutes say the same"),
         (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
         (["--images", "nowhere"], 1, "nowhere"),
+        (["--weights", "nowhere"], 2, "--weights nowhere: there is no such file"),
         (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: there is no folder nowhere; make it first"),
+        (["--k", "plan", "--target-size", "48"], 2, "--target-size begins with a smaller size than 64x64"),
         (["--num-images", "3"], 2, "--num-images takes a whole number of at least 8, not 3"),
     ],
 )

@@ -10,14 +10,18 @@ import linvit.conversion.speed
 from linvit.bench.specs import build, parse_spec
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.distil import DistilOptions, distil, loss
-from linvit.conversion.fidelity import Comparison, compare
+from linvit.conversion.fidelity import Comparison, Fidelity
 from linvit.conversion.speed import at_size, measure_speed, model_spec
+
+
+def compare(model, converted, images) -> Fidelity:
+    return Comparison(model, images, batch_size=2).of(converted)
 
 
 def distilled(options, model=None, **kwargs):
     model = model or make_vit()
     converted = convert_vit(model, k=9)
-    held_out = Comparison(model, make_images(8, seed=5), batch_size=8)
+    held_out = Comparison(model, make_images(8, seed=5), batch_size=2)
     before = held_out.of(converted)
     batches = itertools.cycle(make_images(32, seed=6).split(8))
     return model, converted, before, distil(model, converted, batches, held_out, options, **kwargs)
@@ -27,7 +31,7 @@ def test_distillation_comes_nearer():
     reports = []
     model, converted, before, after = distilled(DistilOptions(steps=40, rate=1e-3), report=reports.append)
     assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
-    assert after == compare(model, converted, make_images(8, seed=5), batch_size=8)
+    assert after == compare(model, converted, make_images(8, seed=5))
     assert reports == pytest.approx([(step + 1) / 40 for step in range(40)])
     assert not converted.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -38,7 +42,7 @@ def test_distillation_in_bfloat16_comes_nearer_too():
     assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
     assert all(parameter.dtype == torch.float32 for parameter in converted.parameters())
     # The comparison in the end is not in bfloat16, in which equal models would differ.
-    assert after == compare(model, converted, make_images(8, seed=5), batch_size=8)
+    assert after == compare(model, converted, make_images(8, seed=5))
 
 
 def test_what_does_harm_is_not_kept():
@@ -63,7 +67,7 @@ def test_nothing_is_lost_between_equals(num_classes):
     images = make_images(3)
     assert loss(model, same, images) == pytest.approx(0, abs=1e-6)
     assert loss(model, other, images) > 1e-3
-    fidelity = compare(model, same, images, batch_size=2)
+    fidelity = compare(model, same, images)
     assert fidelity.num_images == 3
     assert fidelity.cosines == pytest.approx([1, 1, 1])
     rounded = Comparison(model, images, batch_size=2).of(same, amp=True)
@@ -76,8 +80,8 @@ def test_nothing_is_lost_between_equals(num_classes):
 def test_fidelity_is_of_what_there_is():
     model = make_vit("vit_base_patch16_siglip_224")
     converted = convert_vit(model, k=9)
-    images = make_images(4)
-    fidelity = compare(model, converted, images, batch_size=3)
+    images = make_images(3)
+    fidelity = compare(model, converted, images)
     theirs, own = (each.forward_features(images) for each in (model, converted))
     assert fidelity.class_cosine is None
     assert fidelity.patch_cosine == pytest.approx(float(torch.cosine_similarity(theirs, own, dim=2).mean()), abs=1e-5)

@@ -6,6 +6,7 @@ A whole one; one that process 1 alone is asked to stop; one in which the loss of
 which process 1 alone runs out of memory; and one on the images of BROKEN, of which many cannot be read.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -87,6 +88,14 @@ def run_all(
     (output / f"statuses-{rank}.json").write_text(json.dumps(statuses))
 
 
+def keep_threads(output: Path) -> None:
+    """Write the names of this process's threads, Python's and others."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (output / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(names))
+
+
 if __name__ == "__main__":
     data, broken, output = map(Path, sys.argv[1:4])
+    # Registered first, so done last.
+    atexit.register(keep_threads, output)
     run_all(RUNS, data=data, broken=broken, output=output, further_ports=sys.argv[4:])

@@ -65,6 +65,13 @@ def test_one_process_writes_for_both(runs: Path) -> None:
     assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == sorted(RUNS)
 
 
+def test_no_thread_of_the_group_is_left_when_the_interpreter_ends(runs: Path) -> None:
+    for rank in (0, 1):
+        names = json.loads((runs / f"threads-{rank}.json").read_text())
+        assert names
+        assert [name for name in names if "gloo" in name] == []
+
+
 def test_other_processes_have_a_log_each(runs: Path) -> None:
     assert [path.name for path in (runs / "whole/logs").iterdir()] == ["rank-1.log"]
     lines = (runs / "whole/logs/rank-1.log").read_text().splitlines()
