@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -26,11 +27,12 @@ from torch.nn import functional as F
 
 import linvit  # noqa: F401
 from linvit.data.imageset import ImageSet
-from linvit.data.loader import normalize
 from linvit.data.options import InputOptions
 from linvit.data.sources import open_images
-from linvit.data.transforms import InputSpec, build_eval_pipeline, resolve_input
+from linvit.data.transforms import InputSpec, resolve_input
 from linvit.files import sha256_of
+from linvit.spectrum.images import load_batches
+from linvit.training.distributed import choose_device
 from linvit.weights import weights_file
 
 NUM_NEIGHBOURS = 20
@@ -49,17 +51,16 @@ def draw(images: ImageSet, count: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def features_of(
-    model: VisionTransformer, images: ImageSet, indices: Sequence[int], spec: InputSpec, *, amp: bool
+    model: VisionTransformer, paths: Sequence[str], spec: InputSpec, device: torch.device, *, amp: bool
 ) -> Tensor:
     """What the model gives, and the mean of its patch tokens: (N, 2, D) float32; with `amp` it computes in bfloat16."""
-    pipeline = build_eval_pipeline(spec)
+    model.to(device)
     rows = []
-    for index in indices:
-        pixels = torch.from_numpy(pipeline(image=images.read(index))["image"])[None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            tokens = model.forward_features(normalize(pixels, spec))
+    for images in load_batches(paths, spec, batch_size=8 if device.type == "cuda" else 1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            tokens = model.forward_features(images.to(device))
             given = model.forward_head(tokens)
-        rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1))
+        rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1).cpu())
     return torch.cat(rows)
 
 
@@ -117,6 +118,33 @@ def by_folds(hits: Callable[..., Tensor], features: Tensor, labels: Tensor, seed
     return found
 
 
+class Probes:
+    """What can be learnt from features (N, 2, D) of images: for each of them, in each way, whether it is right."""
+
+    def __init__(self, features: Tensor, labels: Tensor, seed: int) -> None:
+        self.features = features
+        given, patches = features.unbind(1)
+        self.hits = {
+            "knn": by_folds(knn_hits, given, labels, seed),
+            "linear": by_folds(probe_hits, given, labels, seed),
+            "linear_with_patches": by_folds(probe_hits, torch.cat([given, patches], dim=1), labels, seed),
+        }
+
+    def against(self, reference: "Probes") -> dict[str, float]:
+        """Accuracies in per cent, points less than the reference's, and how near the features are to its own."""
+        row = {name: 100 * each.float().mean().item() for name, each in self.hits.items()}
+        for name, each in self.hits.items():
+            # Of the paired differences: both models see the same images.
+            less = reference.hits[name].float() - each.float()
+            row[f"{name}_less"] = 100 * less.mean().item()
+            row[f"{name}_less_stderr"] = 100 * less.std().item() / len(less) ** 0.5
+        given, theirs = self.features[:, 0], reference.features[:, 0]
+        row["cosine"] = F.cosine_similarity(given, theirs, dim=1).mean().item()
+        # Of the features' variance, each standardised by the reference's, what is not the reference's.
+        row["variance_lost"] = ((given - theirs) / theirs.std(0)).square().mean().item()
+        return row
+
+
 def create(source: str, size: int | None) -> VisionTransformer:
     name, _, weights = source.partition("=")
     arguments = {"img_size": size} if size else {}
@@ -140,51 +168,33 @@ def main() -> None:
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--amp", action="store_true", help="all models in bfloat16, which some CPUs have units for")
+    parser.add_argument("--amp", action="store_true", help="all models in bfloat16")
+    parser.add_argument("--device", default="auto", help="of the features; the probes are learnt on the CPU")
     parser.add_argument("--cache", type=Path, help="folder that features are kept in, by model, size and images")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    device = torch.device(choose_device(args.device))
     images = open_images(args.data, split="val")
     indices = draw(images, args.num_images, args.seed)
     labels = torch.tensor([images.label(index) for index in indices])
-    rows, reference = [], None
+    rows: list[dict[str, Any]] = []
+    reference: Probes | None = None
     for source in args.models:
         model = create(source, args.img_size)
         spec = resolve_input(model, InputOptions(img_size=(args.img_size,) * 2 if args.img_size else None))
         started = time.perf_counter()
-        key = f"{source} {weights_of(source)} {spec} {args.amp} {images.root} {indices}"
+        key = f"{source} {weights_of(source)} {spec} {args.amp} {device.type} {images.root} {indices}"
         path = args.cache and args.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         features = kept(path)
         if features is None:
-            features = features_of(model, images, indices, spec, amp=args.amp)
+            features = features_of(model, [str(images.path(i)) for i in indices], spec, device, amp=args.amp)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(features, path)
-        given, patches = features.unbind(1)
-        hits = {
-            "knn": by_folds(knn_hits, given, labels, args.seed),
-            "linear": by_folds(probe_hits, given, labels, args.seed),
-            "linear_with_patches": by_folds(probe_hits, torch.cat([given, patches], dim=1), labels, args.seed),
-        }
-        reference = reference or (features, hits)
-        row = {
-            "model": source,
-            **{name: 100 * each.float().mean().item() for name, each in hits.items()},
-            **{
-                f"{name}_less": 100 * (reference[1][name].float() - each.float()).mean().item()
-                for name, each in hits.items()
-            },
-            # Of the paired differences: both models see the same images.
-            **{
-                f"{name}_less_stderr": 100 * (reference[1][name].float() - each.float()).std().item() / len(each) ** 0.5
-                for name, each in hits.items()
-            },
-            "cosine": F.cosine_similarity(given, reference[0][:, 0], dim=1).mean().item(),
-            # Of the features' variance, each standardised by the first model's, what is not the first model's.
-            "variance_lost": ((given - reference[0][:, 0]) / reference[0][:, 0].std(0)).square().mean().item(),
-            "seconds": time.perf_counter() - started,
-        }
+        probes = Probes(features, labels, args.seed)
+        reference = reference or probes
+        row = {"model": source, **probes.against(reference), "seconds": time.perf_counter() - started}
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.json is not None:

@@ -86,17 +86,15 @@ def _readme() -> Iterator[Group]:
 
 
 def _gpu() -> Iterator[Group]:
-    """Compiled models last: compiling takes far longer than the steps."""
-    rounds = {512: 20, 1024: 20, 2048: 7, 4096: 3}
-    dtypes: tuple[DType, ...] = ("bfloat16", "float32")
+    """About as many patches in every batch, which fill a GPU; compiled models last, since compiling takes longest."""
+    batches = {512: 32, 1024: 8, 2048: 2, 4096: 1}
     modes: tuple[Mode, ...] = ("forward", "train")
-    for compiled, size, dtype, batch_size, mode in product((False, True), rounds, dtypes, (1, 8), modes):
-        yield Group(
-            (*LENGTHS, LONG, *CHECKPOINTED) if mode == "train" else (*LENGTHS, LONG),
-            (size, size),
-            mode,
-            rounds=rounds[size],
-            batch_size=batch_size,
-            dtype=dtype,
-            compile=compiled,
-        )
+    for size, mode in product(batches, modes):
+        checkpointed = CHECKPOINTED if mode == "train" and size > 512 else ()
+        yield Group((*LENGTHS, LONG, *checkpointed), (size, size), mode, 7, batch_size=batches[size], dtype="bfloat16")
+    yield Group((TIMM, OURS), (224, 224), "train", rounds=7, batch_size=128, dtype="bfloat16")
+    yield Group((*LENGTHS, LONG), (1024, 1024), "forward", rounds=7, dtype="bfloat16")
+    yield Group((*LENGTHS, LONG), (1024, 1024), "train", rounds=3, batch_size=8)
+    for size, mode in product((1024, 2048), modes):
+        models = (TIMM, f"{OURS}:k=64,projection=separable,share=kv", LONG)
+        yield Group(models, (size, size), mode, rounds=7, batch_size=batches[size], dtype="bfloat16", compile=True)

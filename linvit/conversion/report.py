@@ -46,7 +46,8 @@ def show_speed(console: Console, speeds: Sequence[Speed]) -> None:
     if not speeds:
         return
     headings = ["pixels", "patches", "original", "converted", "times faster", "adds, original", "converted"]
-    table = _table(f"forward, one image, medians of {speeds[0].rounds} rounds", headings)
+    images = "one image" if speeds[0].batch_size == 1 else f"{speeds[0].batch_size} images"
+    table = _table(f"forward, {images}, {speeds[0].dtype}, medians of {speeds[0].rounds} rounds", headings)
     for speed in speeds:
         height, width = speed.img_size
         low, high = speed.spread

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linvit.data.transforms import InputSpec
-from linvit.spectrum.images import load_images, sample_paths
+from linvit.spectrum.images import load_batches, sample_paths
 
 FEWEST = 8
 # They choose and measure, and teach nothing: an eighth, and at most so many.
@@ -60,5 +60,5 @@ class Sample:
             yield from self._load(paths)
 
     def _load(self, paths: list[str]) -> Iterator[Tensor]:
-        for first in range(0, len(paths), self.batch_size):
-            yield load_images(paths[first : first + self.batch_size], self.spec).to(self.device)
+        for images in load_batches(paths, self.spec, batch_size=self.batch_size):
+            yield images.to(self.device)

@@ -11,6 +11,7 @@ from timm.models import VisionTransformer, get_model_args
 from torch import Tensor
 
 from linvit.bench.memory import OutOfMemory, can_read_peaks, cuda_step_memory, step_memory_of_own_process
+from linvit.bench.options import DType
 from linvit.bench.timing import Runner, interleave, make_step
 from linvit.vit import LinformerViT
 
@@ -19,13 +20,15 @@ WARMUP = 1
 
 @dataclass(frozen=True)
 class Speed:
-    """One image of `img_size`, forward: medians of seconds, of times faster in the same round, and their range.
+    """Images of `img_size`, forward: medians of seconds, of times faster in the same round, and their range.
 
     `bytes` are what a step adds to memory, and None where that cannot be read.
     """
 
     img_size: tuple[int, int]
     patches: int
+    batch_size: int
+    dtype: DType
     rounds: int
     original_seconds: float
     converted_seconds: float
@@ -41,14 +44,20 @@ def measure_speed(
     img_size: tuple[int, int],
     *,
     rounds: int,
+    batch_size: int = 1,
+    amp: bool = False,
     report: Callable[[int], None] = lambda index: None,
 ) -> Speed:
-    """Both models at (height, width), taken there as `set_input_size` does; they are left as they are."""
+    """Both models at (height, width), taken there as `set_input_size` does; they are left as they are.
+
+    With `amp` both compute in bfloat16.
+    """
+    dtype: DType = "bfloat16" if amp else "float32"
     models = [at_size(model, img_size) for model in (original, converted)]
-    images = torch.randn(1, models[0].in_chans, *img_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch_size, models[0].in_chans, *img_size, generator=torch.Generator().manual_seed(0))
     images = images.to(next(original.parameters()).device)
     runners = [
-        Runner(name, make_step(model, images, mode="forward", dtype=torch.float32))
+        Runner(name, make_step(model, images, mode="forward", dtype=getattr(torch, dtype)))
         for name, model in zip(("the original", "the converted model"), models)
     ]
     interleave(runners, rounds=rounds, warmup=WARMUP, clock=lambda: _clock(images), report=report)
@@ -59,10 +68,12 @@ def measure_speed(
     if images.is_cuda:
         memory: list[int | None] = [cuda_step_memory(runner.run).step_bytes for runner in runners]
     else:
-        memory = [_own_process_bytes(model, img_size) for model in (original, converted)]
+        memory = [_own_process_bytes(model, img_size, batch_size, dtype) for model in (original, converted)]
     return Speed(
         img_size=img_size,
         patches=models[0].patch_embed.num_patches,
+        batch_size=batch_size,
+        dtype=dtype,
         rounds=rounds,
         original_seconds=statistics.median(theirs),
         converted_seconds=statistics.median(own),
@@ -80,15 +91,18 @@ def at_size(model: VisionTransformer, img_size: tuple[int, int]) -> VisionTransf
     return resized
 
 
-def _own_process_bytes(model: VisionTransformer, img_size: tuple[int, int]) -> int | None:
+def _own_process_bytes(
+    model: VisionTransformer, img_size: tuple[int, int], batch_size: int, dtype: DType
+) -> int | None:
     """What a forward pass adds to memory, in a process of its own where another model's memory is not in the way."""
     if not can_read_peaks():
         return None
     spec = model_spec(model)
     try:
-        return step_memory_of_own_process(spec, img_size, mode="forward", batch_size=1, dtype="float32").step_bytes
+        memory = step_memory_of_own_process(spec, img_size, mode="forward", batch_size=batch_size, dtype=dtype)
     except OutOfMemory:
         return None
+    return memory.step_bytes
 
 
 def model_spec(model: VisionTransformer) -> str:

@@ -103,6 +103,15 @@ def test_both_are_timed_at_the_size_and_left_as_they_are(monkeypatch):
     assert model.patch_embed.img_size == converted.patch_embed.img_size == (64, 64)
 
 
+def test_a_batch_can_be_timed_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(linvit.conversion.speed, "can_read_peaks", lambda: False)
+    model, seen = make_vit(), set()
+    model.patch_embed.register_forward_hook(lambda _, args, out: seen.add((len(args[0]), out.dtype)))
+    speed = measure_speed(model, convert_vit(model, k=9), (64, 64), rounds=1, batch_size=3, amp=True)
+    assert (speed.batch_size, speed.dtype) == (3, "bfloat16")
+    assert (3, torch.bfloat16) in seen
+
+
 def test_a_spec_builds_the_same_model_at_another_size():
     converted = convert_vit(make_vit(act_layer="quick_gelu", img_size=(64, 64)), k=[9, None, 16])
     again = build(parse_spec(model_spec(converted)), (96, 96))

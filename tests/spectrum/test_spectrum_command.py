@@ -5,18 +5,22 @@ import json
 
 import pytest
 import timm
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_runs import make_images
 
 from linvit import cli
-from linvit.spectrum.images import sample_paths
+from linvit.data.read import UnreadableImage
+from linvit.data.transforms import InputSpec
+from linvit.spectrum.images import load_batches, load_images, sample_paths
 from linvit.spectrum.options import SpectrumOptions
 from linvit.spectrum.result import read_spectra
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+SPEC = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,22 @@ def test_the_same_seed_draws_the_same_images(folder):
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) == 5
     assert len(sample_paths(folder / "data", count=1000, seed=0)) == 33
+
+
+def test_batches_read_ahead_are_those_of_the_paths_in_order(folder):
+    paths = sample_paths(folder / "data", count=33, seed=0)
+    batches = list(load_batches(paths, SPEC, batch_size=2))
+    assert [len(batch) for batch in batches] == [2] * 16 + [1]
+    assert torch.equal(torch.cat(batches), load_images(paths, SPEC))
+
+
+def test_an_image_that_cannot_be_read_ahead_is_named_in_its_turn(folder, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    paths = [*sample_paths(folder / "data", count=2, seed=0), str(tmp_path / "broken.jpg")]
+    batches = load_batches(paths, SPEC, batch_size=2)
+    assert len(next(batches)) == 2
+    with pytest.raises(UnreadableImage, match=r"broken\.jpg"):
+        next(batches)
 
 
 @pytest.mark.parametrize(
