@@ -28,7 +28,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.eager import apply_in_runs, goes_in_runs, is_plain_linear
+from linvit.eager import apply_in_runs, autocast_dtype, cast_once, goes_in_runs, is_plain_linear
 from linvit.layout import Patches, TokenLayout, read_patches
 from linvit.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.splitting import split_attention
@@ -62,6 +62,14 @@ def choose_order(
     if foldable and folding <= dim + num_keys:
         return "folded"
     return "associative" if k * num_maps <= dim + k or not is_matrix else "per_head"
+
+
+def keeps_scores_on_chip(x: Tensor) -> bool:
+    """Whether fused attention of `x` costs next to nothing: in half precision on a GPU.
+
+    Folding saves multiply-adds there that are not what takes the time, and writes the scores to memory.
+    """
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
 
 
 # Tokens × width of one run over the tokens on a CPU: 2 MiB in single precision.
@@ -147,11 +155,12 @@ class LinformerAttention(Attention):
             return super().forward(x, attn_mask=mask, is_causal=is_causal)
         if is_causal:
             raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
+        x = cast_once(x)
         patches = read_patches(x, projections[0], self.num_prefix_tokens, layout, mask)
         return self._attend(x, *projections, patches)
 
     def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
-        order = self._choose_order(key_proj, value_proj)
+        order = self._choose_order(key_proj, value_proj, x)
         if order == "per_head":
             queries, keys, values = self._per_head(x, key_proj, value_proj, patches)
             keys = self.k_norm(keys)  # (B, H, K, d)
@@ -175,14 +184,14 @@ class LinformerAttention(Attention):
     def _prepare(
         self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, order: Order
     ) -> Attend:
-        weights = self._weights()
+        weights = self._weights(x.dtype)
         keys, values = self._associative(x, key_proj, value_proj, patches, weights)
         keys = self.k_norm(keys)  # (B, H, K, d)
         bias = self._key_bias(x, key_proj.lengths, patches)
         fold = self._folded if order == "folded" else self._unfolded
         return fold(keys, values, bias, weights)
 
-    def _choose_order(self, key_proj: Projection, value_proj: Projection) -> Order:
+    def _choose_order(self, key_proj: Projection, value_proj: Projection, x: Tensor) -> Order:
         is_matrix = isinstance(key_proj, MatrixProjection)
         # An adapter around `qkv` or a hook on it must be called; the other orders read its weight.
         readable = is_plain_linear(self.qkv)
@@ -203,7 +212,7 @@ class LinformerAttention(Attention):
             num_patches=key_proj.grid_size[0] * key_proj.grid_size[1],
             k=key_proj.k,
             num_maps=max(key_proj.num_maps, value_proj.num_maps),
-            foldable=foldable,
+            foldable=foldable and not keeps_scores_on_chip(x),
             is_matrix=is_matrix,
         )
 
@@ -258,7 +267,8 @@ class LinformerAttention(Attention):
             by_head = weight.unflatten(0, (parts, 1, self.num_heads, -1))
             y = rows @ by_head.mT  # (parts, B, H, K, d)
         if bias is not None and row_sums is not None:
-            y = torch.addcmul(y, row_sums, bias.unflatten(0, (parts, 1, self.num_heads, 1, -1)))
+            # In the products' precision: what comes out goes into fused attention.
+            y = torch.addcmul(y, row_sums.to(y.dtype), bias.to(y.dtype).unflatten(0, (parts, 1, self.num_heads, 1, -1)))
         return y.unbind(0)
 
     def _unfolded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
@@ -324,11 +334,14 @@ class LinformerAttention(Attention):
             bias = bias.masked_fill(hidden, -math.inf)
         return bias
 
-    def _weights(self) -> "_Weights":
+    def _weights(self, dtype: torch.dtype) -> "_Weights":
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if weight.dtype != dtype and autocast_dtype(weight) == dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         # One split each: its gradient is one copy, where that of three slices is three matrices of zeros.
         sizes = [self.attn_dim, 2 * self.attn_dim]
-        q, kv = self.qkv.weight.split(sizes)
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        q, kv = weight.split(sizes)
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
         return _Weights(q, kv, q_bias, kv_bias)
 
     def _split_prefix(self, y: Tensor) -> list[Tensor]:

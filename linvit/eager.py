@@ -25,6 +25,20 @@ def runs_eagerly() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` to before a product; None where it is off, or lets `x` be."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """`x` as autocast's products take it, where each of several products would cast it for itself."""
+    dtype = autocast_dtype(x) if runs_eagerly() else None
+    return x if dtype is None else x.to(dtype)
+
+
 def goes_in_runs(x: Tensor) -> bool:
     """Whether going through tokens in runs is for `x`: on a CPU, without a gradient, in one precision."""
     return x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and runs_eagerly()

@@ -354,3 +354,43 @@ def test_wrong_number_of_patches_is_refused():
     attention, _, _ = make("linear", "kv", (7, 5), 1)
     with pytest.raises(ValueError, match="34 patch tokens do not fill the 7×5 grid"):
         attention(torch.randn(1, 35, 12, dtype=torch.float64))
+
+
+def test_under_autocast_tokens_are_cast_once_and_the_result_is_that_of_half_precision():
+    attention, *_ = make("separable", "kv", GRIDS[0], 1)
+    attention, x = attention.float(), tokens(GRIDS[0], 1).detach().float()
+    exact = attention(x)
+    casts = []
+    for layer in (attention.key_projection, attention.proj):
+        layer.register_forward_pre_hook(lambda _, args: casts.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x)
+    assert casts == [torch.bfloat16, torch.bfloat16]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=2e-2 * exact.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("kind", "share"), KIND_SHARES)
+def test_on_a_gpu_it_is_the_reference(kind, share):
+    attention, E, F = make(kind, share, GRIDS[0], 1)
+    x = tokens(GRIDS[0], 1)
+    parameters = parameters_of(attention, E, F)
+    slow = expected(attention, E, F, x)
+    cotangent = torch.randn_like(slow)
+    wanted = torch.autograd.grad(slow, [x, *parameters], cotangent)
+    attention.cuda()
+    x_gpu = x.detach().cuda().requires_grad_()
+    for order in orders_of(kind):
+        attention.order = order
+        fast = attention(x_gpu)
+        torch.testing.assert_close(fast.cpu(), slow, rtol=0, atol=1e-10)
+        found = torch.autograd.grad(fast, [x_gpu, *parameters], cotangent.cuda())
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-10)
+    attention.order = None
+    attention.float()
+    with torch.autocast("cuda", torch.bfloat16):
+        half = attention(x_gpu.float())
+    torch.testing.assert_close(half.double().cpu(), slow, rtol=0, atol=3e-2 * slow.abs().max().item())

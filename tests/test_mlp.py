@@ -53,7 +53,9 @@ def test_same_as_timms(recompute, bias, shape):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize(
-    "kwargs", [{"act_layer": nn.SiLU}, {"norm_layer": nn.LayerNorm}, {"act_layer": lambda: nn.GELU("tanh")}], ids=str
+    "kwargs",
+    [{"act_layer": nn.SiLU}, {"norm_layer": nn.LayerNorm}, {"act_layer": lambda: nn.GELU("tanh")}],
+    ids=["SiLU", "LayerNorm", "GELU-tanh"],
 )
 def test_other_layers_run_as_in_timm(recompute, kwargs):
     assert_same(*pair(recompute, **kwargs), tokens(2, 7), **EXACT)
