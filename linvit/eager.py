@@ -28,7 +28,8 @@ def runs_eagerly() -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts `x` to before a product; None where it is off, or lets `x` be."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    # Meta tensors know of no autocast. Not `is_autocast_available`, at which compiling would break off.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from linvit.eager import apply_in_runs, equal_runs, is_plain_linear, run_length, runs_eagerly
+from linvit.eager import apply_in_runs, autocast_dtype, equal_runs, is_plain_linear, run_length, runs_eagerly
 
 
 @pytest.mark.parametrize("total", [1, 2, 1024, 1025, 1537, 16385])
@@ -59,3 +59,14 @@ def test_eager():
     torch.jit.trace(lambda x: (seen.append(runs_eagerly()), x * 2)[1], torch.ones(2), check_trace=False)
     assert seen[0] is False
     assert not any(seen)
+
+
+def test_what_autocast_casts_to():
+    x = torch.zeros(1)
+    assert autocast_dtype(x) is None
+    assert autocast_dtype(x.to("meta")) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_dtype(x) == torch.bfloat16
+        assert autocast_dtype(x.double()) is None
+        run = torch.compile(lambda x: x.to(autocast_dtype(x)), backend="eager", fullgraph=True)
+        assert run(x).dtype == torch.bfloat16

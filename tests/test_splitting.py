@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from linvit import splitting
 from linvit.splitting import query_chunks, split_attention
 
 
@@ -51,6 +52,16 @@ def test_chunks_by_size():
     assert query_chunks(batch=64, keys=65, **small) == 1
     assert query_chunks(batch=1, keys=4097, **small) == 2
     assert query_chunks(batch=1, keys=65, heads=6, queries=197) == 1
+    assert query_chunks(batch=8, keys=65, **small, cudnn=True) == 1
+    assert query_chunks(batch=2, keys=257, heads=6, queries=16385, cudnn=True) == 8
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_which_kernels_there_are_is_no_break_for_a_compiler(capability, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    run = torch.compile(lambda x: x + 1 if splitting._takes_cudnn() else x - 1, backend="eager", fullgraph=True)
+    assert run(torch.zeros(1)).item() == (1 if capability == (9, 0) else -1)
 
 
 def test_a_cpu_takes_all_at_once_by_itself():

@@ -89,12 +89,12 @@ def _gpu() -> Iterator[Group]:
     """About as many patches in every batch, which fill a GPU; compiled models last, since compiling takes longest."""
     batches = {512: 32, 1024: 8, 2048: 2, 4096: 1}
     modes: tuple[Mode, ...] = ("forward", "train")
-    for size, mode in product(batches, modes):
-        checkpointed = CHECKPOINTED if mode == "train" and size > 512 else ()
-        yield Group((*LENGTHS, LONG, *checkpointed), (size, size), mode, 7, batch_size=batches[size], dtype="bfloat16")
+    models = (TIMM, f"{OURS}:k=256,projection=linear", f"{OURS}:k=64,projection=separable,share=kv", LONG)
     yield Group((TIMM, OURS), (224, 224), "train", rounds=7, batch_size=128, dtype="bfloat16")
-    yield Group((*LENGTHS, LONG), (1024, 1024), "forward", rounds=7, dtype="bfloat16")
-    yield Group((*LENGTHS, LONG), (1024, 1024), "train", rounds=3, batch_size=8)
+    for size, mode in product(batches, modes):
+        checkpointed = CHECKPOINTED if (size, mode) == (2048, "train") else ()
+        yield Group((*models, *checkpointed), (size, size), mode, 7, batch_size=batches[size], dtype="bfloat16")
+    yield Group(models, (1024, 1024), "train", rounds=3, batch_size=8)
     for size, mode in product((1024, 2048), modes):
-        models = (TIMM, f"{OURS}:k=64,projection=separable,share=kv", LONG)
-        yield Group(models, (size, size), mode, rounds=7, batch_size=batches[size], dtype="bfloat16", compile=True)
+        timed = tuple(model for model in models if "linear" not in model)
+        yield Group(timed, (size, size), mode, 7, warmup=3, batch_size=batches[size], dtype="bfloat16", compile=True)

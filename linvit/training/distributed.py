@@ -57,6 +57,9 @@ def choose_device(name: str) -> str:
         raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1 or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch finds no CUDA GPU here; choose --device cpu or auto")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"--device {name}: the number of GPUs here is {found}, and they are counted from cuda:0")
     return name
 
 
@@ -72,7 +75,14 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     An error in one of them ends it at once, with its rank, and torchrun then ends the others; RankError stands for
     ValueError and OSError.
     """
-    found = init_distributed_device_so(device=choose_device(device))
+    chosen = choose_device(device)
+    own = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    if chosen == "cuda" and own >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {own} of this machine has no GPU of its own, of which there are {torch.cuda.device_count()}: "
+            "start as many processes as GPUs (--nproc-per-node), or give --device cpu"
+        )
+    found = init_distributed_device_so(device=chosen)
     ranks = Ranks(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"])
     if ranks.world_size > 1:
         # A model's cycles keep the group, and so gloo's threads, which may still have a tensor of the last collective

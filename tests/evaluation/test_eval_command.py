@@ -308,7 +308,7 @@ def test_two_processes_give_the_figures_of_one(run: Path, data: Path, tmp_path: 
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     # One image at a time, so that all batches are the same.
-    options = ["-b", "1", "-j", "0", "--bootstrap", "20", "--temperature", "fit"]
+    options = ["-b", "1", "-j", "0", "--device", "cpu", "--bootstrap", "20", "--temperature", "fit"]
     command = ["eval", str(run), str(data), *options]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "linvit"]
     files = {name: tmp_path / name for name in ("one.json", "two.json", "one.csv", "two.csv")}

@@ -46,7 +46,7 @@ def test_three_lines_predict(run: Path, data: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_hits_and_probabilities_are_those_of_evaluation(run: Path, data: Path, workers: int) -> None:
-    predictor = Predictor(run, batch_size=4, workers=workers)
+    predictor = Predictor(run, batch_size=4, workers=workers, device="cpu")
     classifier = load_classifier(str(run))
     dataset = open_folder(data, split="val", class_names=classifier.class_names)
     loader = create_eval_loader(dataset, predictor.spec, batch_size=4, workers=0, device="cpu")

@@ -213,6 +213,20 @@ def test_devices_by_name() -> None:
         choose_device("gpu")
 
 
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("cuda:0") == "cuda:0"
+    with pytest.raises(ValueError, match="--device cuda:1: the number of GPUs here is 1, and they are counted from"):
+        choose_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with (
+        pytest.raises(ValueError, match=r"process 1 of this machine has no GPU of its own, of which there are 1"),
+        joined_ranks("auto"),
+    ):
+        pass
+
+
 def test_no_more_workers_than_cpus() -> None:
     assert usable_workers(0) == 0
     assert usable_workers(10_000) == os.cpu_count()

@@ -144,7 +144,8 @@ def test_a_signal_to_all_processes_ends_the_step_with_batches_of_the_workers(
         backward(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainStep, "backward", signalled)
-    settings = EVERYTHING | {"batch_size": 2, "grad_accum_steps": 12}
+    # On a CPU: a child of a process that has used a GPU cannot use it.
+    settings = EVERYTHING | {"batch_size": 2, "grad_accum_steps": 12, "device": "cpu"}
     assert in_child(lambda: train(data, tmp_path, workers=2, **settings)) == status
     names = [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")]
     assert names == ["state-0000-000000", "state-0000-000012"]
