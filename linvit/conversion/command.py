@@ -180,7 +180,7 @@ class _Conversion:
         return distil(
             self.original,
             converted,
-            self.sample.endless(),
+            self.sample.endless(given.distill_batch_size),
             held_out,
             options,
             report=lambda share: self.bar.update(task, completed=100 * share),

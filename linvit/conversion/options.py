@@ -56,6 +56,7 @@ class ConvertOptions(BaseModel):
     distill_steps: int | None = Field(None, gt=0, description="steps of end-to-end distillation after the fit")
     distill_minutes: float | None = Field(None, gt=0, description="minutes of end-to-end distillation after the fit")
     distill_rate: float = Field(1e-5, gt=0, description="learning rate of the distillation")
+    distill_batch_size: int = Field(4, gt=0, description="images of a step of the distillation")
     amp: bool = Field(False, description="fit and distil in bfloat16: faster on CPUs with units for it, and on GPUs")
     batch_size: int = Field(8, gt=0, description="images at once")
     seed: int = Field(0, ge=0, description="of the draw of images, and of the order they are used in")

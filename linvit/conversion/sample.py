@@ -43,13 +43,13 @@ class Sample:
 
     def batches(self) -> Iterator[Tensor]:
         """All images of the sample once, those held out last: (B, 3, H, W)."""
-        return self._load(self.paths)
+        return self._load(self.paths, self.batch_size)
 
     def held_out(self) -> Tensor:
         """The images that no weight is fitted to."""
-        return torch.cat(list(self._load(self.paths[-self.num_held_out :])))
+        return torch.cat(list(self._load(self.paths[-self.num_held_out :], self.batch_size)))
 
-    def endless(self) -> Iterator[Tensor]:
+    def endless(self, batch_size: int) -> Iterator[Tensor]:
         """All images of the folder but those held out, again and again, each time in another order."""
         held_out = set(self.paths[-self.num_held_out :])
         everything = sample_paths(self.folder, count=sys.maxsize, seed=self.seed)
@@ -57,8 +57,8 @@ class Sample:
         order = random.Random(self.seed)
         while True:
             order.shuffle(paths)
-            yield from self._load(paths)
+            yield from self._load(paths, batch_size)
 
-    def _load(self, paths: list[str]) -> Iterator[Tensor]:
-        for images in load_batches(paths, self.spec, batch_size=self.batch_size):
+    def _load(self, paths: list[str], batch_size: int) -> Iterator[Tensor]:
+        for images in load_batches(paths, self.spec, batch_size=batch_size):
             yield images.to(self.device)
