@@ -1,6 +1,6 @@
-"""Write the README's numbers from benchmarks/results/*.json, between its `<!-- begin NAME -->` and `<!-- end -->`.
+"""Write the pages' numbers from benchmarks/results/*.json, between their `<!-- begin NAME -->` and `<!-- end -->`.
 
-python benchmarks/make_tables.py            # rewrites README.md and docs/bench.png
+python benchmarks/make_tables.py            # rewrites README.md, docs/bench.md and the plots in docs/
 python benchmarks/make_tables.py --check    # exit 1 where they would change
 """
 
@@ -19,7 +19,9 @@ from linvit.bench.plot import DIGEST_KEY, save_plot
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = RESULTS / "bench_readme_cpu.json"
-PLOT = ROOT / "docs" / "bench.png"
+GPU, COMPILED = "bench_h100", "bench_h100_compiled"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "bench.md")
+PLOTS = {ROOT / "docs" / "bench.png": BENCH, ROOT / "docs" / "bench_h100.png": RESULTS / f"{GPU}.json"}
 
 Row = dict[str, Any]
 
@@ -107,6 +109,43 @@ def _conditions(found: dict[str, Any]) -> str:
     )
 
 
+def gpu() -> str:
+    """In a sentence what `gpu_table` says of the shortest k."""
+    eager, compiled = read(GPU), read(COMPILED)
+    model = next(row["model"] for row in compiled["rows"] if row["model"] != row["baseline"])
+
+    def times(found: dict[str, Any], size: int) -> str:
+        rows = {row["mode"]: row for row in found["rows"] if (row["model"], row["image_size"]) == (model, size)}
+        return f"{rows['forward']['ratio']:.3g} × and {rows['train']['ratio']:.3g} × at {size} px"
+
+    return (
+        f"On an {eager['hardware']}, in bfloat16, `{model}` is {times(compiled, 1024)} compiled (forward, train), "
+        f"{times(eager, 2048)} and {times(eager, 4096)}; at 512 px a GPU has nothing to gain. "
+        "Train on one with `--torchcompile` ([docs/bench.md](docs/bench.md#on-a-gpu))."
+    )
+
+
+def gpu_table() -> str:
+    """Times faster than the baseline on a GPU, by model and mode; compiled models where they were timed."""
+    eager, compiled = read(GPU), read(COMPILED)
+    columns = [
+        (size, is_compiled, {(row["model"], row["mode"]): row for row in found["rows"] if row["image_size"] == size})
+        for size in (512, 1024, 2048, 4096)
+        for is_compiled, found in ((False, eager), (True, compiled))
+    ]
+    columns = [column for column in columns if column[2]]
+    headings = [
+        f"{size} px, batch {next(iter(rows.values()))['batch_size']}" + (", compiled" if is_compiled else "")
+        for size, is_compiled, rows in columns
+    ]
+    lines = ["| | | " + " | ".join(headings) + " |", "|---" * (len(columns) + 2) + "|"]
+    for model in dict.fromkeys(row["model"] for row in compiled["rows"]):
+        for mode in ("forward", "train"):
+            cells = [_time(rows[model, mode]) for *_, rows in columns]
+            lines.append(f"| {f'`{model}`' if mode == 'forward' else ''} | {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def demo() -> str:
     large, small = read("demo_elpv_288"), read("demo_elpv_64")
     counts = large["runs"][0]
@@ -127,7 +166,7 @@ def _mean(result: dict[str, Any]) -> str:
     return f"{result['top1_mean']:.1f} % ± {result['top1_std']:.1f} (n = {result['n']})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"bench": bench, "demo": demo}
+TABLES: dict[str, Callable[[], str]] = {"bench": bench, "gpu": gpu, "demo": demo, "gpu_table": gpu_table}
 
 
 def fill(text: str) -> str:
@@ -156,15 +195,15 @@ def _digest(path: Path) -> str:
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = fill(before)
-    is_drawn = is_plot_of(PLOT, BENCH)
+    texts = {path: path.read_text() for path in PAGES}
+    filled = {path: fill(text) for path, text in texts.items()}
+    stale = {plot: results for plot, results in PLOTS.items() if not is_plot_of(plot, results)}
     if "--check" in sys.argv[1:]:
-        return int(before != after or not is_drawn)
-    path.write_text(after)
-    if not is_drawn:
-        draw(BENCH, PLOT)
+        return int(texts != filled or bool(stale))
+    for path, text in filled.items():
+        path.write_text(text)
+    for plot, results in stale.items():
+        draw(results, plot)
     return 0
 
 

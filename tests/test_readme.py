@@ -26,13 +26,14 @@ def load_script(name: str):
 
 def test_tables_are_those_of_the_results():
     tables = load_script("make_tables")
-    assert re.findall(r"<!-- begin (\w+) -->", README) == list(tables.TABLES)
-    assert tables.fill(README) == README
+    texts = [page.read_text() for page in tables.PAGES]
+    assert re.findall(r"<!-- begin (\w+) -->", "".join(texts)) == list(tables.TABLES)
+    assert [tables.fill(text) for text in texts] == texts
 
 
-def test_the_plot_is_that_of_the_results():
+def test_the_plots_are_those_of_the_results():
     tables = load_script("make_tables")
-    assert tables.is_plot_of(tables.PLOT, tables.BENCH)
+    assert all(tables.is_plot_of(plot, results) for plot, results in tables.PLOTS.items())
 
 
 def measured(model, mode, size, seconds, *, baseline="vit", **others):

@@ -33,9 +33,25 @@ def save_plot(results: dict[str, Any], path: Path, *, digest: str) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Two panels, log-log: seconds of a step, and bytes that a training step adds; a line a model."""
-    first = [rows[0][name] for name in ("batch_size", "dtype", "compile")]
-    rows = [row for row in rows if [row[name] for name in ("batch_size", "dtype", "compile")] == first]
+    """Two panels, log-log: seconds of a step, and bytes that a training step adds; a line a model.
+
+    Where the batch is not the same at all sizes, both are those of an image.
+    """
+    dtype, is_compiled = rows[0]["dtype"], rows[0]["compile"]
+    rows = [row for row in rows if (row["dtype"], row["compile"]) == (dtype, is_compiled)]
+    batches: dict[int, int] = {}
+    for row in rows:
+        batches.setdefault(row["patches"], row["batch_size"])
+    rows = [row for row in rows if row["batch_size"] == batches[row["patches"]]]
+    smallest, largest = min(batches.values()), max(batches.values())
+    titles, batch = ("time of a step", "memory that a training step adds"), f"batch {smallest}"
+    if smallest != largest:
+        rows = [_of_an_image(row) for row in rows]
+        titles, batch = (
+            ("time of an image", "memory for training an image"),
+            f"batches of {smallest} to {largest}",
+        )
+    conditions = f"{batch}, {dtype}" + (", compiled" if is_compiled else "")
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(11, 5.2 + 0.2 * len(models)), layout="constrained")
     time, memory = figure.subplots(1, 2)
@@ -45,11 +61,14 @@ def draw(rows: Sequence[Row]) -> Figure:
     _lines(memory, trained, models, "step_bytes", 2.0**30, STYLES["train"])
     _paper(time, [row for row in rows if row["mode"] == "forward"], "seconds", 1.0, lambda gain: gain.time)
     _paper(memory, trained, "step_bytes", 2.0**30, lambda gain: gain.memory)
-    conditions = f"batch {first[0]}, {first[1]}" + (", compiled" if first[2] else "")
-    _label(time, f"time of a step, {conditions}", "seconds")
-    _label(memory, f"memory that a training step adds, {conditions}", "GiB")
+    _label(time, f"{titles[0]}, {conditions}", "seconds")
+    _label(memory, f"{titles[1]}, {conditions}", "GiB")
     figure.legend(handles=_legend(models), loc="outside lower center", fontsize=9, frameon=False)
     return figure
+
+
+def _of_an_image(row: Row) -> Row:
+    return row | {name: row[name] and row[name] / row["batch_size"] for name in ("seconds", "step_bytes")}
 
 
 def _lines(axes: Axes, rows: Sequence[Row], models: Sequence[str], name: str, unit: float, style: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -56,15 +57,17 @@ def shard(
         # Whole, a model would be cut into graphs at each of the gathers.
         for block in blocks:
             block.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
-    _divide(blocks, trained)
+    # By default it would be of the GPU that a machine has, also in a run on its CPU.
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    _divide(blocks, trained, mesh)
     if ema is not None:
-        _divide(_separable_blocks(ema.module), ema.module)
+        _divide(_separable_blocks(ema.module), ema.module, mesh)
     return undivided
 
 
-def _divide(blocks: Sequence[nn.Module], rest: nn.Module) -> None:
+def _divide(blocks: Sequence[nn.Module], rest: nn.Module, mesh: DeviceMesh) -> None:
     for module in (*blocks, rest):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
 
 
 def _separable_blocks(model: nn.Module) -> list[nn.Module]:

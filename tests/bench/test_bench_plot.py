@@ -60,6 +60,21 @@ def test_a_line_a_model_and_mode():
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("patches N", unit)
 
 
+def test_batches_that_are_not_the_same_at_all_sizes_are_drawn_as_images():
+    rows = [
+        row("timm", "forward", 1024, 3.2, batch_size=4),
+        row("timm", "forward", 4096, 6.4),
+        row("timm", "forward", 4096, 12.8, batch_size=2),
+        row("timm", "train", 1024, 4.0, batch_size=4, step_bytes=2**30),
+    ]
+    time, memory = draw(rows).axes
+    assert series(time)["timm", "-"] == [[1024, 0.8], [4096, 6.4]]
+    assert series(time)["timm", "--"] == [[1024, 1.0]]
+    assert series(memory)["timm", "--"] == [[1024, 0.25]]
+    assert time.get_title() == "time of an image, batches of 1 to 4, float32"
+    assert memory.get_title() == "memory for training an image, batches of 1 to 4, float32"
+
+
 def test_models_differ_in_colour_and_marker():
     many = [row(f"model {index}", "forward", 1024, 1.0) for index in range(20)]
     looks = [(line.get_color(), line.get_marker()) for line in draw(many).axes[0].lines]
