@@ -60,7 +60,12 @@ def convert_command(options: ConvertOptions, *, command: str) -> int:
     show_layers(console, outcome.fits)
     show_fidelity(console, outcome.fidelity)
     show_speed(console, outcome.speeds)
-    counts = {"num_images": len(work.sample.paths), "num_held_out": work.sample.num_held_out}
+    sample = work.sample
+    counts = {
+        "num_images": len(sample.paths),
+        "num_held_out": sample.num_held_out,
+        "num_unseen": len(sample.unseen_paths),
+    }
     results = {**origin, "options": options.model_dump(mode="json"), **counts, **outcome.to_dict()}
     if options.json_file is not None:
         write_text(options.json_file, json.dumps(results, indent=2) + "\n")
@@ -110,14 +115,14 @@ class _Conversion:
             converted = self._convert(streams)
             for size in self.options.target_size:
                 _check_target(converted, size)
-            held_out = Comparison(self.original, self.sample.held_out(), batch_size=self.options.batch_size)
+            unseen = Comparison(self.original, self.sample.unseen(), batch_size=self.options.batch_size)
             beginning = "pooled" if self.earlier is None else "before"
-            fidelity = {beginning: held_out.of(converted)}
+            fidelity = {beginning: unseen.of(converted)}
             fits = self._fit(converted, streams)
             del streams
-            fidelity["fitted"] = held_out.of(converted)
+            fidelity["fitted"] = unseen.of(converted)
             if self.options.distill_steps is not None or self.options.distill_minutes is not None:
-                fidelity["distilled"] = self._distil(converted, held_out)
+                fidelity["distilled"] = self._distil(converted, unseen)
             speeds = self._time(converted)
         return Outcome(converted, self.classifier, self.sample.spec, fits, fidelity, speeds)
 
@@ -173,7 +178,7 @@ class _Conversion:
         options = FitOptions(Descent(self.options.steps), max_error=self.options.max_error, seed=self.options.seed)
         return fit_layers(self.original, converted, streams, options, done=done, report=report)
 
-    def _distil(self, converted: LinformerViT, held_out: Comparison) -> Fidelity:
+    def _distil(self, converted: LinformerViT, unseen: Comparison) -> Fidelity:
         task = self.bar.add_task("distilling", total=100)
         given = self.options
         options = DistilOptions(given.distill_steps, given.distill_minutes, given.distill_rate, given.amp)
@@ -181,7 +186,7 @@ class _Conversion:
             self.original,
             converted,
             self.sample.endless(given.distill_batch_size),
-            held_out,
+            unseen,
             options,
             report=lambda share: self.bar.update(task, completed=100 * share),
         )

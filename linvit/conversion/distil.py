@@ -1,8 +1,8 @@
 """Distillation of a converted model from its original, end to end, on images without labels.
 
 Both see the same images. Learnt are the tokens behind a few blocks and behind the last norm, by the relative square
-error of each, and the logits, where there are any, by their divergence. What is nearest on the images held out is kept,
-also where that is the beginning.
+error of each, and the logits, where there are any, by their divergence. What is nearest on images that it does not
+learn from is kept, also where that is the beginning.
 """
 
 import math
@@ -23,7 +23,7 @@ from linvit.vit import LinformerViT
 NUM_TAPS = 4
 WARMUP = 0.05
 LARGEST_GRADIENT = 1.0
-# On the images held out, evenly spaced; as the rate falls, the last ones are mostly the best.
+# Of what it is like, evenly spaced; as the rate falls, the last ones are mostly the best.
 NUM_CHECKS = 5
 
 
@@ -47,7 +47,7 @@ def distil(
     original: VisionTransformer,
     converted: LinformerViT,
     batches: Iterator[Tensor],
-    held_out: Comparison,
+    unseen: Comparison,
     options: DistilOptions,
     *,
     report: Callable[[float], object] = lambda share: None,
@@ -57,12 +57,13 @@ def distil(
     Args:
         original, converted: in evaluation mode, in which they stay.
         batches: images (B, 3, H, W), without end.
-        held_out: images to choose the best weights by, with what the original makes of them.
+        unseen: images to choose the best weights by, with what the original makes of them. Not those that chose the
+            penalties of a fit: on them it would look better than it is.
         options: how long.
         report: told the share of the way gone, after each step.
     """
     optimizer = torch.optim.AdamW(converted.parameters(), lr=options.rate, weight_decay=0.0)
-    best = held_out.of(converted, amp=options.amp)
+    best = unseen.of(converted, amp=options.amp)
     state = {name: value.clone() for name, value in converted.state_dict().items()}
     clock = _Clock(options)
     checks = 0
@@ -79,12 +80,12 @@ def distil(
         clock.tick()
         if clock.share * NUM_CHECKS >= checks + 1:
             checks = int(clock.share * NUM_CHECKS)
-            fidelity = held_out.of(converted, amp=options.amp)
+            fidelity = unseen.of(converted, amp=options.amp)
             if fidelity.mean_cosine > best.mean_cosine:
                 best, state = fidelity, {name: value.clone() for name, value in converted.state_dict().items()}
         report(min(clock.share, 1.0))
     converted.load_state_dict(state)
-    return held_out.of(converted)
+    return unseen.of(converted)
 
 
 def loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -> Tensor:

@@ -47,7 +47,10 @@ class ConvertOptions(BaseModel):
     )
 
     num_images: int = Field(
-        512, ge=8, description="images drawn from the folder; an eighth of them, at most 64, is held out"
+        512,
+        ge=8,
+        description="images drawn from the folder; an eighth of them, at most 64, chooses penalties, and as many "
+        "others tell what came out",
     )
     steps: int = Field(0, ge=0, description="steps of descent in each layer, before what is fitted in closed form")
     max_error: float | None = Field(

@@ -16,7 +16,7 @@ EMPTY = "–"
 def show_layers(console: Console, fits: Sequence[LayerFit]) -> None:
     """A line per layer: how far its tokens are from the original's, before and after its fit."""
     headings = ["layer", "k", "error before", "fitted", "behind MLP", "cosine"]
-    table = _table("layers, on images held out: relative errors of tokens", headings)
+    table = _table("layers, on images that chose the penalties: relative errors of tokens", headings)
     for fit in fits:
         table.add_row(
             str(fit.layer),
@@ -33,7 +33,7 @@ def show_fidelity(console: Console, fidelity: Mapping[str, Fidelity]) -> None:
     """A line per stage: cosines of the features to the original's, and how often both give the same first class."""
     count = next(iter(fidelity.values())).num_images
     headings = ["", "class token", "patches", "features", "same top-1"]
-    table = _table(f"cosine to the original's, {count} images held out", headings)
+    table = _table(f"cosine to the original's, {count} other images", headings)
     for stage, each in fidelity.items():
         cosines = (each.class_cosine, each.patch_cosine, each.feature_cosine)
         agreement = EMPTY if each.top1_agreement is None else f"{each.top1_agreement:.1%}"
