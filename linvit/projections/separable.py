@@ -20,8 +20,9 @@ def project_separable(x: Tensor, weight_h: Tensor, weight_w: Tensor) -> Tensor:
     """
     (M, k_h, H), W = weight_h.shape, weight_w.shape[2]
     if M == 1 and x.shape[1] == 1:
-        # The usual case, in the fewest steps.
-        rows = weight_h @ x.reshape(-1, H, W * x.shape[3])  # (B, k_h, W·C)
+        # The usual case, in the fewest steps. Not `@`, which copies x, transposed, to make one product of all images.
+        grid = x.reshape(-1, H, W * x.shape[3])
+        rows = torch.bmm(weight_h.expand(grid.shape[0], -1, -1), grid)  # (B, k_h, W·C)
         return (weight_w @ rows.view(-1, k_h, W, x.shape[3])).flatten(1, 2)[:, None]
     grid = x.unflatten(2, (H, W)).flatten(3)  # (B, M, H, W·C)
     if x.shape[1] == 1:

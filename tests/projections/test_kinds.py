@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from kinds import FIXED, GRIDS, KINDS, REDUCING, reductions
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvit import reference
 from linvit.projections import (
@@ -29,6 +30,18 @@ def test_table_of_kinds_is_the_registry():
     assert set(KINDS) == set(PROJECTIONS)
     assert set(FIXED) == {kind for kind in PROJECTIONS if not maps_can_differ(kind)}
     assert set(REDUCING) == {kind for kind, cls in PROJECTIONS.items() if not issubclass(cls, MatrixProjection)}
+
+
+class DispatchedOperations(TorchDispatchMode):
+    """Names of what is called, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.__name__.partition(".")[0])
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("kind", "grid", "maps"), [case for case in CASES if case[0] not in REDUCING])
@@ -129,6 +142,15 @@ def test_convolution_starts_at_an_average_or_at_noise(init):
     assert projection.weight.std().item() == pytest.approx(deviation, rel=0.1)
     average = build_projection("conv", k=16, grid_size=(32, 32), dim=64, init="average")
     assert bool((average.weight == 1 / 64).all())
+
+
+def test_separable_copies_no_token():
+    projection = build_projection("separable", k=12, grid_size=(7, 5))
+    tokens = torch.randn(3, 1, 36, 8)
+    with DispatchedOperations() as called:
+        projection(tokens[:, :, 1:])
+    assert called.names.count("bmm") == 2
+    assert not {"clone", "copy_", "_to_copy"} & set(called.names)
 
 
 def test_separable_is_a_kronecker_product():
