@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -58,7 +59,7 @@ def shard(
         for block in blocks:
             block.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
     # By default it would be of the GPU that a machine has, also in a run on its CPU.
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    mesh = init_device_mesh(ranks.device.type, (dist.get_world_size(),))
     _divide(blocks, trained, mesh)
     if ema is not None:
         _divide(_separable_blocks(ema.module), ema.module, mesh)
