@@ -16,7 +16,7 @@ EMPTY = "–"
 def show_layers(console: Console, fits: Sequence[LayerFit]) -> None:
     """A line per layer: how far its tokens are from the original's, before and after its fit."""
     headings = ["layer", "k", "error before", "fitted", "behind MLP", "cosine"]
-    table = _table("layers, on images that chose the penalties: relative errors of tokens", headings)
+    table = _table("relative errors, on images that chose penalties", headings)
     for fit in fits:
         table.add_row(
             str(fit.layer),
