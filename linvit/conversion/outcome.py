@@ -18,6 +18,8 @@ from linvit.vit import LinformerViT
 
 # Below this cosine of any feature a warning is due.
 DOUBTFUL_COSINE = 0.9
+# What a fit may lose of the mean cosine before that is said: less is rounding.
+NOTICED_LOSS = 0.001
 MEND = "take a larger k, fewer --layers, more --num-images or --distill-minutes"
 
 
@@ -51,7 +53,7 @@ class Outcome:
         }
 
     def check(self, min_cosine: float | None, output: Path) -> None:
-        """Raise ValueError where fidelity is below the bound; warn where it is doubtful."""
+        """Raise ValueError where fidelity is below the bound; warn where it is doubtful, or was better before."""
         lowest = self.lowest_cosine
         if min_cosine is not None and lowest < min_cosine:
             raise ValueError(
@@ -61,6 +63,13 @@ class Outcome:
         if lowest < DOUBTFUL_COSINE:
             print(
                 f"warning: the lowest cosine of the features to the original's is {lowest:.3f}: {MEND}", file=sys.stderr
+            )
+        before, after = (list(self.fidelity.values())[i].mean_cosine for i in (0, -1))
+        if after < before - NOTICED_LOSS:
+            print(
+                f"warning: the fit took the features farther from the original's, from a cosine of {before:.3f} to "
+                f"{after:.3f}, having too few images: give more --num-images",
+                file=sys.stderr,
             )
 
     def save(self, output: Path, results: dict[str, Any]) -> None:
