@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from probe import Probes, create, draw
+from probe import Probes, create, draw, features_of
 from provenance import provenance
 from timm.models import VisionTransformer
 from torch import Tensor
@@ -52,16 +52,8 @@ def shuffled(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield images[numbers[first : first + batch_size]].float()
 
 
-@torch.inference_mode()
-def features_of(model: VisionTransformer, images: Tensor) -> Tensor:
-    """What the model gives, and the mean of its patch tokens: (N, 2, D) float32, on the CPU."""
-    rows = []
-    for batch in images.split(AT_ONCE):
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            tokens = model.forward_features(batch.float())
-            given = model.forward_head(tokens)
-        rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1).cpu())
-    return torch.cat(rows)
+def in_batches(images: Tensor) -> Iterator[Tensor]:
+    return (batch.float() for batch in images.split(AT_ONCE))
 
 
 def probed(features: Tensor, labels: Tensor, seed: int) -> Probes:
@@ -106,7 +98,9 @@ def main() -> None:
         futures: list[Future[Probes]] = []
 
         def add(subject: VisionTransformer, **row: Any) -> None:
-            futures.append(pool.submit(probed, features_of(subject, probe_images), labels, args.seed))
+            futures.append(
+                pool.submit(probed, features_of(subject, in_batches(probe_images), amp=True), labels, args.seed)
+            )
             rows.append(row)
             print(json.dumps(row), flush=True)
 

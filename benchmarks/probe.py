@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import linvit  # noqa: F401
 from linvit.data.imageset import ImageSet
 from linvit.data.options import InputOptions
 from linvit.data.sources import open_images
-from linvit.data.transforms import InputSpec, resolve_input
+from linvit.data.transforms import resolve_input
 from linvit.files import sha256_of
 from linvit.spectrum.images import load_batches
 from linvit.training.distributed import choose_device
@@ -50,15 +50,15 @@ def draw(images: ImageSet, count: int, seed: int) -> list[int]:
 
 
 @torch.inference_mode()
-def features_of(
-    model: VisionTransformer, paths: Sequence[str], spec: InputSpec, device: torch.device, *, amp: bool
-) -> Tensor:
-    """What the model gives, and the mean of its patch tokens: (N, 2, D) float32; with `amp` it computes in bfloat16."""
-    model.to(device)
+def features_of(model: VisionTransformer, batches: Iterable[Tensor], *, amp: bool) -> Tensor:
+    """What the model gives for images (B, 3, H, W) on its device, and the mean of its patch tokens: (N, 2, D) float32.
+
+    With `amp` it computes in bfloat16.
+    """
     rows = []
-    for images in load_batches(paths, spec, batch_size=8 if device.type == "cuda" else 1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            tokens = model.forward_features(images.to(device))
+    for images in batches:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            tokens = model.forward_features(images)
             given = model.forward_head(tokens)
         rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1).cpu())
     return torch.cat(rows)
@@ -188,7 +188,9 @@ def main() -> None:
         path = args.cache and args.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         features = kept(path)
         if features is None:
-            features = features_of(model, [str(images.path(i)) for i in indices], spec, device, amp=args.amp)
+            paths = [str(images.path(index)) for index in indices]
+            batches = load_batches(paths, spec, batch_size=8 if device.type == "cuda" else 1)
+            features = features_of(model.to(device), (batch.to(device) for batch in batches), amp=args.amp)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(features, path)

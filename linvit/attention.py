@@ -28,7 +28,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.eager import apply_in_runs, autocast_dtype, cast_once, goes_in_runs, is_plain_linear
+from linvit.eager import HALF_PRECISIONS, apply_in_runs, autocast_dtype, cast_once, goes_in_runs, is_plain_linear
 from linvit.layout import Patches, TokenLayout, read_patches
 from linvit.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.splitting import split_attention
@@ -69,7 +69,7 @@ def keeps_scores_on_chip(x: Tensor) -> bool:
 
     Folding saves multiply-adds there that are not what takes the time, and writes the scores to memory.
     """
-    return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in HALF_PRECISIONS
 
 
 # Tokens × width of one run over the tokens on a CPU: 2 MiB in single precision.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer and nothing else, so that its weight may be read instead of calling it.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from linvit.eager import equal_runs, is_plain_linear, run_length, runs_eagerly
+from linvit.eager import autocast_dtype, equal_runs, is_plain_linear, run_length, runs_eagerly
 
 # What the backward pass computes again: the GELU alone (on a CPU), or all that is hidden.
 Recompute = Literal["activation", "hidden"]
@@ -48,9 +48,9 @@ class LeanMlp(Mlp):
                 return checkpoint(super().forward, x, use_reentrant=False)
             return super().forward(x)
         inputs: tuple[Any, ...] = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        if not torch.is_autocast_enabled(x.device.type):
+        dtype = autocast_dtype(x)
+        if dtype is None:
             return self._lean(inputs, needs_grad)
-        dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return self._lean(tuple(None if each is None else each.to(dtype) for each in inputs), needs_grad)
 
@@ -71,7 +71,7 @@ class LeanMlp(Mlp):
             and not (self.training and (self.drop1.p or self.drop2.p))
             and x.numel() > 0
             and not x.is_meta
-            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (x.dtype == self.fc1.weight.dtype or autocast_dtype(x) is not None)
         )
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linvit.eager import HALF_PRECISIONS
+
 # Keys that one block of the kernels' backward passes takes.
 KEYS_PER_BLOCK = 128
 # Blocks wanted: about two for each multiprocessor of an A100 (108) or H100 (132).
@@ -31,8 +33,8 @@ def query_chunks(*, batch: int, heads: int, queries: int, keys: int, cudnn: bool
 
 
 @torch.compiler.assume_constant_result
-def _takes_cudnn() -> bool:
-    """Whether torch's fused attention is cuDNN's on this GPU."""
+def _prefers_cudnn() -> bool:
+    """Whether torch's fused attention in half precision is cuDNN's on this GPU."""
     return torch.cuda.get_device_capability() >= (9, 0) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -47,7 +49,8 @@ def split_attention(
     B, H, T, _ = q.shape
     if chunks is None:
         wanted = q.is_cuda and torch.is_grad_enabled() and q.requires_grad
-        chunks = query_chunks(batch=B, heads=H, queries=T, keys=k.shape[2], cudnn=_takes_cudnn()) if wanted else 1
+        cudnn = wanted and q.dtype in HALF_PRECISIONS and _prefers_cudnn()
+        chunks = query_chunks(batch=B, heads=H, queries=T, keys=k.shape[2], cudnn=cudnn) if wanted else 1
     if chunks == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     # Tokens before heads, as the queries lie in memory: splitting them copies nothing unless they have to be padded.

@@ -60,7 +60,7 @@ def test_chunks_by_size():
 def test_which_kernels_there_are_is_no_break_for_a_compiler(capability, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    run = torch.compile(lambda x: x + 1 if splitting._takes_cudnn() else x - 1, backend="eager", fullgraph=True)
+    run = torch.compile(lambda x: x + 1 if splitting._prefers_cudnn() else x - 1, backend="eager", fullgraph=True)
     assert run(torch.zeros(1)).item() == (1 if capability == (9, 0) else -1)
 
 

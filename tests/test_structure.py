@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "projections": set(),
     "eager": set(),
-    "splitting": set(),
+    "splitting": {"eager"},
     "layout": {"projections"},
     "attention": {"projections", "layout", "eager", "splitting", "scripting"},
     "scripting": {"projections", "attention"},

@@ -64,11 +64,11 @@ class Outcome:
             print(
                 f"warning: the lowest cosine of the features to the original's is {lowest:.3f}: {MEND}", file=sys.stderr
             )
-        before, after = (list(self.fidelity.values())[i].mean_cosine for i in (0, -1))
+        before, *_, after = (each.mean_cosine for each in self.fidelity.values())
         if after < before - NOTICED_LOSS:
             print(
                 f"warning: the fit took the features farther from the original's, from a cosine of {before:.3f} to "
-                f"{after:.3f}, having too few images: give more --num-images",
+                f"{after:.3f}, as one to too few images does: give more --num-images",
                 file=sys.stderr,
             )
 

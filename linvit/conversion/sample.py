@@ -21,8 +21,8 @@ MOST_HELD_OUT = 64
 class Sample:
     """Images below `folder`, drawn by `seed`, as a model takes them, on its device.
 
-    Of the `num_images` at most, `paths`, the last `num_held_out` choose, and teach nothing. Those `unseen` do neither:
-    other images of the folder, or some of the sample where it has no others.
+    `paths` are those of the fit, at most `num_images`, the last `num_held_out` of which choose, and teach nothing. As
+    many others of the folder, `unseen_paths`, do neither.
 
     Raises ValueError where there are fewer than 8.
     """
@@ -35,23 +35,21 @@ class Sample:
     seed: int
     paths: list[str] = field(init=False)
     unseen_paths: list[str] = field(init=False)
-    other_paths: list[str] = field(init=False)
+    # All of the folder but those unseen, those of the fit first.
+    seen_paths: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        drawn = sample_paths(self.folder, count=self.num_images, seed=self.seed)
-        if len(drawn) < FEWEST:
-            raise ValueError(f"{self.folder} holds {len(drawn)} images: a fit needs at least {FEWEST}")
-        known = set(drawn)
-        others = [path for path in sample_paths(self.folder, count=sys.maxsize, seed=self.seed) if path not in known]
-        wanted = _num_held_out(drawn)
-        missing = max(0, wanted - len(others))
-        object.__setattr__(self, "paths", drawn[missing:])
-        object.__setattr__(self, "unseen_paths", others[:wanted] + drawn[:missing])
-        object.__setattr__(self, "other_paths", others[wanted:])
+        everything = sample_paths(self.folder, count=sys.maxsize, seed=self.seed)
+        if len(everything) < FEWEST:
+            raise ValueError(f"{self.folder} holds {len(everything)} images: a fit needs at least {FEWEST}")
+        unseen = _num_held_out(min(self.num_images, len(everything)))
+        object.__setattr__(self, "unseen_paths", everything[-unseen:])
+        object.__setattr__(self, "seen_paths", everything[:-unseen])
+        object.__setattr__(self, "paths", self.seen_paths[: self.num_images])
 
     @property
     def num_held_out(self) -> int:
-        return _num_held_out(self.paths)
+        return _num_held_out(len(self.paths))
 
     def batches(self) -> Iterator[Tensor]:
         """All images of the sample once, those held out last: (B, 3, H, W)."""
@@ -63,7 +61,7 @@ class Sample:
 
     def endless(self, batch_size: int) -> Iterator[Tensor]:
         """All images of the folder but those unseen, again and again, each time in another order."""
-        paths = sorted(self.paths + self.other_paths)
+        paths = list(self.seen_paths)
         order = random.Random(self.seed)
         while True:
             order.shuffle(paths)
@@ -74,5 +72,5 @@ class Sample:
             yield images.to(self.device)
 
 
-def _num_held_out(paths: list[str]) -> int:
-    return min(max(len(paths) // 8, 2), MOST_HELD_OUT)
+def _num_held_out(count: int) -> int:
+    return min(max(count // 8, 2), MOST_HELD_OUT)

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -55,11 +55,12 @@ def choose_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1 or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no CUDA GPU here; choose --device cpu or auto")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"--device {name}: the number of GPUs here is {found}, and they are counted from cuda:0")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch finds no CUDA GPU here; choose --device cpu or auto")
+        found = torch.cuda.device_count()
+        if (device.index or 0) >= found:
+            raise ValueError(f"--device {name}: the number of GPUs here is {found}, and they are counted from cuda:0")
     return name
 
 
@@ -76,8 +77,8 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     ValueError and OSError.
     """
     chosen = choose_device(device)
-    own = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    if chosen == "cuda" and own >= torch.cuda.device_count():
+    own, _, processes = world_info_from_env()
+    if processes > 1 and chosen == "cuda" and own >= torch.cuda.device_count():
         raise ValueError(
             f"process {own} of this machine has no GPU of its own, of which there are {torch.cuda.device_count()}: "
             "start as many processes as GPUs (--nproc-per-node), or give --device cpu"

@@ -18,7 +18,7 @@ def outcome(*cosines: float) -> Outcome:
 @pytest.mark.parametrize(
     ("cosines", "words"),
     [
-        ((0.99, 0.95), "farther from the original's, from a cosine of 0.990 to 0.950, having too few images"),
+        ((0.99, 0.95), "farther from the original's, from a cosine of 0.990 to 0.950, as one to too few images does"),
         ((0.99, 0.95, 0.97), "from a cosine of 0.990 to 0.970"),
         ((0.5, 0.8), "the lowest cosine of the features to the original's is 0.800"),
     ],

@@ -36,7 +36,7 @@ def test_some_images_only_measure_also_where_all_are_drawn(tmp_path, count, fitt
     sample = draw(tmp_path, count)
     assert len(sample.paths) == fitted
     assert len(sample.unseen_paths) == 2
-    everything = [*sample.paths, *sample.unseen_paths, *sample.other_paths]
+    everything = [*sample.seen_paths, *sample.unseen_paths]
     assert len(set(everything)) == len(everything) == 21
     assert len(torch.cat(list(sample.batches()))) == len(sample.paths)
     assert draw(tmp_path, count).paths == sample.paths != draw(tmp_path, count, seed=1).paths

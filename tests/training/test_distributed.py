@@ -219,6 +219,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     assert choose_device("cuda:0") == "cuda:0"
     with pytest.raises(ValueError, match="--device cuda:1: the number of GPUs here is 1, and they are counted from"):
         choose_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with (
         pytest.raises(ValueError, match=r"process 1 of this machine has no GPU of its own, of which there are 1"),
