@@ -1,7 +1,7 @@
 """A batch in parts: where one does not fit in memory it is halved, and their gradients still add up to the batch's."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from linvit.training.sharding import is_sharded
 class MicroBatches:
     """Runs batches through a model forwards and backwards, in parts of at most `size` images.
 
-    Gradients that earlier batches left are never lost, nor is a part counted twice that ran out of memory half way.
+    A part that runs out of memory halfway through its backward pass has changed some gradients already. Those that were
+    empty before are emptied again. If others have changed, the part is repeated in halves that add nothing to them:
+    each gradient gets the share of each image exactly once, and no second set of gradients is held in case memory runs
+    out. (With dropout, the halves draw masks of their own.)
 
     Args:
         model: what exchanges gradients where there are several processes.
@@ -58,6 +61,12 @@ class MicroBatches:
 
         Raises ValueError where a single image does not fit.
         """
+        return self._add_gradients(images, labels, weight=weight, exchanges=exchanges, complete=frozenset())
+
+    def _add_gradients(
+        self, images: Tensor, labels: Tensor, *, weight: float, exchanges: bool, complete: frozenset[nn.Parameter]
+    ) -> Tensor:
+        """`backward`, except for the `complete` parameters, which have the gradients of these images."""
         total = torch.zeros((), device=images.device)
         start = 0
         while start < len(images):
@@ -65,12 +74,14 @@ class MicroBatches:
             part = images[start:stop], labels[start:stop]
             is_last = exchanges and stop == len(images)
             is_exchanged = not self.can_split or (is_last and isinstance(self.model, DistributedDataParallel))
-            loss = self._attempt(*part, weight=weight, is_exchanged=is_exchanged)
-            if loss is None:
+            result = self._attempt(*part, weight=weight, is_exchanged=is_exchanged, complete=complete)
+            if isinstance(result, frozenset):
                 self._halve(stop - start, images)
-            else:
-                total += loss
-                start = stop
+                if not result:
+                    continue
+                result = self._add_gradients(*part, weight=weight, exchanges=is_last, complete=complete | result)
+            total += result
+            start = stop
         return total
 
     def agree(self, sizes: list[int]) -> None:
@@ -81,14 +92,21 @@ class MicroBatches:
             self.notes.append(f"another process is out of memory: going on with {smallest} images at a time here too")
         self.size = smallest
 
-    def _attempt(self, images: Tensor, labels: Tensor, *, weight: float, is_exchanged: bool) -> Tensor | None:
-        """The part's loss, its gradients added; None where it did not fit, and nothing is changed."""
-        # An exchange averages all that has been added up, so that it must find it in place.
-        held = None if is_exchanged else self._set_gradients_aside()
+    def _attempt(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        weight: float,
+        is_exchanged: bool,
+        complete: frozenset[nn.Parameter],
+    ) -> Tensor | frozenset[nn.Parameter]:
+        """The part's loss; if memory ran out, the parameters that have the part's gradient nevertheless."""
+        before = [(parameter, parameter.grad, _version(parameter.grad)) for parameter in self.parameters]
         generators = _generator_states(images.device)
         has_answered = False
         try:
-            with self._gradient_exchange(is_exchanged):
+            with self._gradient_exchange(is_exchanged), _leaving_out(complete):
                 outputs = self.forward(images)
                 has_answered = True
                 loss = self.loss_of(outputs, images, labels) * (weight * len(images))
@@ -100,12 +118,8 @@ class MicroBatches:
                     f"memory ran out with {len(images)} images at once while processes exchanged weights or gradients: "
                     "set a lower --batch-size (--grad-accum-steps keeps the whole), or --grad-checkpointing"
                 ) from error
-            if held is not None:
-                self._put_back(held)
             _restore_generators(generators, images.device)
-            return None
-        if held is not None:
-            self._add_to(held)
+            return frozenset(_undo(before))
         return loss.detach()
 
     def _halve(self, num_images: int, images: Tensor) -> None:
@@ -127,27 +141,33 @@ class MicroBatches:
             return self.model.no_sync()
         return nullcontext()
 
-    def _set_gradients_aside(self) -> list[Tensor | None]:
-        held = [parameter.grad for parameter in self.parameters]
-        self._put_back([None] * len(held))
-        return held
 
-    def _put_back(self, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients):
-            parameter.grad = gradient
+def _version(gradient: Tensor | None) -> int:
+    """How often a gradient was changed in place."""
+    return 0 if gradient is None else gradient._version
 
-    def _add_to(self, held: list[Tensor | None]) -> None:
-        """Make the gradients those held plus those there are now."""
-        sums, added = [], []
-        for parameter, before in zip(self.parameters, held):
-            if before is None:
-                continue
-            if parameter.grad is not None:
-                sums.append(before)
-                added.append(parameter.grad)
-            parameter.grad = before
-        if sums:
-            torch._foreach_add_(sums, added)
+
+def _undo(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> list[nn.Parameter]:
+    """Empty the gradients that were empty before; returns the parameters whose gradients have changed otherwise."""
+    changed = []
+    for parameter, gradient, version in before:
+        if gradient is None:
+            parameter.grad = None
+        elif parameter.grad is not gradient or gradient._version != version:
+            changed.append(parameter)
+    return changed
+
+
+@contextmanager
+def _leaving_out(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Add nothing to the gradients of these parameters."""
+    # Not by `requires_grad_(False)`, for which a compiled model is compiled again.
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

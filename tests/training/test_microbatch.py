@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tiny_runs import assert_same
 from tiny_steps import build_step, random_batch, weights_of
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from linvit.training.engine import TrainStep
@@ -87,6 +88,53 @@ def test_memory_that_runs_out_in_a_later_batch_keeps_the_earlier_ones(where: str
         parts.backward(some, of_them, group_size=3, closes_group=number == 2)
     found = parts.update()
     assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_may_run_out_twice_halfway_through_the_backward_pass_of_a_later_batch() -> None:
+    images, labels = random_batch(14)
+    whole, parts = (build_step(batch_size=7, grad_accum_steps=2) for _ in range(2))
+    run_group(whole, images, labels, 2)
+    parts.backward(images[:7], labels[:7], group_size=2, closes_group=False)
+    model = limit_memory(parts, 2, "backward")
+    parts.backward(images[7:], labels[7:], group_size=2, closes_group=True)
+    # Parts that have failed are completed one by one.
+    assert model.seen == [7, 4, 2, 2, 2, 1]
+    parts.update()
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_later_batches_add_to_the_gradients_in_place() -> None:
+    step = build_step(grad_accum_steps=3)
+    places: list[set[int]] = []
+    for parameter in step.parameters:
+        parameter.register_post_accumulate_grad_hook(lambda each: places[-1].add(each.grad.data_ptr()))
+    for number in range(3):
+        places.append(set())
+        step.backward(*random_batch(), group_size=3, closes_group=number == 2)
+    assert len(places[0]) == len(step.parameters)
+    assert places[1] == places[2] == places[0]
+
+
+def test_a_compiled_model_is_not_compiled_again_where_memory_ran_out() -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    images, labels = random_batch(8)
+    whole, parts = (build_step(batch_size=4, grad_accum_steps=2) for _ in range(2))
+    expected = run_group(whole, images, labels, 2)
+    parts.plain_model.forward_features = torch.compile(parts.plain_model.forward_features, backend=graphs, dynamic=True)
+    parts.micro_batches.size = 2
+    parts.backward(images[:4], labels[:4], group_size=2, closes_group=False)
+    before = graphs.frame_count
+    assert before
+    parts.micro_batches.size = None
+    limit_memory(parts, 2, "backward")
+    parts.backward(images[4:], labels[4:], group_size=2, closes_group=True)
+    assert parts.micro_batches.size == 2
+    assert graphs.frame_count == before
+    assert parts.update().gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
     for name, weight in weights_of(whole).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
 
