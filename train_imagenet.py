@@ -115,7 +115,8 @@ def train(config: TrainConfig) -> int:
         distillation = create_distillation(model, config, spec=spec, class_names=class_names, device=ranks.device)
         ema = create_ema(model, config)
         trained = model if distillation is None else distillation.trained
-        undivided = shard(trained, model, ema=ema, options=config, ranks=ranks) if config.fsdp else None
+        if config.fsdp:
+            shard(trained, model, ema=ema, options=config, ranks=ranks)
         optimizer = create_optimizer(
             model,
             config,
@@ -136,7 +137,6 @@ def train(config: TrainConfig) -> int:
             ranks=ranks,
             stop=stop,
             distillation=distillation,
-            undivided=undivided,
         )
 
         # The run's folder, new or gone on with.

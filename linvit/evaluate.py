@@ -31,7 +31,7 @@ def evaluate(
         loader: from `create_eval_loader`, its images on `device`.
         amp_dtype: precision of automatic mixed precision; None is off.
 
-    A batch that does not fit in memory is halved, which is said on stderr.
+    A batch that does not fit in memory is halved, which is said on stderr; with sharded weights it raises ValueError.
     """
     if next(model.parameters()).device != device:
         model = copy.deepcopy(model).to(device)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from linvit.data.options import InputOptions
 from linvit.data.transforms import InputSpec, resolve_input
@@ -84,3 +85,47 @@ class BatchForward:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"out of memory with {before} images at once: going on with {self.size}")
+
+
+class ShardedForward:
+    """Logits from a model whose weights are sharded; in an evaluation, all processes make the same number of calls.
+
+    Each call gathers the weights block by block, for which all processes wait. One with fewer batches than others makes
+    up for it with blank images.
+
+    Args:
+        model: in evaluation mode.
+        amp_dtype: precision of automatic mixed precision; None is off.
+        num_calls: the number of calls, of any process at most.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, device: torch.device, amp_dtype: torch.dtype | None, num_calls: int
+    ) -> None:
+        self.model, self.device, self.amp_dtype = model, device, amp_dtype
+        self._calls_left = num_calls
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, C) in float32 of images (B, 3, H, W); ValueError if the batch does not fit in memory."""
+        self._calls_left -= 1
+        try:
+            # As without sharding, compiled blocks are for training alone: figures must not depend on the compiler.
+            with autocast(self.device, self.amp_dtype), torch.compiler.set_stance("force_eager"):
+                logits: Tensor = self.model(images)
+            return logits.float()
+        except torch.OutOfMemoryError as error:
+            # Halves would be calls that the other processes do not make.
+            raise ValueError(
+                f"memory ran out while evaluating {len(images)} images at once with sharded weights: set a lower "
+                "--validation-batch-size"
+            ) from error
+
+    def finish(self, img_size: tuple[int, int]) -> None:
+        """Make the calls that are left, on a blank image of that (height, width), and shard all weights again."""
+        for _ in range(self._calls_left):
+            self(torch.zeros(1, 3, *img_size, device=self.device))
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # Outside of training the outermost module keeps its weights gathered.
+                module.reshard()

@@ -83,6 +83,11 @@ class Loader:
     def __len__(self) -> int:
         return len(self._keys.sampler)
 
+    @property
+    def img_size(self) -> Size:
+        """(height, width) of the images, unless it changes from epoch to epoch."""
+        return self._spec.size
+
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch that the next iteration reads."""
         self._keys.epoch = epoch

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from linvit.data.loader import Loader
 from linvit.evaluation.views import Flips, see
-from linvit.inference import BatchForward
-from linvit.training.distributed import sum_over_ranks
+from linvit.inference import BatchForward, ShardedForward
+from linvit.training.distributed import largest_over_ranks, sum_over_ranks
 from linvit.training.metrics import ImageRecords, ImageResults
 
 
@@ -41,6 +42,7 @@ def collect(
 
     Args:
         models: on `device`, left in the mode that they were in; one for each loader, which all show the same images.
+            One with sharded weights is called equally often in all processes.
         amp_dtype: precision of automatic mixed precision; None is off.
         say: takes a sentence where a batch did not fit in memory and is halved from then on.
         present: labels, ascending, to which predictions are also confined.
@@ -53,7 +55,13 @@ def collect(
     masked = None if present is None else ImageRecords(num_images, device)
     columns = None if present is None else torch.tensor(present, device=device)
     kept = None if num_logits is None else torch.zeros(num_images, num_logits)
-    forwards = [BatchForward(model, device=device, amp_dtype=amp_dtype, say=say) for model in models]
+    forwards: list[BatchForward | ShardedForward] = []
+    for model, loader in zip(models, loaders):
+        if isinstance(model, FSDPModule):
+            num_calls = largest_over_ranks(len(loader), device) * (2 if flips == "hflip" else 1)
+            forwards.append(ShardedForward(model, device=device, amp_dtype=amp_dtype, num_calls=num_calls))
+        else:
+            forwards.append(BatchForward(model, device=device, amp_dtype=amp_dtype, say=say))
     with _evaluating(models):
         for batch, logits in see(forwards, loaders, flips=flips):
             records.add_unreadable(batch.unreadable)
@@ -66,6 +74,9 @@ def collect(
                 masked.add(batch.indices, logits[:, columns], torch.searchsorted(columns, batch.labels))
             if kept is not None:
                 kept[batch.indices] = logits.float().cpu()
+        for forward, loader in zip(forwards, loaders):
+            if isinstance(forward, ShardedForward):
+                forward.finish(loader.img_size)
     results = records.gather()
     return Collected(
         results,

@@ -30,7 +30,7 @@ class Distillation:
 
     Attributes:
         trained: what is called and trained: the model itself, or with its projection (then it returns both the logits
-            and the projected tokens).
+            and the projected tokens, in evaluation mode the logits alone).
 
     Raises ValueError where teacher and model do not go together.
     """
@@ -134,8 +134,11 @@ class _ProjectedTokens(nn.Module):
         self.model = model
         self.projection = nn.Linear(model.embed_dim, width).to(next(model.parameters()).device)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and a grid of projected tokens (B, C, h, w)."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits and a grid of projected tokens (B, C, h, w); in evaluation mode the logits alone."""
+        if not self.training:
+            logits: Tensor = self.model(images)
+            return logits
         tokens = self.model.forward_features(images)  # (B, P + T, D)
         grid = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])
         patches = self.projection(tokens[:, self.model.num_prefix_tokens :])  # (B, T, C)

@@ -140,6 +140,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all processes' values."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def on_primary(call: Callable[[], Value]) -> Value:
     """What `call` returns in the primary process, where alone it is called; a ValueError is raised in all of them."""
     if not dist.is_initialized():

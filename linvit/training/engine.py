@@ -17,7 +17,7 @@ from linvit.training.distributed import Ranks, sum_over_ranks
 from linvit.training.microbatch import MicroBatches
 from linvit.training.mixing import mix
 from linvit.training.precision import autocast, autocast_dtype
-from linvit.training.sharding import WholeModel, whole
+from linvit.training.sharding import is_sharded, whole
 from linvit.training.signals import StopRequest
 
 # taken: the weights have changed; skipped: gradients overflowed float16 and the loss scaler lowers its scale; refused:
@@ -58,7 +58,6 @@ class TrainStep:
         config: precision and clipping.
         stop: the wish to stop that updates share between processes.
         distillation: what is learnt from a teacher; `model` is then its `trained`, compiled and wrapped.
-        undivided: what weights that are divided among processes are evaluated with.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class TrainStep:
         ranks: Ranks,
         stop: StopRequest,
         distillation: Distillation | None = None,
-        undivided: WholeModel | None = None,
     ) -> None:
         self.model, self.plain_model = model, plain_model
         self.optimizer, self.scheduler, self.ema = optimizer, scheduler, ema
@@ -83,7 +81,7 @@ class TrainStep:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.amp_dtype = autocast_dtype(config.amp, config.amp_dtype)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.amp_dtype is torch.float16)
-        self.distillation, self.undivided = distillation, undivided
+        self.distillation = distillation
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.micro_batches = MicroBatches(
             model, self.parameters, forward=self._forward, loss_of=self._loss_of, scaler=self.scaler, ranks=ranks
@@ -100,10 +98,15 @@ class TrainStep:
         """The models whose weights are evaluated and kept: "raw", and "ema" where there is a moving average."""
         return {"raw": self.plain_model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
-    def to_evaluate(self, name: str) -> TimmModel:
-        """A whole model with the weights of that name; all processes call it."""
-        weights = self.weights[name]
-        return weights if self.undivided is None else self.undivided.holding(weights)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights, gradients, optimizer state and average are sharded over the processes."""
+        return is_sharded(self.model)
+
+    def to_evaluate(self, name: str) -> nn.Module:
+        """The module to evaluate the weights of that name with."""
+        # Sharded weights can be gathered only by the module that was sharded, which may be one around the model.
+        return self.model if self.is_sharded and name == "raw" else self.weights[name]
 
     def start_epoch(self, epoch: int) -> None:
         """Train from here on, with mixing unless `mixup_off_epoch` has come."""
@@ -125,7 +128,7 @@ class TrainStep:
         weight = 1 / (self.config.images_per_batch * group_size)
         if not len(images):
             # In a group only its last batch is waited for, with weights that are divided every one.
-            is_waited_for = closes_group or self.undivided is not None
+            is_waited_for = closes_group or self.is_sharded
             if not (is_waited_for and self.ranks.world_size > 1):
                 self._losses.append(torch.zeros((), device=self.ranks.device))
                 return

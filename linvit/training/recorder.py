@@ -167,7 +167,7 @@ class Recorder:
             self._begin_to_save(step, progress)
 
     def _is_due(self, step: TrainStep) -> bool:
-        if step.undivided is None:
+        if not step.is_sharded:
             return self.is_primary and self.clock.is_due()
         # All processes take part in a save, at the same update whatever their clocks say.
         return self.clock.is_set and on_primary(self.clock.is_due)
@@ -196,7 +196,7 @@ class Recorder:
 
     def _snapshot(self, step: TrainStep, progress: Progress) -> Callable[[], dict[str, Any]] | None:
         """A copy of the state, in the first process; the others have None, having given their parts of it."""
-        if not self.is_primary and step.undivided is None:
+        if not self.is_primary and not step.is_sharded:
             return None
         # One at a time is in memory.
         self.saver.wait()

@@ -4,11 +4,9 @@ Gathered again they have the names and shapes of a model that was never divided:
 files with and without sharding, and a run goes on with any number of processes.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -21,26 +19,10 @@ from linvit.training.distributed import Ranks
 from linvit.training.options import DeviceOptions
 
 
-class WholeModel:
-    """An undivided copy of a model, in the CPU's memory, that divided weights are put into to be evaluated.
-
-    A divided model cannot be evaluated: processes have different numbers of batches, and a gather waits for all.
-    """
-
-    def __init__(self, model: TimmModel) -> None:
-        self._model = copy.deepcopy(model).cpu()
-
-    @torch.no_grad()
-    def holding(self, divided: nn.Module) -> TimmModel:
-        """The copy with the weights of `divided`; all processes call it."""
-        self._model.load_state_dict(gathered(divided.state_dict(), keep=True))
-        return self._model
-
-
 def shard(
     trained: nn.Module, model: TimmModel, *, ema: ModelEmaV3 | None, options: DeviceOptions, ranks: Ranks
-) -> WholeModel:
-    """Divide a model and its average among the processes, in place; returns a whole one to evaluate them with.
+) -> None:
+    """Divide a model and its average among the processes, in place.
 
     On a GPU this is also what brings them there, part by part. The optimizer must be made after it.
 
@@ -52,7 +34,6 @@ def shard(
     """
     if ranks.world_size == 1:
         raise ValueError("--fsdp divides the model among processes, but there is only one: use torchrun, or remove it")
-    undivided = WholeModel(model)
     blocks = _separable_blocks(model)
     if options.torchcompile is not None:
         # Whole, a model would be cut into graphs at each of the gathers.
@@ -63,7 +44,6 @@ def shard(
     _divide(blocks, trained, mesh)
     if ema is not None:
         _divide(_separable_blocks(ema.module), ema.module, mesh)
-    return undivided
 
 
 def _divide(blocks: Sequence[nn.Module], rest: nn.Module, mesh: DeviceMesh) -> None:

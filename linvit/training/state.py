@@ -102,7 +102,7 @@ def collect_state(
         "scaler": step.scaler.state_dict(),
         "distillation": {} if step.distillation is None else step.distillation.state_dict(),
     }
-    return gathered(state, keep=step.ranks.is_primary) if step.undivided is not None else state
+    return gathered(state, keep=step.ranks.is_primary) if step.is_sharded else state
 
 
 def restore_state(

@@ -1,5 +1,6 @@
 """FSDP2 with two processes over gloo: what comes out is what one process makes with the batches of both."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,20 +13,33 @@ import torch.distributed as dist
 from ddp_runs import RUNS as DDP_RUNS
 from ddp_runs import SETTINGS
 from fsdp_runs import FSDP, runs
+from safetensors.torch import save_file
 from test_distributed import free_ports, torchrun
+from timm import create_model
+from timm.models import VisionTransformer
 from tiny_runs import SETTINGS as TINY
 from tiny_runs import assert_same, make_broken_images, make_images, read_state, read_summary, train
 from tiny_steps import build_step, random_batch
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from linvit.data.loader import create_eval_loader
+from linvit.data.options import InputOptions
+from linvit.data.sources import open_images
+from linvit.data.transforms import resolve_input
+from linvit.evaluate import evaluate, evaluate_command
+from linvit.evaluate_options import EvalOptions
+from linvit.evaluation import collect
 from linvit.training.config import TrainConfig
 from linvit.training.distributed import Ranks
+from linvit.training.metrics import Metrics
 from linvit.training.sharding import shard
 from linvit.validation import validate
 
 pytestmark = pytest.mark.slow
 ALONE: dict[str, Any] = SETTINGS | FSDP | {"fsdp": False, "batch_size": 8}
 END = "state-0002-000000"
+EVALUATION: dict[str, Any] = {"workers": 0, "device": "cpu", "batch_size": 1, "on_bad_image": "skip"}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +98,24 @@ def test_images_left_out_weigh_as_with_one_process(done: Path, broken: Path, tmp
     assert_near(tmp_path / "run", done / "unreadable")
 
 
+@pytest.mark.parametrize("name", ["whole", "layerwise", "compiled", "taught", "unreadable"])
+def test_sharded_weights_are_evaluated_as_full_ones_to_the_last_digit(
+    name: str, done: Path, data: Path, broken: Path, tmp_path: Path
+) -> None:
+    # Of 9 images to evaluate on, in batches of one, the first process has five and the other four.
+    row, state = read_summary(done / name)[-1], read_state(done / name, END)
+    images = broken if name == "unreadable" else data
+    for prefix, weights in (("eval", "state_dict"), ("eval_ema", "state_dict_ema")):
+        full = shutil.copytree(done / name / "last", tmp_path / prefix)
+        save_file(state[weights], full / "model.safetensors")
+        report = tmp_path / f"{prefix}.json"
+        options = EvalOptions(source=f"local-dir:{full}", data_dir=images, json_file=report, **EVALUATION)
+        assert evaluate_command(options) == 0
+        found = json.loads(report.read_text())
+        for figure in ("top1", "top5", "loss"):
+            assert float(row[f"{prefix}_{figure}"]) == found[figure], (prefix, figure)
+
+
 def test_stopping_and_going_on_changes_nothing(done: Path) -> None:
     statuses = [json.loads((done / f"statuses-{rank}.json").read_text()) for rank in (0, 1)]
     assert [(each["stopped"], each["stopped-and-on"]) for each in statuses] == [(143, 0)] * 2
@@ -139,6 +171,64 @@ def test_one_process_alone_has_nothing_to_divide(
 ) -> None:
     assert train(data, tmp_path, fsdp=True) == 1
     assert "--fsdp divides the model among processes, but there is only one: use torchrun" in capsys.readouterr().err
+
+
+def sharded_model(depth: int = 3) -> tuple[VisionTransformer, VisionTransformer]:
+    """A model sharded over a single process, and a full copy."""
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=depth, num_heads=2, num_classes=3)
+    full = copy.deepcopy(model)
+    options = TrainConfig.model_validate(TINY | {"fsdp": True})
+    shard(model, model, ema=None, options=options, ranks=Ranks(torch.device("cpu"), world_size=2))
+    return model, full
+
+
+def evaluated(model: nn.Module, data: Path) -> Metrics:
+    images = open_images(data, split="val")
+    device = torch.device("cpu")
+    spec = resolve_input(model, InputOptions())
+    return evaluate(model, create_eval_loader(images, spec, batch_size=4, workers=0, device=device), device=device)
+
+
+def test_evaluation_gathers_one_block_at_a_time(single_group: None, data: Path) -> None:
+    model, full = sharded_model()
+    most = 0
+
+    def count_gathered(*_: object) -> None:
+        nonlocal most
+        most = max(most, sum(not isinstance(block.norm1.weight, DTensor) for block in model.blocks))
+
+    for block in model.blocks:
+        block.mlp.register_forward_hook(count_gathered)
+    assert evaluated(model, data) == evaluated(full, data)
+    assert most == 1
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert model.training
+
+
+def test_processes_with_fewer_batches_make_as_many_calls(
+    single_group: None, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, full = sharded_model()
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(collect, "largest_over_ranks", lambda value, device: value + 2)
+    assert evaluated(model, data) == evaluated(full, data)
+    assert sizes == [4, 4, 1, 1, 1]
+
+
+def test_memory_that_runs_out_in_a_sharded_evaluation_is_an_error(
+    single_group: None, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = sharded_model()
+
+    def out_of_memory(images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(model, "forward", out_of_memory)
+    sentence = r"evaluating 4 images at once with sharded weights: set a lower --validation-batch-size"
+    with pytest.raises(ValueError, match=sentence):
+        evaluated(model, data)
 
 
 @pytest.mark.parametrize(
