@@ -17,7 +17,15 @@ from linvit.training.config import TrainConfig, parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return run(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
+
+    def work() -> int:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        # Loaded only now, so that --help and mistakes on the command line are answered at once.
+        from linvit.training.distributed import recorded
+
+        return recorded(train)(config)
+
+    return run(work)
 
 
 def train(config: TrainConfig) -> int:
@@ -26,7 +34,6 @@ def train(config: TrainConfig) -> int:
     Raises ValueError where options, data and weights do not fit together or the loss is not finite, OSError where the
     run's folder cannot be written.
     """
-    # Loaded only now, so that --help and mistakes on the command line are answered at once.
     from linvit.checkpoint import read_checkpoint
     from linvit.data.classes import read_class_map
     from linvit.data.loader import create_eval_loader, create_train_loader

@@ -17,7 +17,7 @@ from linvit.evaluation.subject import Evaluated, Size, evaluate_source, say_on_s
 from linvit.evaluation.sweep import write_sweep
 from linvit.evaluation.tables import write_images, write_markdown
 from linvit.files import write_text
-from linvit.training.distributed import joined_ranks
+from linvit.training.distributed import joined_ranks, recorded
 from linvit.training.metrics import Metrics
 
 
@@ -39,6 +39,7 @@ def evaluate(
     return found.results.metrics(loader.class_names)
 
 
+@recorded
 def evaluate_command(options: EvalOptions) -> int:
     """`linvit eval`: evaluate each source at each size, show tables and write files; returns the exit status.
 

@@ -22,7 +22,7 @@ from linvit.training.batchsize import settle_batch_size
 from linvit.training.classweights import read_class_weights
 from linvit.training.config import TrainConfig
 from linvit.training.distill import create_distillation
-from linvit.training.distributed import Ranks, joined_ranks, usable_workers
+from linvit.training.distributed import Ranks, joined_ranks, recorded, usable_workers
 from linvit.training.engine import TrainStep
 from linvit.training.freeze import freeze
 from linvit.training.log import say
@@ -73,6 +73,7 @@ class Sweep:
         return self.lowest / 10
 
 
+@recorded
 def lr_find_command(config: LrFindConfig) -> int:
     """`linvit lr-find`: sweep, draw and suggest; returns the exit status.
 

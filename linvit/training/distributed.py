@@ -5,18 +5,19 @@ import gc
 import json
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 Value = TypeVar("Value")
+Arguments = ParamSpec("Arguments")
 # What a process that lost the others waits, so that the one that failed is first to be noticed and to speak.
 SECONDS_TO_SPEAK_LAST = 3.0
 
@@ -30,6 +31,37 @@ OUT_OF_MEMORY = (
 
 class RankError(ValueError):
     """What ended one of several processes; its message begins with the process's rank."""
+
+
+class LostRanksError(RankError):
+    """The connection to the other processes is lost: one of them has failed."""
+
+
+class _Report(ErrorHandler):
+    """Leaves an error in the file that torchrun reads: a sentence as it is, a bug with its traceback."""
+
+    def initialize(self) -> None:
+        """Print a traceback where the process crashes, if torchrun has started it."""
+        if self._get_error_file_path() is not None:
+            super().initialize()
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write the file, unless another process has failed first."""
+        file = self._get_error_file_path()
+        if file is None or isinstance(e, LostRanksError):
+            return
+        if not isinstance(e, ValueError | OSError):
+            super().record_exception(e)
+            return
+        # torchrun prints the call stack where there is one, else the message, and needs the time to find the first.
+        extra = {"timestamp": str(int(time.time()))}
+        with open(file, "w", encoding="utf-8") as report:
+            json.dump({"message": {"message": str(e), "extraInfo": extra}}, report)
+
+
+def recorded(work: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """`work`, whose error torchrun prints as the cause when it ends all processes; unchanged without torchrun."""
+    return cast(Callable[Arguments, int], record(work, error_handler=_Report()))
 
 
 @dataclass(frozen=True)
@@ -97,40 +129,23 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     except Exception as error:
         if ranks.world_size == 1:
             raise
-        sentence = _sentence(ranks, error)
-        if sentence is None:
-            raise
-        raise RankError(sentence) from error
+        if _is_lost_connection(error):
+            time.sleep(SECONDS_TO_SPEAK_LAST)
+            raise LostRanksError(
+                f"rank {ranks.rank}: another process has failed, and its own message says why"
+            ) from error
+        if isinstance(error, ValueError | OSError):
+            raise RankError(f"rank {ranks.rank}: {error}") from error
+        error.add_note(f"in the process of rank {ranks.rank}")
+        raise
     # Not after an error: the others may be waiting, and leaving would wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _sentence(ranks: Ranks, error: Exception) -> str | None:
-    """What ended a process, with its rank, also put where torchrun's last words come from; None: a bug's traceback."""
-    if _is_lost_connection(error):
-        time.sleep(SECONDS_TO_SPEAK_LAST)
-        return f"rank {ranks.rank}: another process has failed, and its own message says why"
-    if isinstance(error, ValueError | OSError):
-        sentence = f"rank {ranks.rank}: {error}"
-        _report_to_torchrun(sentence)
-        return sentence
-    error.add_note(f"in the process of rank {ranks.rank}")
-    _report_to_torchrun("".join(traceback.format_exception(error)))
-    return None
-
-
 def _is_lost_connection(error: Exception) -> bool:
     # gloo raises a plain RuntimeError that names its own source file.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _report_to_torchrun(text: str) -> None:
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is not None:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with open(file, "w", encoding="utf-8") as report:
-            json.dump({"message": {"message": text, "extraInfo": extra}}, report)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

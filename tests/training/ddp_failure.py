@@ -1,6 +1,6 @@
 """A run in which process 1 fails in the middle of an epoch, for test_distributed.py.
 
-torchrun --nproc-per-node 2 ddp_failure.py DATA OUTPUT
+torchrun --nproc-per-node 2 ddp_failure.py DATA OUTPUT [bug]
 """
 
 import os
@@ -13,14 +13,14 @@ from tiny_runs import train
 from linvit.training.engine import TrainStep
 
 
-def failing(backward: Any) -> Any:
+def failing(backward: Any, error: type[Exception]) -> Any:
     calls = 0
 
     def call(self: TrainStep, images: Any, labels: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise ValueError("image 7 bites")
+            raise error("image 7 bites")
         backward(self, images, labels, **kwargs)
 
     return call
@@ -28,5 +28,5 @@ def failing(backward: Any) -> Any:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        TrainStep.backward = failing(TrainStep.backward)
+        TrainStep.backward = failing(TrainStep.backward, KeyError if "bug" in sys.argv else ValueError)
     sys.exit(train(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=1, epochs=100))

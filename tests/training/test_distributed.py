@@ -14,11 +14,20 @@ import pytest
 import torch
 from ddp_runs import RUNS, SETTINGS
 from tiny_runs import make_broken_images, make_images, read_state, read_summary, train
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from linvit.evaluate import evaluate_command
 from linvit.evaluate_options import EvalOptions
 from linvit.training import distributed
-from linvit.training.distributed import choose_device, joined_ranks, on_primary, sum_over_ranks, usable_workers
+from linvit.training.distributed import (
+    choose_device,
+    joined_ranks,
+    largest_over_ranks,
+    on_primary,
+    recorded,
+    sum_over_ranks,
+    usable_workers,
+)
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -162,14 +171,65 @@ def test_a_process_that_fails_ends_the_others_and_has_the_last_word(data: Path, 
     assert "traceback : rank 1: image 7 bites\n" in cause
 
 
+def test_torchrun_prints_the_traceback_of_a_bug(data: Path, tmp_path: Path) -> None:
+    done = torchrun(*free_ports(1), "ddp_failure.py", data, tmp_path, "bug")
+    assert done.returncode == 1
+    cause = done.stderr.split("Root Cause")[1]
+    assert "(local_rank: 1)" in cause
+    assert "Traceback (most recent call last)" in cause
+    assert "KeyError: 'image 7 bites'" in cause
+    assert "in the process of rank 1" in cause
+
+
+def test_an_error_before_the_processes_have_joined_is_reported_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    monkeypatch.setattr(ErrorHandler, "initialize", lambda self: None)
+
+    @recorded
+    def work() -> int:
+        with joined_ranks("gpu"):
+            return 0
+
+    with pytest.raises(ValueError, match="--device gpu"):
+        work()
+    assert json.loads(report.read_text())["message"]["message"].startswith("--device gpu is no device")
+
+
+def test_without_torchrun_an_error_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    enabled: list[bool] = []
+    monkeypatch.setattr(ErrorHandler, "initialize", lambda self: enabled.append(True))
+    bug = KeyError("bug")
+
+    @recorded
+    def work() -> int:
+        raise bug
+
+    with pytest.raises(KeyError) as raised:
+        work()
+    assert raised.value is bug
+    assert not enabled
+    assert recorded(lambda: 143)() == 143
+
+
 def failure(error: Exception, monkeypatch: pytest.MonkeyPatch, report: Path) -> Exception:
-    """What leaves `joined_ranks` in the second of two processes where `error` is raised."""
+    """What leaves a command in the second of two processes where `error` is raised."""
     joined = {"device": "cpu", "global_rank": 1, "local_rank": 1, "world_size": 2}
     monkeypatch.setattr(distributed, "init_distributed_device_so", lambda device: joined)
     monkeypatch.setattr(distributed, "SECONDS_TO_SPEAK_LAST", 0.0)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
-    with pytest.raises(Exception) as raised, joined_ranks("cpu"):
-        raise error
+    monkeypatch.setattr(ErrorHandler, "initialize", lambda self: None)
+
+    @recorded
+    def work() -> int:
+        with joined_ranks("cpu"):
+            raise error
+
+    with pytest.raises(Exception) as raised:
+        work()
     return raised.value
 
 
@@ -204,6 +264,7 @@ def test_alone_nothing_is_exchanged() -> None:
     values = torch.tensor([1.0, 2.0])
     assert sum_over_ranks(values) is values
     assert on_primary(lambda: 3) == 3
+    assert largest_over_ranks(3, torch.device("cpu")) == 3
 
 
 def test_devices_by_name() -> None:
