@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> int:
     from linvit.training.distributed import joined_ranks, on_primary, usable_workers
     from linvit.training.engine import TrainStep
     from linvit.training.freeze import freeze
-    from linvit.training.log import EpochLog
+    from linvit.training.log import EpochLog, say
     from linvit.training.loss import create_loss, create_mixup
     from linvit.training.metrics import Metrics
     from linvit.training.modelbuild import build_model, place_model, wrap_model
@@ -78,7 +78,9 @@ def train(config: TrainConfig) -> int:
 
         # Model: built by name, started from other weights, partly frozen.
         model, new_parameters = build_model(config, class_names=class_names)
-        freeze(model, config.freeze)
+        for note in freeze(model, config.freeze):
+            if ranks.is_primary:
+                say(note)
         place_model(model, config, ranks)
         spec = resolve_input(model, config)
 

@@ -104,7 +104,9 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]:
     listed = read_class_map(config.class_map) if config.class_map is not None else None
     images = open_images(config.data_dir, split=config.train_split, class_names=listed)
     model, _ = build_model(config, class_names=images.class_names)
-    freeze(model, config.freeze)
+    for note in freeze(model, config.freeze):
+        if ranks.is_primary:
+            say(note)
     place_model(model, config, ranks)
     spec = resolve_input(model, config)
     config = settle_batch_size(config, model, spec=spec, num_images=len(images), ranks=ranks)

@@ -10,7 +10,8 @@
 A layerwise E is a submodule of every layer, and once in `parameters()` and in the state dict, under the first layer's
 name.
 
-E and F are exempt from weight decay: their rows start as averages over patches, and decay would shrink every key.
+E and F are exempt from weight decay: their rows start as averages over patches, and decay would shrink every key. Under
+layer-wise learning-rate decay they train at the rate of the head: in a fine-tuned ViT they are the new parameters.
 
 A projection that follows from k and the grid alone (`avgpool`, `maxpool`, `dct`) is the same for every head, and for E
 and F: it goes with `kv` and `layerwise`, and with `none` where each head has a k of its own.
@@ -43,6 +44,7 @@ SHARES: tuple[str, ...] = ("none", "headwise", "kv", "layerwise")
 # One length; one per layer (None: ordinary attention there); or, with share="none", one per layer and head.
 ProjectedLength = int | Sequence[int | Sequence[int] | None]
 _NORM_LAYERS = ("norm_layer", "embed_norm_layer")
+_NOT_IN_A_PROJECTION = r"(?!.*\.(?:key|value)_projection\b)"
 
 
 class LinformerViT(VisionTransformer):
@@ -149,6 +151,14 @@ class LinformerViT(VisionTransformer):
             for parameter, _ in projection.named_parameters()
         }
         return set(super().no_weight_decay()) | own
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of parameters by depth, E and F in the last one, which is the head's."""
+        groups: dict[str, Any] = super().group_matcher(coarse=coarse)
+        # What no expression matches comes last.
+        blocks = [(f"{_NOT_IN_A_PROJECTION}{expression}", suffix) for expression, suffix in groups["blocks"]]
+        return groups | {"blocks": blocks}
 
     def set_input_size(
         self,

@@ -38,7 +38,8 @@ def test_the_first_losses_do_not_count_as_a_fall() -> None:
 
 
 def test_the_sweep_ends_where_the_loss_explodes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert find(data, tmp_path, "--start-lr", "1e-4", "--end-lr", "1e4", "--num-steps", "40", opt="sgd") == 0
+    frozen = {"share": "layerwise", "freeze": ["blocks.0"]}
+    assert find(data, tmp_path, "--start-lr", "1e-4", "--end-lr", "1e4", "--num-steps", "40", opt="sgd", **frozen) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["lr"]) == len(found["loss"]) == len(found["smoothed"]) < 40
     assert found["lr"][0] == pytest.approx(1e-4)
@@ -47,7 +48,9 @@ def test_the_sweep_ends_where_the_loss_explodes(data: Path, tmp_path: Path, caps
     assert 1e-4 <= found["steepest"] <= found["lowest"] < found["lr"][-1]
     assert all(map(math.isfinite, found["smoothed"]))
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
-    assert f"suggestion: --lr {found['suggestion']:.1e}" in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert f"suggestion: --lr {found['suggestion']:.1e}" in log
+    assert "--freeze also freezes blocks.1.attn.key_projection.weight_h, " in log
     # Nothing is left behind.
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "found.json", "found.png"}
 

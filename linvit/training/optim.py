@@ -18,7 +18,7 @@ from linvit.validation import unknown
 from linvit.weights import compact
 
 # What options, and timm's scheduler from them, put into an optimizer's groups.
-_FROM_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
+_FROM_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "use_fallback")
 
 
 def learning_rate(config: TrainConfig, *, world_size: int) -> float:
@@ -36,7 +36,9 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its parameter groups (weight decay, layer decay).
 
-    Parameters `besides` the model's are trained without either.
+    Parameters `besides` the model's are trained without either. Muon leaves what the model exempts from weight decay
+    (E and F, position embedding, tokens) to its fallback, AdamW or NAdamW: they are not matrices between features,
+    whatever their shape.
 
     Raises ValueError for an unknown name, an argument that the optimizer does not take, and optimizers that need second
     derivatives, which fused attention does not have.
@@ -44,7 +46,11 @@ def create_optimizer(
     # timm's prefix lookahead_ wraps any of them.
     if options.opt.lower().split("_")[-1] not in list_optimizers():
         raise ValueError(f"--opt: {unknown('optimizer', options.opt, list_optimizers())}")
-    settings = {**optimizer_kwargs(options.model_copy(update={"lr": lr})), **options.opt_kwargs}
+    settings = {
+        "fallback_no_weight_decay": True,
+        **optimizer_kwargs(options.model_copy(update={"lr": lr})),
+        **options.opt_kwargs,
+    }
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(model, **settings)
     except (TypeError, ValueError) as error:
@@ -73,7 +79,7 @@ def load_optimizer(
     """Load a state dict, by the parameters' names and into today's groups.
 
     torch's own `load_state_dict` goes by numbers, and brings back the learning rate, weight decay, ... of then without
-    a word. Raises ValueError where other parameters are trained now.
+    a word. Raises ValueError where other parameters are trained now, or Muon had some that its fallback has now.
     """
     if set(names) != set(names_before):
         other = sorted(set(names) ^ set(names_before))
@@ -81,7 +87,10 @@ def load_optimizer(
     number = {name: index for index, name in enumerate(names)}
     group_before = {names_before[index]: group for group in saved["param_groups"] for index in group["params"]}
     groups = []
+    left_to_fallback: set[str] = set()
     for group in optimizer.state_dict()["param_groups"]:
+        if group.get("use_fallback"):
+            left_to_fallback.update(names[index] for index in group["params"])
         # Some optimizers count their steps in the group.
         kept = {
             key: value
@@ -89,6 +98,10 @@ def load_optimizer(
             if key not in (*_FROM_SETTINGS, "params")
         }
         groups.append(kept | {key: group[key] for key in (*_FROM_SETTINGS, "params") if key in group})
+    # Muon keeps its choice in each parameter's state, where it would outlive the groups.
+    had_muon = {names_before[index] for index, values in saved["state"].items() if values.get("use_muon")}
+    if moved := had_muon & left_to_fallback:
+        raise ValueError(f"Muon updated {compact(moved)}, which its fallback optimizer updates now")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {}
     for index, values in saved["state"].items():

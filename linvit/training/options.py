@@ -135,7 +135,10 @@ class OptimizerOptions(_Options):
         "norm", description="clip the norm of all gradients, each value, or adaptively by the weights' norm"
     )
     layer_decay: float | None = Field(
-        None, gt=0.0, le=1.0, description="factor on the learning rate from each layer to the one below it"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="factor on the learning rate from each layer to the one below it; E and F have the head's rate",
     )
     layer_decay_min_scale: float = Field(0.0, ge=0.0, le=1.0, description="lower bound of the layer-wise factor")
     layer_decay_no_opt_scale: float | None = Field(

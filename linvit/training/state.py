@@ -146,7 +146,7 @@ def restore_state(
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"--resume: the state is of another model or optimizer than asked for ({reason(error)}); "
-            "resume with the run's own args.yaml"
+            "resume with the run's own args.yaml, or with --no-resume-opt if only the optimizer differs"
         ) from error
     step.num_updates, step.num_skipped = state["num_updates"], state["num_skipped"]
     if step.micro_batches.can_split:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import group_modules, group_parameters
 
 from linvit.training.config import TrainConfig
 from linvit.training.freeze import freeze
@@ -146,3 +147,115 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     freeze(model, ["blocks.0", "patch_embed"])
     with pytest.raises(ValueError, match=r"blocks\.0\..*, patch_embed\.proj\.bias.* are trained in one of them alone"):
         reloaded(optimizer, model)
+
+
+def linformer(**kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 4, "k": 4}
+    return timm.create_model("linvit_mini_patch4_64", **{**sizes, **kwargs})
+
+
+def is_of_projection(name: str) -> bool:
+    return "_projection." in name
+
+
+@pytest.mark.parametrize("share", ["none", "headwise", "kv", "layerwise"])
+@pytest.mark.parametrize("projection", ["linear", "separable", "conv"])
+def test_projections_train_at_the_rate_of_the_head(share: str, projection: str) -> None:
+    model = linformer(share=share, projection=projection)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = create_optimizer(model, OptimizerOptions(layer_decay=0.7), lr=1e-3)
+    scales = {names[id(each)]: group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
+    assert scales.keys() == set(names.values())
+    assert any(map(is_of_projection, scales))
+    for name, scale in scales.items():
+        if is_of_projection(name) or name.startswith("head."):
+            depth = 5
+        elif name.startswith("blocks."):
+            depth = 1 + int(name.split(".")[1])
+        else:
+            depth = 4 if name.startswith("norm.") else 0
+        assert scale == pytest.approx(0.7 ** (5 - depth)), name
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_groups_are_timms_but_for_the_projections(coarse: bool) -> None:
+    ours = linformer(share="none", depth=12, k=[[4, 6, 4, 4]] * 12, projection="linear")
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, num_heads=4, depth=12)
+    for group in (group_parameters, group_modules):
+        own, timms = (group(model, model.group_matcher(coarse), reverse=True) for model in (ours, theirs))
+        last = max(timms.values())
+        assert {name: depth for name, depth in own.items() if "_projection" not in name} == timms
+        assert {depth for name, depth in own.items() if "_projection" in name} == {last}
+
+
+MUONS = {"muon": "adamw", "nmuon": "nadamw", "adamuon": "adamw", "nadamuon": "nadamw"}
+
+
+def three_steps(model: Any, **options: Any) -> torch.optim.Optimizer:
+    """Three steps at a rate of 2e-2 down gradients that do not depend on the weights."""
+    optimizer = create_optimizer(model, OptimizerOptions(**options), lr=2e-2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("opt", "fallback"), MUONS.items())
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize("projection", ["separable", "conv"])
+def test_muon_leaves_what_is_not_decayed_to_its_fallback(
+    opt: str, fallback: str, layer_decay: float | None, projection: str
+) -> None:
+    settings = {"weight_decay": 0.05, "layer_decay": layer_decay}
+    model = linformer(share="none", projection=projection, class_token=False, global_pool="map")
+    optimizer = three_steps(model, opt=opt, **settings)
+    other = linformer(share="none", projection=projection, class_token=False, global_pool="map")
+    three_steps(other, opt=fallback, opt_betas=(0.9, 0.95), opt_eps=1e-7, **settings)
+    counterparts = dict(other.named_parameters())
+    matrices = set()
+    for name, parameter in model.named_parameters():
+        is_left = name in model.no_weight_decay() or parameter.ndim < 2 or len(parameter) == 1
+        assert optimizer.state[parameter]["use_muon"] == (not is_left), name
+        if is_left:
+            torch.testing.assert_close(parameter, counterparts[name], rtol=0, atol=1e-6)
+        else:
+            matrices.add(name.split(".")[-2])
+    assert matrices == {"proj", "qkv", "fc1", "fc2", "q", "kv", "head"}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_muon_goes_on_with_its_fallback(layer_decay: float | None) -> None:
+    model = linformer(share="none")
+    # A gradient that a parameter lacks until then leaves the choice to the first step after resuming.
+    late = model.blocks[0].attn.key_projection.weight_h
+    late.requires_grad_(False)
+    optimizer = create_optimizer(model, OptimizerOptions(opt="nmuon", layer_decay=layer_decay), lr=1e-3)
+    optimizer.add_param_group({"params": [late]})
+    for parameter in model.parameters():
+        parameter.grad = None if parameter is late else torch.ones_like(parameter)
+    optimizer.step()
+    late.requires_grad_(True)
+    after = reloaded(optimizer, model, opt="nmuon", layer_decay=layer_decay)
+    late.grad = torch.ones_like(late)
+    after.step()
+    for name, parameter in model.named_parameters():
+        if is_of_projection(name):
+            assert after.state[parameter]["use_muon"] is False
+
+
+def test_what_muon_had_and_its_fallback_has_now_is_refused() -> None:
+    model = linformer(share="none")
+    optimizer = three_steps(model, opt="nmuon", opt_kwargs={"fallback_no_weight_decay": False})
+    with pytest.raises(ValueError, match=r"^Muon updated blocks\.0-3\.attn\.key_projection\.weight_h, .* fallback"):
+        reloaded(optimizer, model, opt="nmuon")
+
+
+def test_a_muon_run_of_before_the_fallback_goes_on_where_its_choices_were_the_same() -> None:
+    model = linformer(share="kv")
+    before = three_steps(model, opt="nmuon", opt_kwargs={"fallback_no_weight_decay": False})
+    after = reloaded(before, model, opt="nmuon")
+    for parameter in model.parameters():
+        assert after.state[parameter]["use_muon"] == before.state[parameter]["use_muon"]

@@ -214,6 +214,14 @@ def test_frozen_weights_stay_and_others_move(data: Path, tmp_path: Path) -> None
         assert torch.equal(weight, b[name]) == is_frozen, name
 
 
+def test_freezing_a_shared_projection_is_in_the_log(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dry_run in (True, False):
+        assert train(data, tmp_path, epochs=1, share="layerwise", freeze=["blocks.0"], dry_run=dry_run) == 0
+        assert "--freeze also freezes blocks.1.attn.key_projection.weight_h, " in capsys.readouterr().out
+
+
 def test_fine_tuning_says_what_is_new(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_images(tmp_path / "other", classes=("cat", "dog"))
     assert train(data, tmp_path, epochs=1) == 0
