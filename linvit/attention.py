@@ -28,7 +28,15 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.eager import HALF_PRECISIONS, apply_in_runs, autocast_dtype, cast_once, goes_in_runs, is_plain_linear
+from linvit.eager import (
+    HALF_PRECISIONS,
+    apply_in_runs,
+    autocast_dtype,
+    cast_once,
+    goes_in_runs,
+    in_forward_mode,
+    is_plain_linear,
+)
 from linvit.layout import Patches, TokenLayout, read_patches
 from linvit.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.splitting import split_attention
@@ -193,12 +201,16 @@ class LinformerAttention(Attention):
 
     def _choose_order(self, key_proj: Projection, value_proj: Projection, x: Tensor) -> Order:
         is_matrix = isinstance(key_proj, MatrixProjection)
-        # An adapter around `qkv` or a hook on it must be called; the other orders read its weight.
+        # With an adapter, a hook or a quantised weight `qkv` must be called; the other orders read a plain weight.
         readable = is_plain_linear(self.qkv)
         if not is_matrix and (self.order == "per_head" or not readable):
             raise ValueError(
                 f"projection {key_proj.kind!r} reduces tokens before Wk and Wv, so it has no per_head order: "
-                + ("use associative or folded" if readable else "take adapters and hooks off qkv, or another kind")
+                + (
+                    "use associative or folded"
+                    if readable
+                    else "take adapters and hooks off qkv, and quantised weights out of it, or use another kind"
+                )
             )
         if not readable:
             return "per_head"
@@ -307,7 +319,8 @@ class LinformerAttention(Attention):
         return out
 
     def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        if self.fused_attn:
+        # Fused attention on a CPU has no forward-mode derivatives.
+        if self.fused_attn and not in_forward_mode():
             dropout = self.attn_drop.p if self.training else 0.0
             bias = None if bias is None else bias.to(q.dtype)
             return split_attention(q, k, v, bias=bias, dropout=dropout, chunks=self.query_chunks)

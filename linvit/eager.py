@@ -8,23 +8,53 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
+# The last two stand for plain tensors while a model is exported.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor: a subclass (quantised, distributed) may support only what a layer calls."""
+    return type(x) in _PLAIN_TENSORS
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer and nothing else, so that its weight may be read instead of calling it.
 
-    False for subclasses (adapters, quantised layers) and for layers with hooks.
+    False for subclasses (adapters, quantised layers), for layers with hooks, and where weight or bias is a tensor
+    subclass (quantised weights in a plain layer).
     """
-    return type(module) is nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        type(module) is nn.Linear
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and is_plain_tensor(module.weight)
+        and (module.bias is None or is_plain_tensor(module.bias))
     )
 
 
 def runs_eagerly() -> bool:
-    """Whether operations run as they are called: not compiled, exported, traced or transformed by torch.func."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    """Whether operations run as they are called, with reverse-mode derivatives at most.
+
+    False while compiled, exported or traced, in torch.func's transforms and in forward-mode differentiation.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or in_forward_mode()
+    )
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives may be computed along with the values: dual numbers, `torch.func.jvp`."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -44,7 +74,13 @@ def cast_once(x: Tensor) -> Tensor:
 
 def goes_in_runs(x: Tensor) -> bool:
     """Whether going through tokens in runs is for `x`: on a CPU, without a gradient, in one precision."""
-    return x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and runs_eagerly()
+    return (
+        x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and is_plain_tensor(x)
+        and runs_eagerly()
+    )
 
 
 def equal_runs(total: int, wanted: int) -> Iterator[slice]:

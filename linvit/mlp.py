@@ -10,16 +10,16 @@ fresh memory is paid for page by page, which for long sequences costs more than 
 B batch, T tokens, D width, D' hidden width, n = B·T rows.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from linvit.eager import autocast_dtype, equal_runs, is_plain_linear, run_length, runs_eagerly
+from linvit.eager import autocast_dtype, equal_runs, is_plain_linear, is_plain_tensor, run_length, runs_eagerly
 
 # What the backward pass computes again: the GELU alone (on a CPU), or all that is hidden.
 Recompute = Literal["activation", "hidden"]
@@ -33,8 +33,9 @@ class LeanMlp(Mlp):
     """timm's `Mlp`, same parameters and same results, that keeps less for the backward pass.
 
     Anything but two biased or unbiased linear layers around an exact GELU (another activation, a norm in between,
-    active dropout, layers with hooks or replaced by an adapter) runs as in timm, under `torch.utils.checkpoint` where
-    `recompute` is "hidden". So does compiled and exported code, which is fused by its compiler.
+    active dropout, layers with hooks or replaced by an adapter, tensor subclasses such as quantised weights) runs as in
+    timm, under `torch.utils.checkpoint` where `recompute` is "hidden". So does compiled and exported code, which is
+    fused by its compiler, and forward-mode differentiation.
     """
 
     recompute: Recompute = "activation"
@@ -63,6 +64,7 @@ class LeanMlp(Mlp):
     def _is_plain(self, x: Tensor) -> bool:
         return (
             runs_eagerly()
+            and is_plain_tensor(x)
             and is_plain_linear(self.fc1)
             and is_plain_linear(self.fc2)
             and isinstance(self.act, nn.GELU)
@@ -90,15 +92,16 @@ class _LeanMlpFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, recompute: Recompute
     ) -> Tensor:
         hidden = x.new_empty(*x.shape[:-1], w1.shape[0]) if recompute == "activation" else None
-        ctx.save_for_backward(x, w1, b1, w2, b2, hidden)
+        ctx.save_for_backward(x, w1, b1, w2, hidden)
         return _forward(x, w1, b1, w2, b2, hidden=hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, b2, hidden = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # Asked for with create_graph: gradients that can be differentiated again.
-            return *_differentiable_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2, b2), None
+        x, w1, b1, w2, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled() or not runs_eagerly():
+            # Asked for with create_graph: gradients that can be differentiated again. Or batched by torch.func.vmap,
+            # which writing into buffers does not allow.
+            return *_differentiable_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2), None
         return *_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2, hidden), None
 
 
@@ -154,15 +157,30 @@ def _backward(
     return [None if grad_x is None else grad_x.unflatten(0, x.shape[:-1]), grad_w1, grad_b1, grad_w2, grad_b2]
 
 
-def _differentiable_backward(grad: Tensor, needed: tuple[bool, ...], *inputs: Tensor | None) -> list[Tensor | None]:
-    x, w1, b1, w2, b2 = inputs
-    assert x is not None
-    assert w1 is not None
-    assert w2 is not None
-    out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-    wanted = [each for each, need in zip(inputs, needed) if need and each is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needed]
+def _differentiable_backward(
+    grad: Tensor, needed: tuple[bool, ...], x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor
+) -> list[Tensor | None]:
+    """The gradients as formulas that autograd differentiates again.
+
+    Not by `torch.autograd.grad`: where x follows from the weights (a block applied twice), it would count that path
+    too, which the backward pass of the layer below adds.
+    """
+    # Forward, autocast has cast all to one precision already.
+    with torch.autocast(x.device.type, enabled=False):
+        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)  # (n, D)
+        before = rows @ w1.mT
+        if b1 is not None:
+            before = before + b1
+        density = torch.exp(-0.5 * before.square()) / math.sqrt(2 * math.pi)
+        share = 0.5 * (1 + torch.erf(before * math.sqrt(0.5)))
+        grad_before = (grad_rows @ w2) * (share + before * density)
+        return [
+            (grad_before @ w1).unflatten(0, x.shape[:-1]) if needed[0] else None,
+            grad_before.mT @ rows if needed[1] else None,
+            grad_before.sum(0) if needed[2] else None,
+            grad_rows.mT @ (before * share) if needed[3] else None,
+            grad_rows.sum(0) if needed[4] else None,
+        ]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
