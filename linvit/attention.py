@@ -99,9 +99,16 @@ class LinformerAttention(Attention):
         key_projection: E, from `build_projection`; None makes this ordinary attention.
         value_projection: F; None uses E for values too (the paper's key-value sharing).
 
-    `attn_mask` may be a boolean key-padding mask (B or 1, 1, 1, T), True where a token may be attended to; it is
-    applied before projecting. Causal and every other mask raise ValueError: a projected key is a mixture of all
+    `attn_mask` may be a boolean key-padding mask (B or 1, 1, 1, T), True where a token may be attended to. It is
+    applied before projecting, and a projected key that sees no present patch is not a key; `linvit.layout` has the
+    rule. For `avgpool`, `maxpool` and `conv` it is exact, to rounding, if padding fills whole rows or columns of cells:
+    a masked image gives what its crop gives with cells of the same size. It is approximate if padding cuts cells, and
+    for `linear`, `separable`, `dct` and `random`, whose rows reach over the padding: they are rescaled from the patches
+    that are present. Every other mask raises ValueError, and so does `is_causal`: a projected key is a mixture of all
     positions. An ordinary attention layer takes whatever `scaled_dot_product_attention` takes.
+
+    `layout` says where the tokens lie if they are not the full grid of the projections: on another grid, or a part of
+    the patches.
     """
 
     def __init__(
@@ -155,16 +162,20 @@ class LinformerAttention(Attention):
             return None
         return key, key if self.value_projection is None else self.value_projection
 
-    def forward(self, x: Tensor, attn_mask: Tensor | TokenLayout | None = None, is_causal: bool = False) -> Tensor:
-        layout = attn_mask if isinstance(attn_mask, TokenLayout) else None
-        mask = attn_mask.attn_mask if isinstance(attn_mask, TokenLayout) else attn_mask
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        layout: TokenLayout | None = None,
+    ) -> Tensor:
         projections = self.projections()
         if projections is None:
-            return super().forward(x, attn_mask=mask, is_causal=is_causal)
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         if is_causal:
             raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
         x = cast_once(x)
-        patches = read_patches(x, projections[0], self.num_prefix_tokens, layout, mask)
+        patches = read_patches(x, *projections, self.num_prefix_tokens, layout, attn_mask)
         return self._attend(x, *projections, patches)
 
     def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
@@ -186,7 +197,7 @@ class LinformerAttention(Attention):
         """
         projections = self.projections()
         assert projections is not None
-        patches = read_patches(x, projections[0], self.num_prefix_tokens, layout=None, mask=None)
+        patches = read_patches(x, *projections, self.num_prefix_tokens, layout=None, mask=None)
         return self._prepare(x, *projections, patches, "associative")
 
     def _prepare(
@@ -233,9 +244,10 @@ class LinformerAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, d), projected keys and values (B, H, K, d), projecting after Wk and Wv."""
         q, *kv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        projections = (key_proj, patches.key_share), (value_proj, patches.value_share)
         keys, values = (
-            torch.cat([prefix, proj(patches.place(on_grid), patches.grid_size)], dim=2)
-            for (prefix, on_grid), proj in zip((self._split_prefix(y) for y in kv), (key_proj, value_proj))
+            torch.cat([prefix, patches.project(proj, patches.place(tokens), share)], dim=2)
+            for (prefix, tokens), (proj, share) in zip((self._split_prefix(y) for y in kv), projections)
         )
         return q, keys, values
 
@@ -247,23 +259,27 @@ class LinformerAttention(Attention):
         is_matrix = isinstance(key_proj, MatrixProjection)
         on_grid = patches.place(tokens) if is_matrix else patches.fill(tokens, key_proj.absent)
 
-        def project(projection: Projection, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-            reduced = projection(on_grid, patches.grid_size)  # (B, M, k, D)
+        def project(
+            projection: Projection, share: Tensor | None, weight: Tensor, bias: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            reduced = patches.project(projection, on_grid, share)  # (B, M, k, D)
             rows = torch.cat([prefix.expand(-1, reduced.shape[1], -1, -1), reduced], dim=2)  # (B, M, K, D)
             row_sums = (
                 None
                 if bias is None
-                else F.pad(patches.row_sums(projection, on_grid), (0, 0, self.num_prefix_tokens, 0), value=1.0)
+                else F.pad(patches.row_sums(projection, on_grid, share), (0, 0, self.num_prefix_tokens, 0), value=1.0)
             )
             return self._map_rows(rows, row_sums, weight, bias)
 
         if value_proj is key_proj:
-            keys, values = project(key_proj, weights.kv, weights.kv_bias)
+            keys, values = project(key_proj, patches.key_share, weights.kv, weights.kv_bias)
             return keys, values
         biases = (None, None) if weights.kv_bias is None else weights.kv_bias.chunk(2)
         (keys,), (values,) = (
-            project(projection, weight, bias)
-            for projection, weight, bias in zip((key_proj, value_proj), weights.kv.chunk(2), biases)
+            project(projection, share, weight, bias)
+            for projection, share, weight, bias in zip(
+                (key_proj, value_proj), (patches.key_share, patches.value_share), weights.kv.chunk(2), biases
+            )
         )
         return keys, values
 
@@ -332,6 +348,14 @@ class LinformerAttention(Attention):
     def _key_bias(self, x: Tensor, lengths: list[int], patches: Patches) -> Tensor | None:
         """What is added to the scores of each key: (B or 1, H or 1, 1, K), None where that is nothing."""
         prefix, longest = self.num_prefix_tokens, max(lengths)
+        per_image = patches.log_patches_per_key()
+        if per_image is not None:
+            bias = F.pad(per_image, (prefix, 0))
+            if patches.prefix_mask is not None:
+                hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
+                bias = bias.masked_fill(hidden, -math.inf)
+            # Without any key softmax would be 0/0.
+            return bias.masked_fill((bias == -math.inf).all(dim=-1, keepdim=True), 0.0).to(x.dtype)
         if prefix == 0 and min(lengths) == longest:
             return None
         rows = []
@@ -341,11 +365,7 @@ class LinformerAttention(Attention):
             if k < longest:
                 row[prefix + k :] = -math.inf
             rows.append(row)
-        bias = torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
-        if patches.prefix_mask is not None:
-            hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
-            bias = bias.masked_fill(hidden, -math.inf)
-        return bias
+        return torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
 
     def _weights(self, dtype: torch.dtype) -> "_Weights":
         weight, bias = self.qkv.weight, self.qkv.bias

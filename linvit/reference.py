@@ -8,7 +8,10 @@ Everything fast in this package is tested against this file, forward and every g
 Differs from the paper:
 - Prefix tokens (class, registers) are keys of their own, never projected. A projected key stands for N/k patches,
   so beside prefix keys its scores carry the constant log(N/k): a prefix key then weighs as it does in full attention.
-- Patches may carry a weight (0 for a masked one); it multiplies keys and values before they are projected.
+- Patches may be absent (masked). Row i then sees the share s_i = Σ_j |E_ij| m_j / Σ_j |E_ij| of its mass, with m_j = 1
+  for the n patches that are present and 0 for the others. Its key is Σ_j E_ij m_j K_j / s_i, its value likewise; it
+  stands for n s_i / Σ_i s_i patches in place of N/k, and it is not a key if s_i = 0. If E and F differ, s_i is the
+  geometric mean of their shares there. If an image has no token to attend to, none of its keys is hidden.
 - The paper's pooling and convolution are applied to the tokens X, before Wk and Wv: K̄_h = reduce(X) Wk_h + b_h.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, k projected length.
@@ -20,7 +23,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# E_h (k, N), or what reduces tokens (B, N, D) to (B, k, D).
+
+class Pooling:
+    """What reduces tokens (B, N, D) to (B, k, D), and the share (k, N) of each cell's area that each patch covers."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], area: Tensor) -> None:
+        self.reduce, self.area = reduce, area
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.reduce(x)
+
+
+# E_h (k, N), or what reduces tokens (B, N, D) to (B, k, D); with absent patches a `Pooling`.
 Reduction = Tensor | Callable[[Tensor], Tensor]
 
 
@@ -34,15 +48,15 @@ def linformer_attention(
     E: Sequence[Reduction],
     F: Sequence[Reduction],
     num_prefix_tokens: int = 0,
-    patch_weight: Tensor | None = None,
+    present: Tensor | None = None,
     prefix_mask: Tensor | None = None,
 ) -> Tensor:
     """Linformer self-attention of the tokens `x` (B, T, D); returns (B, T, D).
 
     `qkv_weight` (3D, D) and `qkv_bias` (3D) are laid out as in timm: all queries, all keys, all values, each by head.
     `E[h]` and `F[h]` belong to head h: a matrix (k_h, N), or a function that reduces the patch tokens (B, N, D) to
-    (B, k_h, D) and leaves masked ones out itself. `patch_weight` (B, N) scales what the matrices project, each patch's
-    key and value. `prefix_mask` (B, P) is False where a prefix token may not be attended to.
+    (B, k_h, D) and leaves absent ones out itself. `present` (B, N) is False for absent patches. `prefix_mask` (B, P) is
+    False where a prefix token may not be attended to.
     """
     B, T, D = x.shape
     H, P = len(E), num_prefix_tokens
@@ -51,16 +65,18 @@ def linformer_attention(
     for h in range(H):
         Wq, Wk, Wv = (_head_layer(qkv_weight, qkv_bias, part, h, d) for part in range(3))
         Q = _apply(Wq, x)
-        K_bar = torch.cat([_apply(Wk, x[:, :P]), _reduced(E[h], Wk, x[:, P:], patch_weight)], dim=1)
-        V_bar = torch.cat([_apply(Wv, x[:, :P]), _reduced(F[h], Wv, x[:, P:], patch_weight)], dim=1)
+        K_bar = torch.cat([_apply(Wk, x[:, :P]), _reduced(E[h], Wk, x[:, P:], present)], dim=1)
+        V_bar = torch.cat([_apply(Wv, x[:, :P]), _reduced(F[h], Wv, x[:, P:], present)], dim=1)
         scores = Q @ K_bar.transpose(1, 2) / math.sqrt(d)
-        if P > 0:
+        # How many tokens each key stands for.
+        counts = torch.ones(B, P, dtype=x.dtype) if prefix_mask is None else prefix_mask.to(x.dtype)
+        if present is None:
             k = K_bar.shape[1] - P
-            bias = torch.zeros(B, 1, P + k, dtype=x.dtype)
-            bias[:, :, P:] = math.log(N / k)
-            if prefix_mask is not None:
-                bias[:, 0, :P].masked_fill_(~prefix_mask, -math.inf)
-            scores = scores + bias
+            projected = torch.full((B, k), N / k, dtype=x.dtype)
+        else:
+            projected = _patches_per_key(E[h], F[h], present)
+        if P > 0 or present is not None:
+            scores = scores + _log_counts(torch.cat([counts, projected], dim=1))[:, None]
         heads.append(scores.softmax(dim=-1) @ V_bar)
     out = torch.cat(heads, dim=-1) @ out_weight.T
     return out if out_bias is None else out + out_bias
@@ -79,12 +95,37 @@ def _apply(layer: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
 
 
 def _reduced(
-    reduction: Reduction, layer: tuple[Tensor, Tensor | None], patches: Tensor, patch_weight: Tensor | None
+    reduction: Reduction, layer: tuple[Tensor, Tensor | None], patches: Tensor, present: Tensor | None
 ) -> Tensor:
     if not isinstance(reduction, Tensor):
         return _apply(layer, reduction(patches))
     y = _apply(layer, patches)
-    return reduction @ (y if patch_weight is None else y * patch_weight[:, :, None])
+    if present is None:
+        return reduction @ y
+    share = _present_share(reduction, present)
+    return (reduction @ (y * present[:, :, None])) / torch.where(share == 0, 1, share)[:, :, None]
+
+
+def _present_share(reduction: Reduction, present: Tensor) -> Tensor:
+    """Share of each row's absolute mass, or of each cell's area, that lies on present patches (B, N): (B, k)."""
+    assert isinstance(reduction, Tensor | Pooling)
+    mass = reduction.area if isinstance(reduction, Pooling) else reduction.abs()
+    whole = mass.sum(dim=1)
+    return (present.to(mass) @ mass.T) / torch.where(whole == 0, 1, whole)
+
+
+def _patches_per_key(E: Reduction, F: Reduction, present: Tensor) -> Tensor:
+    """How many of the present patches (B, N) each projected key stands for: (B, k)."""
+    product = _present_share(E, present) * _present_share(F, present)
+    share = torch.where(product == 0, 0, torch.where(product == 0, 1, product).sqrt())
+    live = share.sum(dim=1, keepdim=True)
+    return share * present.sum(dim=1, keepdim=True) / torch.where(live == 0, 1, live)
+
+
+def _log_counts(counts: Tensor) -> Tensor:
+    """log of how many tokens each key stands for (B, K), -∞ for none; zeros for an image without any."""
+    log = torch.where(counts == 0, -math.inf, torch.where(counts == 0, 1, counts).log())
+    return torch.where((counts == 0).all(dim=1, keepdim=True), 0, log)
 
 
 def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

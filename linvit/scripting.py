@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linvit.layout import TokenLayout
 from linvit.projections import MatrixProjection, Projection
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class ScriptableAttention(nn.Module):
         x: Tensor,
         attn_mask: Optional[Tensor] = None,  # noqa: UP045
         is_causal: bool = False,
+        layout: Optional[TokenLayout] = None,  # noqa: UP045
     ) -> Tensor:
         assert attn_mask is None, "a scripted Linformer attention layer takes no mask"
+        assert layout is None, "a scripted Linformer attention layer has one grid"
         assert not is_causal, "Linformer attention cannot be causal"
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)

@@ -20,19 +20,21 @@ and F: it goes with `kv` and `layerwise`, and with `none` where each head has a 
 import copy
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from timm.layers import PatchDropout, get_device_dtype
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import VisionTransformer, checkpoint
+from timm.models.vision_transformer import Block, feature_take_indices
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
 from linvit.attention import LinformerAttention
+from linvit.blocks import takes_layout, with_layout
 from linvit.layers import LayerLike, mlp_class, norm_with_eps
-from linvit.layout import TokenLayout
+from linvit.layout import TokenLayout, mask_of_kept
 from linvit.mlp import LeanMlp
 from linvit.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
 
@@ -60,6 +62,8 @@ class LinformerViT(VisionTransformer):
         projection_init: `"pool"`, `"average"` or `"jl"`, see `Projection`.
         norm_eps: of every normalisation layer; None leaves timm's own.
         mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
+        block_fn: timm's `Block`, `ResPostBlock`, or a block with one `attn_layer`. With `dynamic_img_size` or
+            `patch_drop_rate`, its `forward` must take `layout` and pass it to that layer, as `linvit.blocks` does.
 
     Raises ValueError where k does not shorten the sequence (here and on every change of size) and for sharings that
     do not go together with k; TypeError for an unknown keyword.
@@ -74,6 +78,7 @@ class LinformerViT(VisionTransformer):
         projection_init: ProjectionInit = "pool",
         norm_eps: float | None = None,
         mlp_layer: LayerLike = "mlp",
+        block_fn: Callable[..., nn.Module] = Block,
         weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
         **vit_kwargs: Any,
     ) -> None:
@@ -83,7 +88,12 @@ class LinformerViT(VisionTransformer):
             own = {"norm_layer": None} | vit_kwargs
             vit_kwargs |= {name: norm_with_eps(own[name], norm_eps) for name in _NORM_LAYERS if name in own}
         super().__init__(
-            *args, attn_layer=LinformerAttention, mlp_layer=mlp_class(mlp_layer), weight_init="skip", **vit_kwargs
+            *args,
+            attn_layer=LinformerAttention,
+            block_fn=with_layout(block_fn),
+            mlp_layer=mlp_class(mlp_layer),
+            weight_init="skip",
+            **vit_kwargs,
         )
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.share = share
@@ -133,6 +143,13 @@ class LinformerViT(VisionTransformer):
         attentions = [module for module in self.blocks.modules() if isinstance(module, LinformerAttention)]
         if len(attentions) != len(self.blocks):
             raise ValueError("block_fn must be a block with one `attn_layer`, such as timm's Block")
+        if self.dynamic_img_size or isinstance(self.patch_drop, PatchDropout):
+            for block in self.blocks:
+                if not takes_layout(block):
+                    raise ValueError(
+                        f"{type(block).__name__}.forward takes no `layout`, which dynamic_img_size and patch_drop_rate "
+                        f"need: let it take one and pass it to its attention layer, as linvit.blocks.LayoutBlock does"
+                    )
         return attentions
 
     def _named_projections(self) -> dict[str, Projection]:
@@ -202,16 +219,8 @@ class LinformerViT(VisionTransformer):
         if torch.jit.is_scripting():
             return self.norm(self.blocks(self.norm_pre(self._pos_embed(self.patch_embed(x)))))
         else:
-            grid_size = self._dynamic_grid(x)
-            x = self._pos_embed(self.patch_embed(x))
-            x, kept = self._drop_patches(x)
-            x = self.norm_pre(x)
-            mask = _token_layout(grid_size or self.patch_embed.grid_size, kept, attn_mask, grid_size is not None)
-            for block in self.blocks:
-                if self.grad_checkpointing:
-                    x = checkpoint(block, x, attn_mask=mask, is_causal=is_causal)
-                else:
-                    x = block(x, attn_mask=mask, is_causal=is_causal)
+            x, attn_mask, layout = self._embed(x, attn_mask)
+            x, _ = self._run_blocks(x, attn_mask, is_causal, layout)
             return self.norm(x)
 
     def forward_intermediates(
@@ -227,24 +236,75 @@ class LinformerViT(VisionTransformer):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """timm's `forward_intermediates`, at any image size where the model takes any."""
-        grid_size = self._dynamic_grid(x)
-        return super().forward_intermediates(
-            x,
-            indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-            attn_mask=attn_mask if grid_size is None else TokenLayout(grid_size, attn_mask=attn_mask),
-            is_causal=is_causal,
-        )
+        """timm's `forward_intermediates`: tokens after the blocks `indices`, and of the last block that ran.
 
-    def _dynamic_grid(self, images: Tensor) -> GridSize | None:
-        """The patch grid of these images (B, C, H, W) where it may be another than the model's, else None."""
-        return self.patch_embed.dynamic_feat_size(images.shape[-2:]) if self.dynamic_img_size else None
+        At any image size if the model takes any; gradient checkpointing as in `forward_features`, with masks too.
+        Patch dropout in training leaves the kept tokens, which are no map: ValueError for `output_fmt="NCHW"` then,
+        and for an unknown `output_fmt`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}: choose 'NCHW' or 'NLC'")
+        height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        x, attn_mask, layout = self._embed(x, attn_mask)
+        if output_fmt == "NCHW" and layout is not None and layout.kept is not None:
+            raise ValueError(
+                "patch dropout leaves tokens that do not fill a grid, so there are no NCHW features: pass "
+                "output_fmt='NLC', or call eval() on the model or on its patch_drop"
+            )
+        num_blocks = last + 1 if stop_early else len(self.blocks)
+        x, features = self._run_blocks(x, attn_mask, is_causal, layout, num_blocks=num_blocks, taken=taken)
+        if norm:
+            features = [self.norm(each) for each in features]
+        prefix = [each[:, : self.num_prefix_tokens] for each in features] if self.num_prefix_tokens else None
+        features = [each[:, self.num_prefix_tokens :] for each in features]
+        if output_fmt == "NCHW":
+            features = [each.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous() for each in features]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": features}
+            if prefix is not None and return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        found = list(zip(features, prefix)) if prefix is not None and return_prefix_tokens else features
+        return found if intermediates_only else (self.norm(x), found)
+
+    def _embed(self, images: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor | None, TokenLayout | None]:
+        """Tokens before the first block, the mask of those tokens, and where they lie.
+
+        The layout is None where they fill the model's own grid.
+        """
+        # The grid of these images may differ from the model's.
+        grid_size = self.patch_embed.dynamic_feat_size(images.shape[-2:]) if self.dynamic_img_size else None
+        x, kept = self._drop_patches(self._pos_embed(self.patch_embed(images)))
+        x = self.norm_pre(x)
+        if kept is None:
+            return x, attn_mask, None if grid_size is None else TokenLayout(grid_size)
+        layout = TokenLayout(grid_size or self.patch_embed.grid_size, kept)
+        return x, None if attn_mask is None else mask_of_kept(attn_mask, layout, self.num_prefix_tokens), layout
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        layout: TokenLayout | None,
+        *,
+        num_blocks: int | None = None,
+        taken: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the first `num_blocks` blocks (None: all), and after those whose index is in `taken`."""
+        where = {} if layout is None else {"layout": layout}
+        features = []
+        for index, block in enumerate(itertools.islice(self.blocks, num_blocks)):
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, attn_mask=attn_mask, is_causal=is_causal, **where)
+            else:
+                x = block(x, attn_mask=attn_mask, is_causal=is_causal, **where)
+            if index in taken:
+                features.append(x)
+        return x, features
 
     def _drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """timm's patch dropout, and which patches (B, n) it kept; None where it dropped nothing."""
@@ -285,19 +345,6 @@ def _report_once(model: nn.Module, incompatible_keys: Any) -> None:
     """A shared projection that a checkpoint lacks is missing once."""
     aliases = tuple(_aliases(model))
     incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if not key.endswith(aliases)]
-
-
-def _token_layout(
-    grid_size: GridSize, kept: Tensor | None, attn_mask: Tensor | None, dynamic: bool
-) -> TokenLayout | Tensor | None:
-    if kept is None:
-        return TokenLayout(grid_size, attn_mask=attn_mask) if dynamic else attn_mask
-    if attn_mask is not None:
-        prefix = attn_mask.shape[-1] - grid_size[0] * grid_size[1]
-        patches = attn_mask[..., prefix:].expand(kept.shape[0], -1, -1, -1)
-        patches = patches.gather(3, kept[:, None, None])
-        attn_mask = torch.cat([attn_mask[..., :prefix].expand(kept.shape[0], -1, -1, -1), patches], dim=3)
-    return TokenLayout(grid_size, kept, attn_mask)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: LinformerViT) -> dict[str, Tensor]:

@@ -48,4 +48,6 @@ def reductions(projection: Projection, num_heads: int, present: Tensor | None = 
         else:
             parameters = zip(projection.weight, projection.gamma, projection.beta)
             maps = [partial(reference.depthwise_conv, weight=w, gamma=g, beta=b, **where) for w, g, b in parameters]
+        area = reference.average_pool_matrix(projection.grid_size, cells)
+        maps = [reference.Pooling(reduce, area) for reduce in maps]
     return maps * (num_heads // len(maps))

@@ -30,16 +30,19 @@ def make(kind, share, grid, prefix, k=None, **kwargs):
     return attention, E, F if owner == "own" else E
 
 
-def expected(attention, E, F, x, present=None, **kwargs):
+def expected(attention, E, F, x, present=None, left_out=None, **kwargs):
+    """The reference; `present` (B, N) for a mask, `left_out` for patches that reductions alone leave out."""
+    reduced = present if left_out is None else ~left_out
     return reference.linformer_attention(
         x,
         qkv_weight=attention.qkv.weight,
         qkv_bias=attention.qkv.bias,
         out_weight=attention.proj.weight,
         out_bias=attention.proj.bias,
-        E=reductions(E, HEADS, present),
-        F=reductions(F, HEADS, present),
+        E=reductions(E, HEADS, reduced),
+        F=reductions(F, HEADS, reduced),
         num_prefix_tokens=attention.num_prefix_tokens,
+        present=present,
         **kwargs,
     )
 
@@ -86,10 +89,13 @@ MASKED += [(kind, "kv") for kind in KINDS if kind != "identity"]
 MASKED = [(kind, share, order) for kind, share in [*MASKED, ("conv", "none")] for order in orders_of(kind)]
 
 
+PER_HEAD = [(kind, "none", order, [6, 4, 9]) for kind in KINDS if kind != "identity" for order in orders_of(kind)]
+
+
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())
-@pytest.mark.parametrize(("kind", "share", "order"), MASKED)
-def test_key_padding_mask_is_applied_before_projecting(kind, share, prefix, order):
-    attention, E, F = make(kind, share, (7, 5), prefix)
+@pytest.mark.parametrize(("kind", "share", "order", "k"), [*((*case, None) for case in MASKED), *PER_HEAD], ids=str)
+def test_key_padding_mask_is_applied_before_projecting(kind, share, prefix, order, k):
+    attention, E, F = make(kind, share, (7, 5), prefix, k=k)
     attention.order = order
     x = tokens((7, 5), prefix)
     keep = torch.rand(2, x.shape[1]) > 0.4
@@ -104,7 +110,6 @@ def test_key_padding_mask_is_applied_before_projecting(kind, share, prefix, orde
         F,
         x,
         present=keep[:, prefix:],
-        patch_weight=keep[:, prefix:].double(),
         prefix_mask=keep[:, :prefix] if prefix else None,
     )
     assert_same_with_gradients(fast, slow, [x, *parameters_of(attention, E, F)])
@@ -117,7 +122,7 @@ def test_dropped_patches_select_columns_and_rescale(kind, share, order):
     whole = tokens((7, 5), 1)
     kept = torch.stack([torch.randperm(35)[:20] for _ in range(2)])
     x = torch.cat([whole[:, :1], whole[:, 1:].gather(1, kept[:, :, None].expand(-1, -1, 12))], dim=1)
-    fast = attention(x, attn_mask=TokenLayout((7, 5), kept))
+    fast = attention(x, layout=TokenLayout((7, 5), kept))
     columns = [[matrix[:, index] * 35 / 20 for matrix in reductions(p, HEADS)] for p in (E, F) for index in kept]
     slow = torch.cat(
         [
@@ -137,19 +142,37 @@ def test_dropped_patches_select_columns_and_rescale(kind, share, order):
     assert_same_with_gradients(fast, slow, [whole, *parameters_of(attention, E, F)])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+def kept_patches():
+    """20 of 35 patches of two images, the tokens of the kept ones, and True on the whole grid where they lie."""
+    kept = torch.stack([torch.randperm(35)[:20] for _ in range(2)])
+    return kept, torch.zeros(2, 35, dtype=torch.bool).scatter(1, kept, True)
+
+
 @pytest.mark.parametrize(("kind", "share", "order"), [(k, s, o) for k, s, o in MASKED if k in REDUCING])
-def test_dropped_patches_are_left_out_of_reductions(kind, share, order, masked):
-    """The layer on a few tokens is the layer on all of them with the others masked, but for log(n/k)."""
+def test_dropped_patches_are_left_out_of_reductions(kind, share, order):
+    """The layer on a few tokens is the layer on all of them with the others left out, but for log(n/k)."""
     attention, E, F = make(kind, share, (7, 5), 0)
     attention.order = order
     whole = tokens((7, 5), 0)
-    kept = torch.stack([torch.randperm(35)[:20] for _ in range(2)])
-    seen = torch.rand(2, 20) > 0.2 if masked else torch.ones(2, 20, dtype=torch.bool)
-    present = torch.zeros(2, 35, dtype=torch.bool).scatter(1, kept, seen)
+    kept, there = kept_patches()
     index = kept[:, :, None].expand(-1, -1, 12)
-    layout = TokenLayout((7, 5), kept, seen[:, None, None] if masked else None)
-    fast = attention(whole.gather(1, index), attn_mask=layout)
+    fast = attention(whole.gather(1, index), layout=TokenLayout((7, 5), kept))
+    slow = expected(attention, E, F, whole, left_out=~there).gather(1, index)
+    assert_same_with_gradients(fast, slow, [whole, *parameters_of(attention, E, F)])
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize(("kind", "share", "order"), MASKED)
+def test_with_a_mask_dropped_patches_are_masked_ones(kind, share, order, prefix):
+    attention, E, F = make(kind, share, (7, 5), prefix)
+    attention.order = order
+    whole = tokens((7, 5), prefix)
+    kept, there = kept_patches()
+    present = there & (torch.rand(2, 35) > 0.3)
+    index = torch.cat([torch.arange(prefix).expand(2, -1), prefix + kept], dim=1)
+    mask = torch.nn.functional.pad(present, (prefix, 0), value=True).gather(1, index)[:, None, None]
+    index = index[:, :, None].expand(-1, -1, 12)
+    fast = attention(whole.gather(1, index), attn_mask=mask, layout=TokenLayout((7, 5), kept))
     slow = expected(attention, E, F, whole, present=present).gather(1, index)
     assert_same_with_gradients(fast, slow, [whole, *parameters_of(attention, E, F)])
 
@@ -162,7 +185,7 @@ def test_other_grid_equals_the_remapped_layer(kind, order, prefix):
     attention, E, F = make(kind, "headwise", (7, 5), prefix, k=6)
     attention.order = order
     x = tokens((4, 9), prefix)
-    fast = attention(x, attn_mask=TokenLayout((4, 9)))
+    fast = attention(x, layout=TokenLayout((4, 9)))
     for projection in (E, F):
         projection.set_grid_size((4, 9))
     torch.testing.assert_close(fast, expected(attention, E, F, x), rtol=0, atol=1e-10)
@@ -340,14 +363,18 @@ def test_kinds_that_reduce_tokens_refuse_an_adapted_qkv():
         (torch.ones(36, 36, dtype=torch.bool), False, "key-padding mask of shape"),
         (torch.ones(2, 1, 36, 36, dtype=torch.bool), False, "key-padding mask of shape"),
         (torch.zeros(2, 1, 1, 36), False, "torch.float32"),
-        (TokenLayout((3, 3)), False, "k=11 does not shorten a sequence of 9 patches"),
     ],
 )
 def test_refusals(mask, causal, message):
     attention, _, _ = make("linear", "kv", (7, 5), 1)
-    x = tokens((3, 3) if isinstance(mask, TokenLayout) else (7, 5), 1)
     with pytest.raises(ValueError, match=message):
-        attention(x, attn_mask=mask, is_causal=causal)
+        attention(tokens((7, 5), 1), attn_mask=mask, is_causal=causal)
+
+
+def test_a_grid_that_is_too_small_is_refused():
+    attention, _, _ = make("linear", "kv", (7, 5), 1)
+    with pytest.raises(ValueError, match="k=11 does not shorten a sequence of 9 patches"):
+        attention(tokens((3, 3), 1), layout=TokenLayout((3, 3)))
 
 
 def test_wrong_number_of_patches_is_refused():

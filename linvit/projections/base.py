@@ -33,9 +33,9 @@ class Projection(nn.Module):
             `"average"` without the noise, for weights that are trained already; `"jl"` at the paper's N(0, 1/k)
             (Theorem 2). Kinds without parameters have nothing to start.
 
-    A kind defines `forward`; if it has parameters or buffers, `create_parameters` and `reset_parameters`;
-    `remap_weight` if they lie on the grid, and `adopt` if a checkpoint's may have other shapes. `build_projection`
-    makes one and checks that it fits.
+    A kind defines `forward`, and `row_mass` for masks; if it has parameters or buffers, `create_parameters` and
+    `reset_parameters`; `remap_weight` if they lie on the grid, and `adopt` if a checkpoint's may have other shapes.
+    `build_projection` makes one and checks that it fits.
     """
 
     kind: str
@@ -68,6 +68,13 @@ class Projection(nn.Module):
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         """Reduce patches of `grid_size` (default: the projection's own): (B, 1, N, C) → (B, M, K, C)."""
         raise NotImplementedError
+
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        """How much of the patches x (B, 1, N, 1) ≥ 0 each result depends on, for masks: (B, M or 1, K, 1).
+
+        For a matrix |E|x; else the mean of x over each cell. A kind that does not say depends on all patches alike.
+        """
+        return x.mean(2, keepdim=True).expand(-1, self.num_maps, self.k, -1)
 
     def reset_parameters(self) -> None:
         """Draw fresh weights."""
@@ -125,6 +132,11 @@ class MatrixProjection(Projection):
         height, width = grid_size or self.grid_size
         sums: Tensor = self(like.new_ones(1, 1, height * width, 1), grid_size)
         return sums
+
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        # E itself, dense: N² numbers on the way. The kinds here do without.
+        E: Tensor = self(torch.eye(x.shape[2], dtype=x.dtype, device=x.device)[None, None], grid_size)
+        return E.abs() @ x
 
 
 def check_shortens(k: int, grid_size: GridSize) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linvit.projections.avgpool import average_cells
 from linvit.projections.base import Projection, register_projection
 from linvit.projections.grid import GridSize, averaging_matrix, factor_pair
 from linvit.projections.separable import project_separable
@@ -57,6 +58,9 @@ class ConvProjection(Projection):
         y = F.conv2d(image, filters, stride=kernel, groups=self.weight.shape[1])
         y = y.unflatten(1, (-1, self.num_maps)).flatten(3).permute(0, 2, 3, 1)  # (B, M, K, C)
         return F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * self.gamma[:, None] + self.beta[:, None]
+
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        return average_cells(x, self.k, grid_size or self.grid_size)
 
     def check_grid_size(self, grid_size: GridSize) -> None:
         super().check_grid_size(grid_size)

@@ -24,6 +24,10 @@ class CosineProjection(MatrixProjection):
         modes_h, modes_w, order = self._modes(grid_size or self.grid_size, x.device, x.dtype)
         return project_separable(x, modes_h[None], modes_w[None]).index_select(2, order)
 
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        modes_h, modes_w, order = self._modes(grid_size or self.grid_size, x.device, x.dtype)
+        return project_separable(x, modes_h.abs()[None], modes_w.abs()[None]).index_select(2, order)
+
     def matrix(self) -> Tensor:
         modes_h, modes_w, order = self._modes(self.grid_size, torch.device("cpu"), torch.float64)
         return torch.kron(modes_h, modes_w)[None, order]

@@ -9,6 +9,7 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from linvit.projections.avgpool import average_cells
 from linvit.projections.base import Projection, register_projection
 from linvit.projections.grid import GridSize, factor_pair
 
@@ -25,6 +26,9 @@ class MaxPoolProjection(Projection):
         pooled = F.adaptive_max_pool2d(image, factor_pair(self.k, grid_size))
         pooled = pooled.masked_fill(pooled == self.absent, 0.0)
         return pooled.flatten(2).mT[:, None]
+
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        return average_cells(x, self.k, grid_size or self.grid_size)
 
     def check_grid_size(self, grid_size: GridSize) -> None:
         super().check_grid_size(grid_size)

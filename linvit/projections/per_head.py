@@ -43,6 +43,10 @@ class PerHeadProjection(Projection):
             reduced.append(pad(y, (0, 0, 0, self.k - y.shape[2])))
         return torch.cat(reduced, dim=1)
 
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        masses = [head.row_mass(x, grid_size) for head in self.each_head()]
+        return torch.cat([pad(mass, (0, 0, 0, self.k - mass.shape[2])) for mass in masses], dim=1)
+
     def check_grid_size(self, grid_size: GridSize) -> None:
         for head in self.each_head():
             head.check_grid_size(grid_size)

@@ -24,6 +24,10 @@ class RandomProjection(MatrixProjection):
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         return project_dense(x, self.weight if grid_size is None else remap_grid(self.weight, grid_size))
 
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        weight = self.weight if grid_size is None else remap_grid(self.weight, grid_size)
+        return project_dense(x, weight.abs().to(x.dtype))
+
     def matrix(self) -> Tensor:
         return self.weight.flatten(2)
 

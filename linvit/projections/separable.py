@@ -58,6 +58,11 @@ class SeparableProjection(MatrixProjection):
         height, width = self.grid_size if grid_size is None else grid_size
         return project_separable(x, remap_axis(self.weight_h, height), remap_axis(self.weight_w, width))
 
+    def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        sizes = self.grid_size if grid_size is None else grid_size
+        weights = (remap_axis(weight, size) for weight, size in zip((self.weight_h, self.weight_w), sizes))
+        return project_separable(x, *(weight.abs().to(x.dtype) for weight in weights))
+
     def row_sums(self, like: Tensor, grid_size: GridSize | None = None) -> Tensor:
         # Every grid has the same: remapping conserves them.
         sums = self.weight_h.sum(2)[:, :, None] * self.weight_w.sum(2)[:, None]  # (M, k_h, k_w)

@@ -61,6 +61,33 @@ def test_forward_and_gradients_are_those_of_the_matrix(kind, grid, maps, tokens)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("other", [None, (9, 11)])
+@pytest.mark.parametrize(("kind", "grid", "maps"), CASES)
+def test_row_mass_is_that_of_the_absolute_matrix_or_the_area(kind, grid, maps, other):
+    projection = build(kind, grid, maps)
+    height, width = other or grid
+    x = torch.rand(2, 1, height * width, 1, dtype=torch.float64)
+    mass = projection.row_mass(x, other)
+    if other:
+        projection.set_grid_size(other)
+    if kind in REDUCING:
+        rows = reference.average_pool_matrix((height, width), factor_pair(projection.k, (height, width)))[None]
+    else:
+        rows = projection.matrix().double().abs()
+    expected = rows @ x
+    torch.testing.assert_close(mass.expand_as(expected), expected, rtol=0, atol=1e-12)
+    assert mass.shape[1] in (1, maps)
+
+
+def test_row_mass_of_kinds_that_do_not_say():
+    x = torch.rand(2, 1, 35, 1, dtype=torch.float64)
+    matrix = build("linear", (7, 5), 3)
+    torch.testing.assert_close(MatrixProjection.row_mass(matrix, x), matrix.row_mass(x), rtol=0, atol=1e-12)
+    reduction = build("conv", (7, 5), 3)
+    found = Projection.row_mass(reduction, x)
+    torch.testing.assert_close(found, x.mean(2, keepdim=True).expand(2, 3, 12, 1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_avgpool_averages_by_area(grid):
     projection = build("avgpool", grid)
