@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> int:
     from linvit.data.transforms import resolve_input
     from linvit.dryrun import show_plan
     from linvit.evaluate import evaluate
+    from linvit.timmmodel import check_model_name
     from linvit.training.badimages import BadImages
     from linvit.training.badsteps import BadSteps
     from linvit.training.batchsize import settle_batch_size
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> int:
 
     assert config.data_dir is not None
     with joined_ranks(config.device) as ranks, stop_on_signals() as stop, Saver() as saver:
+        check_model_name(config.model)
         if config.deterministic:
             use_deterministic_algorithms()
         seed_run(config.seed)

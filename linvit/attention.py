@@ -39,6 +39,7 @@ from linvit.eager import (
 )
 from linvit.layout import Patches, TokenLayout, read_patches
 from linvit.projections import IdentityProjection, MatrixProjection, Projection
+from linvit.projections.pair import check_pair
 from linvit.splitting import split_attention
 
 Order = Literal["per_head", "associative", "folded"]
@@ -151,7 +152,12 @@ class LinformerAttention(Attention):
         self.set_projections(key_projection, value_projection)
 
     def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
-        """E and F; None for F shares E between keys and values, None for both is ordinary attention."""
+        """E and F; None for F shares E between keys and values, None for both is ordinary attention.
+
+        Raises ValueError where they do not go together: with maps for another number of heads, other lengths or grids,
+        or one a matrix and the other not.
+        """
+        check_pair(key_projection, value_projection, num_heads=self.num_heads)
         self.key_projection = key_projection
         self.value_projection = value_projection
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+
 
 def parse_size(value: Any) -> Any:
     """Read a size as 384, "384", "768x512" (height x width) or (768, 512)."""
@@ -65,11 +67,11 @@ class EvalOptions(BaseModel):
     img_size: tuple[ImageSize, ...] = Field(
         (), description="one or more sizes, as 384 or 768x512; the model's own if not given"
     )
-    crop_pct: float | None = Field(None, gt=0, description="share of the image that the centre crop keeps")
-    crop_mode: str | None = Field(None, description="how the crop is taken: center, squash or border")
-    mean: tuple[float, ...] | None = Field(None, description="mean that images are normalised by")
-    std: tuple[float, ...] | None = Field(None, description="standard deviation that images are normalised by")
-    interpolation: str | None = Field(None, description="resize interpolation, as bilinear or bicubic")
+    crop_pct: CropShare | None = Field(None, description="share of the image that the centre crop keeps")
+    crop_mode: CropMode | None = Field(None, description="how the crop is taken: center, squash or border")
+    mean: Mean | None = Field(None, description="mean that images are normalised by")
+    std: Std | None = Field(None, description="standard deviation that images are normalised by")
+    interpolation: Interpolation | None = Field(None, description="how images are resized")
 
     batch_size: int | None = Field(None, gt=0, description="images a batch; the run's own, else 64")
     workers: int = Field(4, ge=0, description="processes that read images")

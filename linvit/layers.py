@@ -8,7 +8,7 @@ from timm.layers import LayerNorm, SwiGLU, SwiGLUPacked, get_norm_layer
 from torch import nn
 
 from linvit.mlp import LeanMlp
-from linvit.validation import unknown
+from linvit.validation import none_of
 
 # `mlp` is timm's Mlp, keeping less for the backward pass; the others are timm's own.
 MLP_LAYERS: dict[str, Callable[..., nn.Module]] = {"mlp": LeanMlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
@@ -21,7 +21,7 @@ def mlp_class(layer: LayerLike) -> Callable[..., nn.Module]:
     if not isinstance(layer, str):
         return layer or LeanMlp
     if layer not in MLP_LAYERS:
-        raise ValueError(f"{unknown('mlp_layer', layer, MLP_LAYERS)} (there are {', '.join(MLP_LAYERS)})")
+        raise ValueError(none_of("mlp_layer", layer, MLP_LAYERS))
     return MLP_LAYERS[layer]
 
 

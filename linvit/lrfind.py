@@ -18,6 +18,7 @@ from linvit.data.sources import open_images
 from linvit.data.transforms import resolve_input
 from linvit.files import write_file, write_text
 from linvit.lrfind_options import LrFindConfig
+from linvit.timmmodel import check_model_name
 from linvit.training.batchsize import settle_batch_size
 from linvit.training.classweights import read_class_weights
 from linvit.training.config import TrainConfig
@@ -80,6 +81,7 @@ def lr_find_command(config: LrFindConfig) -> int:
     Raises ValueError where options, data and weights do not fit together, or the loss falls nowhere.
     """
     with joined_ranks(config.device) as ranks:
+        check_model_name(config.model)
         seed_run(config.seed)
         step, loader = _prepare(config, ranks)
         found = sweep(step, loader, config, ranks)

@@ -8,6 +8,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 import linvit.models  # noqa: F401  registers the linvit_* names
+from linvit.commandline import UsageError
 from linvit.files import reason
 from linvit.validation import unknown
 
@@ -32,6 +33,12 @@ class TimmModel(nn.Module):
         raise NotImplementedError
 
 
+def check_model_name(name: str) -> None:
+    """Raise UsageError, with the nearest name, where timm has no model `name`; folders and hub names pass."""
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise UsageError(f"{unknown('model', name, timm.list_models())} (`linvit models` lists them)")
+
+
 def create_model(
     name: str, *, num_classes: int | None = None, img_size: tuple[int, int] | None = None, **model_kwargs: Any
 ) -> TimmModel:
@@ -40,8 +47,7 @@ def create_model(
     Raises ValueError for an unknown name, with the nearest one, for a folder that describes no model, for arguments
     that the model does not take, and where published weights are asked for and there are none.
     """
-    if ":" not in name and not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"{unknown('model', name, timm.list_models())} (`linvit models` lists them)")
+    check_model_name(name)
     try:
         sized = resolve_model_input_args(name, {"img_size": img_size}, num_classes=num_classes)
         given = {key: sized[key] for key in ("img_size", "num_classes") if key in sized}

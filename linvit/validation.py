@@ -24,6 +24,21 @@ def unknown(kind: str, name: str, choices: Collection[str]) -> str:
     return f"unknown {kind} {name!r}" + (f"; did you mean {suggestion!r}?" if suggestion else "")
 
 
+def none_of(kind: str, name: object, choices: Collection[str]) -> str:
+    """The sentence that refuses `name`, a `kind` of thing, and lists all `choices`: for few of them."""
+    return f"unknown {kind} {name!r}: choose {one_of(choices)}{_perhaps(name, choices)}"
+
+
+def one_of(choices: Collection[str]) -> str:
+    """The choices in quotes: "one of 'kv', 'none'"."""
+    return "one of " + ", ".join(map(repr, choices))
+
+
+def _perhaps(name: object, choices: Collection[str]) -> str:
+    suggestion = nearest(name, choices) if isinstance(name, str) else None
+    return f" (did you mean {suggestion!r}?)" if suggestion else ""
+
+
 def listed(names: Sequence[str], *, most: int = 8) -> str:
     """The first `most` names in one line, and how many more there are."""
     more = len(names) - most
@@ -95,7 +110,8 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo], given: Map
         return name, str(problem["ctx"]["error"]).removeprefix(f"{name} ")
     if name not in given:
         return name, f"is missing: {fields[name].description}"
-    return name, f"takes {_takes(fields[name])}, not {_show(given[name])}"
+    names = [leaf for leaf in leaf_types(fields[name].annotation) if isinstance(leaf, str)]
+    return name, f"takes {_takes(fields[name])}, not {_show(given[name])}{_perhaps(given[name], names)}"
 
 
 def _show(value: Any) -> str:
@@ -107,7 +123,8 @@ def _takes(field: FieldInfo) -> str:
     if field.title is not None:
         return field.title
     words = _words(field.annotation, plural=False) + _limits(field.metadata)
-    return f"{words}, or none" if NoneType in element_types(field.annotation) else words
+    takes_none = NoneType in element_types(field.annotation) and "none" not in leaf_types(field.annotation)
+    return f"{words}, or none" if takes_none else words
 
 
 _NOUNS: dict[Any, tuple[str, str]] = {
@@ -127,7 +144,7 @@ def _words(annotation: Any, *, plural: bool) -> str:
     if origin is Annotated:
         return _words(parts[0], plural=plural) + _limits(parts[1:])
     if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
+        return one_of(parts)
     if origin in (Union, UnionType):
         members = [part for part in parts if plural or part is not NoneType]
         return " or ".join(dict.fromkeys(_words(part, plural=plural) for part in members))

@@ -21,7 +21,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import PatchDropout, get_device_dtype
@@ -37,6 +37,8 @@ from linvit.layers import LayerLike, mlp_class, norm_with_eps
 from linvit.layout import TokenLayout, mask_of_kept
 from linvit.mlp import LeanMlp
 from linvit.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
+from linvit.projections.base import are_several, whole_length
+from linvit.validation import none_of
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class LinformerViT(VisionTransformer):
 
     def _build_projections(self, k: ProjectedLength, kind: str, init: ProjectionInit) -> None:
         if self.share not in SHARES:
-            raise ValueError(f"unknown share {self.share!r} (there are {', '.join(SHARES)})")
+            raise ValueError(none_of("share", self.share, SHARES))
         attentions = self._attentions()
         num_heads = attentions[0].num_heads
         lengths = _length_per_layer(k, depth=len(attentions), share=self.share)
@@ -201,7 +203,7 @@ class LinformerViT(VisionTransformer):
         the GELU.
         """
         if enable not in (True, False, "mlp", "full"):
-            raise ValueError(f"unknown gradient checkpointing {enable!r} (there are mlp, full)")
+            raise ValueError(none_of("gradient checkpointing", enable, get_args(Checkpointing)))
         super().set_grad_checkpointing(enable in (True, "full"))
         mlps = [module for module in self.blocks.modules() if isinstance(module, LeanMlp)]
         if enable == "mlp" and not mlps:
@@ -374,13 +376,29 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: LinformerViT) -> 
     return out
 
 
+def plain_lengths(k: ProjectedLength) -> int | list[int | list[int] | None]:
+    """`k` in Python's own ints and lists; ValueError, naming it, for what is no length."""
+    if k is None:
+        raise ValueError("k=None: ordinary attention in all layers is projection='identity'; a length is as k=16")
+    if not are_several(k):
+        return whole_length(k)
+    return [
+        None
+        if length is None
+        else [whole_length(each) for each in length]
+        if are_several(length)
+        else whole_length(length)
+        for length in k
+    ]
+
+
 def _length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[int | list[int] | None]:
     """Check the forms that `k` can take and write it out, one entry per layer."""
-    if isinstance(k, int):
-        return [k] * depth
-    if len(k) != depth:
-        raise ValueError(f"k names {len(k)} layers, but the model has {depth}")
-    lengths = [length if length is None or isinstance(length, int) else list(length) for length in k]
+    lengths = plain_lengths(k)
+    if isinstance(lengths, int):
+        return [lengths] * depth
+    if len(lengths) != depth:
+        raise ValueError(f"k names {len(lengths)} layers, but the model has {depth}")
     if share != "none" and any(isinstance(length, list) for length in lengths):
         raise ValueError(f"one k per head needs share='none': with share={share!r} all heads use the same E")
     distinct = {length for length in lengths if isinstance(length, int)}

@@ -13,23 +13,30 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "dictionary"
+                raise yaml.constructor.ConstructorError(None, None, f"a {kind} cannot be a name", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where 1e-3 without a dot is a string.
+# PyYAML follows YAML 1.1, where 1e-3 without a dot is a string; so is -.5.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]\.\d+$"),
     list("-+.0123456789"),
 )
 
 
 def parse_yaml(text: str) -> Any:
     """The value that `text` stands for; raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:
+        # Such as a 13th month, of which PyYAML says so in Python's words.
+        raise yaml.YAMLError(str(error)) from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:

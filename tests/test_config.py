@@ -289,7 +289,7 @@ def test_a_value_of_the_wrong_type_is_refused_naming_field_and_value(tmp_path, n
             "opt_betas: [0.9, x]",
             "opt_betas takes a list of numbers of at least 0 and less than 1, or none, not [0.9, 'x']",
         ),
-        ("clip_mode: norms", "clip_mode takes one of norm, value, agc, not 'norms'"),
+        ("clip_mode: norms", "clip_mode takes one of 'norm', 'value', 'agc', not 'norms' (did you mean 'norm'?)"),
         ("k: [4, [8, x]]", "k takes a length of at least 1"),
         ("aa: rand-m9-x3", "aa 'rand-m9-x3': cannot read 'x3'"),
         ("color_jitter: [0.1, 0.2]", "color_jitter takes one, three or four numbers, not 2"),
@@ -336,7 +336,7 @@ def test_the_folder_of_images_must_be_given():
 
 
 def test_errors_say_whether_yaml_or_flag_is_wrong(tmp_path):
-    path = write(tmp_path, {"epochs": 2, "lr": "x"})
+    path = write(tmp_path, {"epochs": 2, "warmup_epochs": 5, "lr": "x"})
     assert refusal(["D", "-c", str(path), "--lr", "1"]).startswith(f"{path} and the flags: warmup_epochs 5 is longer")
     assert refusal(["D", "-c", str(path), "--warmup-epochs", "1"]).startswith(f"{path}: lr takes")
     assert refusal(["D", "-c", str(path), "--lr", "-1"]).startswith("--lr takes")

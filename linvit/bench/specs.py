@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 import linvit.models  # noqa: F401  registers the names
 from linvit.commandline import UsageError
 from linvit.files import reason
-from linvit.validation import unknown
+from linvit.validation import one_of, unknown
 from linvit.vit import LinformerViT
 
 CHECKPOINTING = ("none", "mlp", "full")
@@ -46,7 +46,7 @@ def parse_spec(text: str) -> ModelSpec:
         raise UsageError(f"{text}: image sizes are given by --img-size, not by the model")
     checkpointing = kwargs.pop("grad_checkpointing", "none")
     if checkpointing not in CHECKPOINTING:
-        raise UsageError(f"{text}: grad_checkpointing takes {', '.join(CHECKPOINTING)}, not {checkpointing!r}")
+        raise UsageError(f"{text}: grad_checkpointing takes {one_of(CHECKPOINTING)}, not {checkpointing!r}")
     return ModelSpec(text, name, kwargs, checkpointing)
 
 

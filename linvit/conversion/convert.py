@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linvit import models
 from linvit.attention import LinformerAttention
 from linvit.conversion.layouts import read_layout
-from linvit.vit import LinformerViT, ProjectedLength, Share
+from linvit.vit import LinformerViT, ProjectedLength, Share, plain_lengths
 from linvit.weights import compact
 
 # What a pretrained configuration says of images and classes, and goes along with the weights.
@@ -61,7 +61,8 @@ def convert_unchecked(model: nn.Module, *, k: ProjectedLength, projection: str, 
         converted: LinformerViT = timm.create_model(
             nearest_name(layout),
             pretrained_cfg_overlay={key: cfg[key] for key in _KEPT_CFG if key in cfg},
-            k=k,
+            # Written to config.json, which has no NumPy numbers.
+            k=plain_lengths(k),
             projection=projection,
             share=share,
             # The noise that tells rows apart in training would undo weights that are trained already.

@@ -6,7 +6,7 @@ Imports nothing heavy, so that a command line can be checked before torch is loa
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from linvit.data.policy import parse_policy
 
@@ -20,6 +20,24 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+CropMode = Literal["center", "squash", "border"]
+CropShare = Annotated[float, Field(gt=0.0, le=2.0)]
+
+
+def _per_channel(value: tuple[float, ...]) -> tuple[float, ...]:
+    if len(value) not in (1, 3):
+        raise ValueError(f"takes one number or three (R G B), not {len(value)}")
+    return value * 3 if len(value) == 1 else value
+
+
+def _positive(value: tuple[float, ...]) -> tuple[float, ...]:
+    if min(value) <= 0:
+        raise ValueError(f"std divides the pixels, so each must be above 0, not {min(value)}")
+    return value
+
+
+Mean = Annotated[Numbers, AfterValidator(_per_channel)]
+Std = Annotated[Numbers, AfterValidator(_per_channel), AfterValidator(_positive)]
 
 
 class _Options(BaseModel):
@@ -50,22 +68,20 @@ class InputOptions(_Options):
         None, description="input size in pixels, one number or height and width (default: the model's own)"
     )
     in_chans: int | None = Field(None, description="input channels; images are read as RGB, so 3 or nothing")
-    crop_pct: float | None = Field(
+    crop_pct: CropShare | None = Field(
         None,
-        gt=0.0,
-        le=2.0,
         description="evaluation: the crop's share of the resized image (default: the model's own)",
     )
-    crop_mode: Literal["center", "squash", "border"] | None = Field(
+    crop_mode: CropMode | None = Field(
         None,
         description="evaluation: 'center' crops the middle, 'squash' ignores the aspect ratio, "
         "'border' pads the whole image (default: the model's own)",
     )
-    mean: Numbers | None = Field(
+    mean: Mean | None = Field(
         None,
         description="mean of pixels in 0..1, one number or R G B (default: the model's own)",
     )
-    std: Numbers | None = Field(
+    std: Std | None = Field(
         None, description="their standard deviation, one number or R G B (default: the model's own)"
     )
     interpolation: Interpolation | None = Field(
@@ -86,22 +102,6 @@ class InputOptions(_Options):
     def _rgb(cls, value: int | None) -> int | None:
         if value not in (None, 3):
             raise ValueError(f"in_chans {value} is not built: images are read as RGB; leave it out or set 3")
-        return value
-
-    @field_validator("mean", "std")
-    @classmethod
-    def _per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is None:
-            return None
-        if len(value) not in (1, 3):
-            raise ValueError(f"takes one number or three (R G B), not {len(value)}")
-        return value * 3 if len(value) == 1 else value
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and min(value) <= 0:
-            raise ValueError(f"std divides the pixels, so each must be above 0, not {min(value)}")
         return value
 
 

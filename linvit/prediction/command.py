@@ -17,6 +17,7 @@ from linvit.prediction.options import PredictOptions
 from linvit.prediction.predictor import Prediction, Predictor
 from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, Row, WriteRow, check_format, open_rows, printable
 from linvit.runs import Classifier, load_classifier
+from linvit.training.distributed import choose_device
 
 # Options that, where they are given, stand in place of the run's settings of the same names.
 _SETTINGS = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}
@@ -36,6 +37,7 @@ def predict_command(options: PredictOptions) -> int:
         images = LooseImages(PackedStrings.pack(_paths(options.images)))
     except ValueError as error:
         raise UsageError(str(error)) from None
+    choose_device(options.device)
     predictor = _create_predictor(options)
     with ExitStack() as files:
         write_image: WriteRow = _print_row

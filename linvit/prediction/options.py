@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
 from linvit.evaluate_options import ImageSize
 from linvit.prediction.tiling import create_tiling
 
@@ -42,19 +43,13 @@ class PredictOptions(BaseModel):
     img_size: ImageSize | None = Field(
         None, description="size that the model gets, as 384 or 768x512 (default: the model's own)"
     )
-    crop_pct: float | None = Field(
-        None, gt=0, description="share of the image that the centre crop keeps (default: the run's)"
+    crop_pct: CropShare | None = Field(
+        None, description="share of the image that the centre crop keeps (default: the run's)"
     )
-    crop_mode: Literal["center", "squash", "border"] | None = Field(
-        None, description="how the crop is taken (default: the run's)"
-    )
-    mean: tuple[float, ...] | None = Field(None, description="mean that images are normalised by (default: the run's)")
-    std: tuple[float, ...] | None = Field(
-        None, description="standard deviation that images are normalised by (default: the run's)"
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
-        None, description="how images are resized (default: the run's)"
-    )
+    crop_mode: CropMode | None = Field(None, description="how the crop is taken (default: the run's)")
+    mean: Mean | None = Field(None, description="mean that images are normalised by (default: the run's)")
+    std: Std | None = Field(None, description="standard deviation that images are normalised by (default: the run's)")
+    interpolation: Interpolation | None = Field(None, description="how images are resized (default: the run's)")
 
     tile: ImageSize | None = Field(
         None, description="cut larger images into tiles of so many pixels, as 1024 or 768x1024 (default: whole images)"

@@ -12,13 +12,16 @@ from linvit.projections.base import (
     MatrixProjection,
     Projection,
     ProjectionInit,
+    are_several,
     check_shortens,
     projection_class,
     register_projection,
+    whole_length,
 )
 from linvit.projections.grid import GridSize
 from linvit.projections.identity import IdentityProjection
 from linvit.projections.per_head import PerHeadMatrixProjection, PerHeadProjection
+from linvit.validation import none_of
 
 __all__ = [
     "PROJECTIONS",
@@ -49,13 +52,13 @@ def build_projection(
     """A projection of `kind` for an (H, W) patch grid.
 
     `k` is one length, or one per head (then `num_maps` is the number of heads). `dim` is the tokens' width, which
-    `conv` needs. Raises ValueError for an unknown kind, for a k that the grid cannot hold, and for several maps of a
-    kind whose maps are all the same.
+    `conv` needs. Raises ValueError for an unknown kind, for a k that is no whole number or that the grid cannot hold,
+    and for several maps of a kind whose maps are all the same.
     """
     cls = projection_class(kind)
     if init not in get_args(ProjectionInit):
-        raise ValueError(f"unknown projection_init {init!r} (there are {', '.join(get_args(ProjectionInit))})")
-    if not isinstance(k, int):
+        raise ValueError(none_of("projection_init", init, get_args(ProjectionInit)))
+    if are_several(k):
         if len(k) != num_maps:
             raise ValueError(f"k={list(k)} names {len(k)} heads, but there are {num_maps}")
         heads = [
@@ -63,6 +66,7 @@ def build_projection(
             for each in k
         ]
         return PerHeadMatrixProjection(heads) if issubclass(cls, MatrixProjection) else PerHeadProjection(heads)
+    k = whole_length(k)
     if cls is not IdentityProjection:
         check_shortens(k, grid_size)
     if num_maps > 1 and not maps_can_differ(kind):

@@ -7,14 +7,15 @@ tokens or on keys and values alike; the others reduce the tokens, before Wk and 
 B batch, M maps (1, or one per head), N patches, K projected length, C channels.
 """
 
-import difflib
-from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from linvit.projections.grid import GridSize
+from linvit.validation import none_of
 
 ProjectionInit = Literal["pool", "average", "jl"]
 # Of the entries of a plain average; it tells rows apart that are trained from scratch.
@@ -54,7 +55,7 @@ class Projection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.k = k
+        self.k = whole_length(k)
         self.grid_size = grid_size
         self.num_maps = num_maps
         self.dim = dim
@@ -139,6 +140,21 @@ class MatrixProjection(Projection):
         return E.abs() @ x
 
 
+def whole_length(k: object) -> int:
+    """A projected length as an int, from whole numbers of any kind, as NumPy's; ValueError, naming it, otherwise."""
+    try:
+        if isinstance(k, bool) or getattr(k, "dtype", None) is torch.bool:
+            raise TypeError
+        return operator.index(k)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"k={k!r}: a projected length is a whole number, such as k=16") from None
+
+
+def are_several(k: object) -> TypeGuard[Sequence[Any]]:
+    """Whether `k` is a list of lengths, also as an array, rather than one."""
+    return (isinstance(k, Sequence) and not isinstance(k, str)) or getattr(k, "ndim", 0) > 0
+
+
 def check_shortens(k: int, grid_size: GridSize) -> None:
     """Raise ValueError, naming both numbers, unless 1 ≤ k < N."""
     num_patches = grid_size[0] * grid_size[1]
@@ -171,8 +187,6 @@ def register_projection(kind: str) -> Callable[[ProjectionType], ProjectionType]
 
 def projection_class(kind: str) -> type[Projection]:
     """The class registered under `kind`; ValueError with the nearest name otherwise."""
-    if kind in PROJECTIONS:
+    if isinstance(kind, str) and kind in PROJECTIONS:
         return PROJECTIONS[kind]
-    nearest = difflib.get_close_matches(kind, PROJECTIONS, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"unknown projection {kind!r}{hint} (there are {', '.join(sorted(PROJECTIONS))})")
+    raise ValueError(none_of("projection", kind, sorted(PROJECTIONS)))

@@ -63,6 +63,7 @@ def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]
         raise ValueError(f"--weights {options.weights}: there is no such file")
     paths = sample_paths(options.images, count=options.num_images, seed=options.seed)
     sizes: list[HeightWidth | None] = [height_and_width(size) for size in options.img_size]
+    choose_device(options.device)
     spectra = []
     with progress_bar() as bar:
         for size in sizes or [None]:

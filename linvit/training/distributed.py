@@ -16,6 +16,8 @@ from timm.utils.distributed import init_distributed_device_so, world_info_from_e
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
+from linvit.commandline import UsageError
+
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
 # What a process that lost the others waits, so that the one that failed is first to be noticed and to speak.
@@ -80,20 +82,33 @@ class Ranks:
 
 
 def choose_device(name: str) -> str:
-    """The device that `name` means: "auto" is a GPU where there is one. Raises ValueError where there is none."""
+    """The device that `name` means: "auto" is a GPU where there is one. Raises UsageError where it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is no device; choose cpu, cuda, cuda:1 or auto") from None
+        raise UsageError(f"--device {name} is no device; choose cpu, cuda, cuda:1 or auto") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: torch finds no CUDA GPU here; choose --device cpu or auto")
+            raise UsageError(f"--device {name}: torch finds no CUDA GPU here; choose --device cpu or auto")
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:
-            raise ValueError(f"--device {name}: the number of GPUs here is {found}, and they are counted from cuda:0")
+            raise UsageError(f"--device {name}: the number of GPUs here is {found}, and they are counted from cuda:0")
+    elif not _is_there(device):
+        raise UsageError(f"--device {name}: there is no such device here; choose --device cpu or auto")
     return name
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return not device.index
+    try:
+        # A tensor on "meta" has no values to bring back.
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError):
+        return False
+    return True
 
 
 def usable_workers(workers: int) -> int:

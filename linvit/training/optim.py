@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -14,7 +14,6 @@ from torch import nn
 from linvit.training.config import TrainConfig
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
 from linvit.training.sharding import divided_like
-from linvit.validation import unknown
 from linvit.weights import compact
 
 # What options, and timm's scheduler from them, put into an optimizer's groups.
@@ -40,12 +39,8 @@ def create_optimizer(
     (E and F, position embedding, tokens) to its fallback, AdamW or NAdamW: they are not matrices between features,
     whatever their shape.
 
-    Raises ValueError for an unknown name, an argument that the optimizer does not take, and optimizers that need second
-    derivatives, which fused attention does not have.
+    Raises ValueError for an argument that the optimizer does not take; its name was checked with the options.
     """
-    # timm's prefix lookahead_ wraps any of them.
-    if options.opt.lower().split("_")[-1] not in list_optimizers():
-        raise ValueError(f"--opt: {unknown('optimizer', options.opt, list_optimizers())}")
     settings = {
         "fallback_no_weight_decay": True,
         **optimizer_kwargs(options.model_copy(update={"lr": lr})),
@@ -55,8 +50,6 @@ def create_optimizer(
         optimizer: torch.optim.Optimizer = create_optimizer_v2(model, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--opt {options.opt} does not take these options: {error}") from error
-    if getattr(optimizer, "is_second_order", False):
-        raise ValueError(f"--opt {options.opt} needs second derivatives, which attention does not have; choose adamw")
     if besides:
         optimizer.add_param_group({"params": list(besides), "weight_decay": 0.0})
     return optimizer

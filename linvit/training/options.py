@@ -6,7 +6,9 @@ Imports nothing heavy, so that a command line can be checked before torch is loa
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from linvit.validation import nearest
 
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -145,6 +147,38 @@ class OptimizerOptions(_Options):
         None, ge=0.0, le=1.0, description="layers whose factor is below this are not trained at all"
     )
 
+    @field_validator("opt")
+    @classmethod
+    def _is_timms(cls, value: str) -> str:
+        if value == cls.model_fields["opt"].default:
+            return value
+        # Loaded for other names alone: it takes seconds.
+        from timm.optim import get_optimizer_info, list_optimizers
+
+        # timm's prefix lookahead_ wraps any of them.
+        name = value.lower().removeprefix("lookahead_")
+        if name not in list_optimizers():
+            suggestion = nearest(name, list_optimizers())
+            perhaps = f"; did you mean {suggestion!r}?" if suggestion else ""
+            raise ValueError(f"{value!r} is no optimizer of timm's{perhaps}")
+        if get_optimizer_info(name).second_order:
+            raise ValueError(f"{value} needs second derivatives, which attention does not have; choose adamw")
+        return value
+
+    @field_validator("opt_betas")
+    @classmethod
+    def _as_many_as_needed(cls, value: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if value is None or "opt" not in info.data:
+            return value
+        from timm.optim import get_optimizer_info
+
+        optimizer = get_optimizer_info(info.data["opt"].lower().removeprefix("lookahead_"))
+        if not optimizer.has_betas:
+            raise ValueError(f"is for optimizers with betas, not for {info.data['opt']}: remove it")
+        if len(value) != optimizer.num_betas:
+            raise ValueError(f"takes {optimizer.num_betas} numbers for {info.data['opt']}, not {len(value)}")
+        return value
+
 
 class ScheduleOptions(_Options):
     """The learning rate over time (timm's create_scheduler_v2)."""
@@ -166,7 +200,10 @@ class ScheduleOptions(_Options):
         description="image sizes through training, such as 160 192 224: the epochs are divided among them, the last is "
         "the model's own",
     )
-    warmup_epochs: Count = Field(5, description="epochs of linear warm-up")
+    warmup_epochs: Count = Field(
+        5,
+        description="epochs of linear warm-up (default: 5; out of 5 epochs or fewer, half of them, rounded down)",
+    )
     warmup_lr: float = Field(1e-5, ge=0.0, description="learning rate that the warm-up starts from")
     warmup_prefix: bool = Field(False, description="the warm-up comes before the epochs, not out of them")
     min_lr: float = Field(0.0, ge=0.0, description="lower bound of the learning rate")
@@ -185,6 +222,16 @@ class ScheduleOptions(_Options):
     lr_cycle_decay: float = Field(0.5, gt=0.0, description="factor from the height of one cycle to the next")
     lr_cycle_limit: int = Field(1, ge=1, description="number of cycles")
     lr_k_decay: float = Field(1.0, gt=0.0, description="power on the elapsed share (cosine, poly)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_warmup_of_a_short_run(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or "warmup_epochs" in settings or settings.get("warmup_prefix") is True:
+            return settings
+        epochs = settings.get("epochs")
+        if not isinstance(epochs, int) or epochs > cls.model_fields["warmup_epochs"].default:
+            return settings
+        return {**settings, "warmup_epochs": max(epochs, 0) // 2}
 
 
 class LossOptions(_Options):

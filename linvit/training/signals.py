@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -29,9 +30,13 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first signal into a request; after it Ctrl-C ends the process as ever, and others change nothing.
 
-    Schedulers repeat themselves while the run still saves: SIGUSR1, then SIGTERM.
+    Schedulers repeat themselves while the run still saves: SIGUSR1, then SIGTERM. Outside the main thread, where Python
+    lets nobody handle signals, they do what they did before.
     """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal_number = number

@@ -162,8 +162,8 @@ def test_where_memory_cannot_be_read_a_sentence_says_so(tmp_path, monkeypatch, c
     ("argv", "words"),
     [
         (["--preset", "readme", "--rounds", "3"], "--preset readme decides what is measured: leave out --rounds"),
-        (["--preset", "reame"], "--preset takes one of readme, gpu, or none, not 'reame'"),
-        (["--modes", "backward"], "--modes takes a list of one of forward, train, not ['backward']"),
+        (["--preset", "reame"], "--preset takes one of 'readme', 'gpu', or none, not 'reame'"),
+        (["--modes", "backward"], "--modes takes a list of one of 'forward', 'train', not ['backward']"),
         (["--rounds", "0"], "--rounds takes a whole number of more than 0, not 0"),
         (["--img-size", "2y3"], "image size '2y3' is neither a number nor HEIGHTxWIDTH"),
         (["--models", "linvit_smal_patch16_224"], "did you mean 'linvit_small_patch16_224'?"),

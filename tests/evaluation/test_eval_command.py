@@ -281,11 +281,11 @@ def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytes
     [
         (["--temperature-split", "train"], "--temperature-split needs --temperature fit"),
         (["--temperature", "fit", "--temperature-split", "val"], "--temperature-split val is what is reported"),
-        (["--temperature", "-1"], "--temperature takes one of fit or a number of more than 0, or none, not -1"),
+        (["--temperature", "-1"], "--temperature takes one of 'fit' or a number of more than 0, or none, not -1"),
         (["--confusion", "a.svg"], "--confusion a.svg: name a .png or .csv file"),
         (["--confusion", "a.png", "--img-size", "32", "64"], "--confusion is of one source at one size"),
         (["--plot", "a.png"], "--plot is a .png file and takes several sizes"),
-        (["--tta", "vflip"], "--tta takes one of none, hflip, not 'vflip'"),
+        (["--tta", "vflip"], "--tta takes one of 'none', 'hflip', not 'vflip'"),
     ],
 )
 def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

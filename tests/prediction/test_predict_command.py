@@ -141,7 +141,7 @@ def test_wordnet_ids_in_words(run: Path, data: Path, tmp_path: Path, capsys: pyt
         (["here.png", "--tile", "32", "--overlap", "32"], "an overlap of 32 px does not fit tiles of 32×32 px"),
         (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv: give two files"),
         (["here.png", "--topk", "0"], "--topk takes a whole number of at least 1, not 0"),
-        (["here.png", "--merge", "median"], "--merge takes one of mean, max, not 'median'"),
+        (["here.png", "--merge", "median"], "--merge takes one of 'mean', 'max', not 'median'"),
         ([], "the following arguments are required: IMAGE"),
     ],
 )

@@ -25,7 +25,7 @@ from linvit.training.config import TrainConfig
         ({"initial_checkpoint": "a", "pretrained_path": "b"}, "initial_checkpoint and pretrained_path both"),
         ({"layer_decay": 0.9, "freeze": ("backbone",)}, "layer_decay has no layers left"),
         ({"resume": "auto"}, "set experiment"),
-        ({"epochs": 3}, "warmup_epochs 5 is longer than epochs 3"),
+        ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs 5 is longer than epochs 3"),
         ({"lr": 1e-6, "min_lr": 1e-5}, "min_lr 1e-05 is above lr 1e-06"),
         ({"lr": 1e-6}, "warmup_lr 1e-05 is above lr 1e-06"),
         ({"decay_milestones": (5, 3)}, "decay_milestones [5, 3] must rise"),

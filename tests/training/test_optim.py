@@ -39,8 +39,8 @@ def test_the_learning_rate_grows_with_the_global_batch(settings: dict, world_siz
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adamq'; did you mean 'adam"):
-        create_optimizer(tiny_vit(), OptimizerOptions(opt="adamq"), lr=1e-3)
+    with pytest.raises(ValueError, match=r"'adamq' is no optimizer of timm's; did you mean 'adam"):
+        OptimizerOptions(opt="adamq")
 
 
 def test_an_argument_that_the_optimizer_does_not_take_is_refused() -> None:
@@ -49,8 +49,8 @@ def test_an_argument_that_the_optimizer_does_not_take_is_refused() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    with pytest.raises(ValueError, match="--opt adahessian needs second derivatives"):
-        create_optimizer(tiny_vit(), OptimizerOptions(opt="adahessian"), lr=1e-3)
+    with pytest.raises(ValueError, match="adahessian needs second derivatives"):
+        OptimizerOptions(opt="adahessian")
 
 
 def test_biases_and_frozen_weights_are_left_alone() -> None:
