@@ -3,7 +3,7 @@
     python train_imagenet.py DATA --config configs/NAME.yaml [--any-flag value ...]
     torchrun --nproc-per-node 8 train_imagenet.py DATA --config configs/NAME.yaml
 
-`main` reads the options; `train` is the whole run from top to bottom. What it leaves behind is in `linvit/runs.py`.
+`main` reads the options; `train` is the whole run from top to bottom. What it leaves behind is in `linvit/runs/folder.py`.
 """
 
 import sys
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from linvit.commandline import run
+from linvit.settings.flags import run
 from linvit.training.config import TrainConfig, parse
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         # Loaded only now, so that --help and mistakes on the command line are answered at once.
-        from linvit.training.distributed import recorded
+        from linvit.distributed import recorded
 
         return recorded(train)(config)
 
@@ -34,35 +34,29 @@ def train(config: TrainConfig) -> int:
     Raises ValueError where options, data and weights do not fit together or the loss is not finite, OSError where the
     run's folder cannot be written.
     """
-    from linvit.checkpoint import read_checkpoint
-    from linvit.data.classes import read_class_map
+    from linvit.data.augment.build import resolve_input
     from linvit.data.loader import create_eval_loader, create_train_loader
-    from linvit.data.sources import open_images
-    from linvit.data.transforms import resolve_input
-    from linvit.dryrun import show_plan
-    from linvit.evaluate import evaluate
-    from linvit.timmmodel import check_model_name
-    from linvit.training.badimages import BadImages
-    from linvit.training.badsteps import BadSteps
-    from linvit.training.batchsize import settle_batch_size
-    from linvit.training.classweights import read_class_weights
+    from linvit.data.sources.classes import read_class_map
+    from linvit.data.sources.open import open_images
+    from linvit.distributed import asked_anywhere, joined_ranks, on_primary, stop_on_signals, usable_workers
+    from linvit.evaluation.command import evaluate
+    from linvit.evaluation.metrics import Metrics
+    from linvit.model.build import check_model_name
+    from linvit.runs.checkpoint import read_checkpoint
+    from linvit.training.batch_size import settle_batch_size
     from linvit.training.distill import create_distillation
-    from linvit.training.distributed import joined_ranks, on_primary, usable_workers
-    from linvit.training.engine import TrainStep
-    from linvit.training.freeze import freeze
+    from linvit.training.dry_run import show_plan
+    from linvit.training.faults import BadImages, BadSteps
+    from linvit.training.fsdp import shard
     from linvit.training.log import EpochLog, say
-    from linvit.training.loss import create_loss, create_mixup
-    from linvit.training.metrics import Metrics
-    from linvit.training.modelbuild import build_model, place_model, wrap_model
+    from linvit.training.loss import create_loss, create_mixup, read_class_weights
+    from linvit.training.model import build_model, epoch_sizes, freeze, place_model, wrap_model
     from linvit.training.optim import create_ema, create_optimizer, create_schedule, current_lr, learning_rate
-    from linvit.training.progressive import epoch_sizes
     from linvit.training.randomness import seed_run, seed_step, use_deterministic_algorithms
     from linvit.training.recorder import Recorder
-    from linvit.training.resume import choose_start
     from linvit.training.saver import Saver
-    from linvit.training.sharding import shard
-    from linvit.training.signals import asked_anywhere, stop_on_signals
-    from linvit.training.state import Progress, restore_state
+    from linvit.training.state import Progress, choose_start, restore_state
+    from linvit.training.step import TrainStep
     from linvit.training.summary import EpochResult
 
     assert config.data_dir is not None

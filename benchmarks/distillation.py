@@ -25,14 +25,13 @@ from provenance import provenance
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from linvit.conversion.distil import DistilOptions, distil
-from linvit.conversion.fidelity import Comparison
+from linvit.conversion.distil import Comparison, DistilOptions, distil
+from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.options import InputOptions
-from linvit.data.sources import open_images
-from linvit.data.transforms import InputSpec, resolve_input
-from linvit.spectrum.images import load_batches, sample_paths
-from linvit.training.distributed import choose_device
-from linvit.vit import LinformerViT
+from linvit.data.sources.loose import load_batches, sample_paths
+from linvit.data.sources.open import open_images
+from linvit.distributed import choose_device
+from linvit.model.vit import LinformerViT
 
 HELD_OUT = 64
 AT_ONCE = 8

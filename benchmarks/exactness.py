@@ -18,8 +18,8 @@ from provenance import provenance
 from torch import nn
 
 from linvit import reference
-from linvit.attention import LinformerAttention
-from linvit.projections import (
+from linvit.model.attention import LinformerAttention
+from linvit.model.projections import (
     PROJECTIONS,
     MatrixProjection,
     PerHeadProjection,
@@ -27,8 +27,8 @@ from linvit.projections import (
     build_projection,
     maps_can_differ,
 )
-from linvit.projections.conv import ConvProjection
-from linvit.projections.grid import factor_pair
+from linvit.model.projections.conv import ConvProjection
+from linvit.model.projections.grid import factor_pair
 
 GRIDS = [(7, 5), (13, 13), (6, 10)]
 PREFIXES = {"none": 0, "class token": 1, "class and 4 registers": 5}

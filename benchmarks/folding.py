@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from provenance import provenance
 
-from linvit.attention import LinformerAttention, choose_order
-from linvit.projections import build_projection
+from linvit.model.attention import LinformerAttention, choose_order
+from linvit.model.projections import build_projection
 
 WIDTHS = {192: 3, 384: 6, 768: 12}
 LENGTHS = [16, 36, 49, 64, 81, 100]

@@ -29,13 +29,12 @@ def measure_here(model_name: str, img_size: int, batch_size: int, num_batches: i
     import torch
 
     import linvit  # noqa: F401
-    from linvit.bench.memory import CLEAR_REFS, SET_PEAK_BACK, _give_back_freed_memory, _status_bytes
+    from linvit.distributed import Ranks, StopRequest
+    from linvit.measure.memory import CLEAR_REFS, SET_PEAK_BACK, _give_back_freed_memory, _status_bytes
     from linvit.training.config import TrainConfig
-    from linvit.training.distributed import Ranks
-    from linvit.training.engine import TrainStep
     from linvit.training.loss import create_loss
     from linvit.training.optim import create_optimizer
-    from linvit.training.signals import StopRequest
+    from linvit.training.step import TrainStep
 
     settings = {"data_dir": "data", "model": model_name, "opt": "momentum", "momentum": 0.0, "lr": 1e-4}
     config = TrainConfig.model_validate(settings | {"batch_size": batch_size, "grad_accum_steps": num_batches})

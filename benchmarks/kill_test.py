@@ -31,8 +31,8 @@ from provenance import provenance
 from torch import Tensor
 
 import linvit
-from linvit.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
-from linvit.commandline import run
+from linvit.runs.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
+from linvit.settings.flags import run
 from linvit.training.config import TrainConfig
 
 # The script lies beside the package, not in it.

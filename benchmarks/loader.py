@@ -29,10 +29,10 @@ import torch
 from provenance import provenance
 from timm.data import create_dataset, create_loader
 
-from linvit.data.folder import open_folder
+from linvit.data.augment.build import InputSpec
 from linvit.data.loader import create_eval_loader, create_train_loader
 from linvit.data.options import AugmentOptions, CacheOptions
-from linvit.data.transforms import InputSpec
+from linvit.data.sources.folder import open_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -28,7 +28,7 @@ import linvit.data.loader
 from linvit.data.loader import Loader, normalize
 from linvit.training.config import TrainConfig, parse
 from linvit.training.loss import create_loss
-from linvit.training.modelbuild import build_model
+from linvit.training.model import build_model
 from linvit.training.optim import create_optimizer
 from linvit.training.randomness import seed_run
 

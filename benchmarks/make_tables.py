@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from linvit.bench.plot import DIGEST_KEY, save_plot
+from linvit.bench.output import DIGEST_KEY, save_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

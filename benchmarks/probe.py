@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import linvit  # noqa: F401
-from linvit.data.imageset import ImageSet
+from linvit.data.augment.build import resolve_input
 from linvit.data.options import InputOptions
-from linvit.data.sources import open_images
-from linvit.data.transforms import resolve_input
-from linvit.files import sha256_of
-from linvit.spectrum.images import load_batches
-from linvit.training.distributed import choose_device
-from linvit.weights import weights_file
+from linvit.data.sources.base import ImageSet
+from linvit.data.sources.loose import load_batches
+from linvit.data.sources.open import open_images
+from linvit.distributed import choose_device
+from linvit.output.files import sha256_of
+from linvit.runs.weights import weights_file
 
 NUM_NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from provenance import provenance
 
+from linvit.data.augment.build import build_eval_pipeline
+from linvit.data.decode import decode_image
 from linvit.data.loader import normalize
-from linvit.data.read import decode_image
-from linvit.data.sources import open_images
-from linvit.data.transforms import build_eval_pipeline
-from linvit.inference import input_spec
-from linvit.runs import load_classifier
+from linvit.data.sources.open import open_images
+from linvit.evaluation.inference import input_spec
+from linvit.runs.folder import load_classifier
 
 
 def enlarged(image: np.ndarray, shorter: int) -> bytes:

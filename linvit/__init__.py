@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives; `__getattr__` imports it on first use.
 _PUBLIC = {
-    "LinformerAttention": "linvit.attention",
-    "LinformerViT": "linvit.vit",
-    "PROJECTIONS": "linvit.projections",
+    "LinformerAttention": "linvit.model.attention",
+    "LinformerViT": "linvit.model.vit",
+    "PROJECTIONS": "linvit.model.projections",
     "Predictor": "linvit.prediction.predictor",
     "Spectrum": "linvit.spectrum.result",
     "attention_spectrum": "linvit.spectrum.measure",
-    "build_projection": "linvit.projections",
+    "build_projection": "linvit.model.projections",
     "convert_vit": "linvit.conversion.convert",
     "plan_k": "linvit.spectrum.plan",
 }

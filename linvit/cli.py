@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import linvit
-from linvit.commandline import UsageError, parse_options, run
-from linvit.validation import unknown
+from linvit.settings.fields import unknown
+from linvit.settings.flags import UsageError, parse_options, run
 
 
 class Command(NamedTuple):
@@ -27,7 +27,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    from linvit.evaluate_options import EvalOptions
+    from linvit.evaluation.options import EvalOptions
 
     options = parse_options(
         EvalOptions,
@@ -45,7 +45,7 @@ def evaluate(argv: Sequence[str]) -> int:
             "model": ["-m", "--model"],
         },
     )
-    from linvit.evaluate import evaluate_command
+    from linvit.evaluation.command import evaluate_command
 
     return evaluate_command(options)
 
@@ -72,7 +72,7 @@ def predict(argv: Sequence[str]) -> int:
 
 
 def average(argv: Sequence[str]) -> int:
-    from linvit.average_options import AverageOptions
+    from linvit.runs.average import AverageOptions
 
     options = parse_options(
         AverageOptions,
@@ -82,22 +82,22 @@ def average(argv: Sequence[str]) -> int:
         positionals={"sources": "SOURCE"},
         spellings={"output": ["-o", "--output"]},
     )
-    from linvit.average import average_command
+    from linvit.runs.average import average_command
 
     return average_command(options)
 
 
 def lr_find(argv: Sequence[str]) -> int:
-    from linvit.lrfind_options import parse_lr_find
+    from linvit.training.lr_find import parse_lr_find
 
     config = parse_lr_find(argv)
-    from linvit.lrfind import lr_find_command
+    from linvit.training.lr_find import lr_find_command
 
     return lr_find_command(config)
 
 
 def data(argv: Sequence[str]) -> int:
-    from linvit.data.sets import SetOptions, build_set
+    from linvit.data.demo import SetOptions, build_set
 
     return build_set(
         parse_options(
@@ -112,7 +112,7 @@ def data(argv: Sequence[str]) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    from linvit.data.check.options import CheckOptions
+    from linvit.check.options import CheckOptions
 
     options = parse_options(
         CheckOptions,
@@ -122,13 +122,13 @@ def check(argv: Sequence[str]) -> int:
         positionals={"data_dir": "DATA"},
         spellings={"json_file": ["--json"], "html_file": ["--html"], "workers": ["-j", "--workers"]},
     )
-    from linvit.data.check.command import check_command
+    from linvit.check.command import check_command
 
     return check_command(options)
 
 
 def models(argv: Sequence[str]) -> int:
-    from linvit.catalog import CatalogOptions, print_catalog
+    from linvit.model.catalog import CatalogOptions, print_catalog
 
     return print_catalog(
         parse_options(

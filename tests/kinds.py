@@ -5,8 +5,8 @@ from functools import partial
 from torch import Tensor
 
 from linvit import reference
-from linvit.projections import MatrixProjection, PerHeadProjection, Projection
-from linvit.projections.grid import factor_pair
+from linvit.model.projections import MatrixProjection, PerHeadProjection, Projection
+from linvit.model.projections.grid import factor_pair
 
 # kind → the k that each grid is tested with; a test holds this table against the registry.
 KINDS: dict[str, dict[tuple[int, int], int]] = {

@@ -6,7 +6,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 
 from linvit import models
-from linvit.vit import LinformerViT
+from linvit.model.vit import LinformerViT
 
 SHARES = ["none", "headwise", "kv", "layerwise"]
 BASES: dict[str, dict[str, Any]] = {

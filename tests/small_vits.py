@@ -2,7 +2,7 @@
 
 import torch
 
-from linvit.vit import LinformerViT
+from linvit.model.vit import LinformerViT
 
 TINY = dict(img_size=(28, 20), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
 PER_LAYER = {

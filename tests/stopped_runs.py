@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_runs import read_summary, train
 
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 
 def assert_stopping_changes_nothing(

@@ -172,7 +172,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 
 def test_eval_hands_its_options_over(monkeypatch):
     seen = []
-    monkeypatch.setattr("linvit.evaluate.evaluate_command", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr("linvit.evaluation.command.evaluate_command", lambda options: seen.append(options) or 0)
     sizes = ["--img-size", "224", "384x256"]
     others = ["--split", "test", "-b", "8", "-j", "0", "--amp", "--json", "out.json"]
     assert cli.main(["eval", "run", "DATA", *sizes, *others]) == 0

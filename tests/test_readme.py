@@ -10,7 +10,7 @@ import pytest
 import timm
 
 from linvit import models
-from linvit.commandline import UsageError
+from linvit.settings.flags import UsageError
 from linvit.training.config import TrainConfig, parse
 
 ROOT = Path(__file__).parents[1]

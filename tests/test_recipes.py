@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-import linvit.models  # noqa: F401
+import linvit.model.registry  # noqa: F401
 from linvit.training.config import TrainConfig, parse
 
 REPOSITORY = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_imagenet
-from linvit.checkpoint import list_checkpoints, read_checkpoint
+from linvit.runs.checkpoint import list_checkpoints, read_checkpoint
 
 # On models this small one thread is faster than several, and always adds up in one order.
 torch.set_num_threads(1)

@@ -6,12 +6,11 @@ import timm
 import torch
 from torch import Tensor
 
+from linvit.distributed import Ranks, StopRequest
 from linvit.training.config import TrainConfig
-from linvit.training.distributed import Ranks
-from linvit.training.engine import TrainStep
 from linvit.training.loss import create_loss, create_mixup
 from linvit.training.optim import create_ema, create_optimizer, create_schedule
-from linvit.training.signals import StopRequest
+from linvit.training.step import TrainStep
 
 CLASSES = 3
 

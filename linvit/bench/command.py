@@ -2,16 +2,13 @@
 
 import torch
 
-from linvit.bench.measure import Bench, exact_float32, report
-from linvit.bench.options import BenchOptions
-from linvit.bench.plan import Plan
-from linvit.bench.presets import Group, select
-from linvit.bench.results import Results
-from linvit.bench.rows import Row
-from linvit.bench.table import show_models, show_rows
-from linvit.commandline import check_files
-from linvit.terminal import page
-from linvit.training.distributed import choose_device
+from linvit.bench.options import BenchOptions, Group, select
+from linvit.bench.output import show_models, show_rows
+from linvit.bench.plan import Plan, Row
+from linvit.bench.run import Bench, Results, exact_float32, report
+from linvit.distributed import choose_device
+from linvit.output.terminal import page
+from linvit.settings.flags import check_files
 
 
 def bench_command(options: BenchOptions, *, command: str) -> int:

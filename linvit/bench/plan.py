@@ -1,20 +1,27 @@
-"""Every model of every group, built once without memory: mistakes show before anything is timed."""
+"""Every model of every group, built once without memory: mistakes show before anything is timed.
 
+A row per model and group: what was measured, and what follows from it.
+"""
+
+import csv
+import io
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from timm.models import VisionTransformer
 
-from linvit.attention import LinformerAttention
-from linvit.bench.flops import count_flops
-from linvit.bench.options import Mode
-from linvit.bench.presets import Group
-from linvit.bench.specs import ModelSpec, build, parse_spec
-from linvit.commandline import UsageError
-from linvit.files import reason
-from linvit.projections import Projection
-from linvit.vit import LinformerViT
+from linvit.bench.options import Group, Mode
+from linvit.measure.flops import count_flops
+from linvit.measure.memory import StepMemory
+from linvit.model.attention import LinformerAttention
+from linvit.model.build import ModelSpec, build, parse_spec
+from linvit.model.projections import Projection
+from linvit.model.vit import LinformerViT
+from linvit.output.files import reason
+from linvit.settings.flags import UsageError
 
 FULL_ATTENTION = "full attention"
 
@@ -100,3 +107,97 @@ def describe(model: VisionTransformer) -> Facts:
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_projection_parameters=sum(p.numel() for p in own),
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of one group; `None` where there is nothing to say.
+
+    `seconds` is the median of a step over `n` rounds, `spread` the quickest and the slowest. `ratio` is how many times
+    faster than the baseline: the median over rounds of baseline/own in the same round, `ratio_spread` its range.
+    `tokens_per_second` counts patches, `peak_share` is flops / seconds over the speed of plain matrix products.
+    `step_bytes` is what a step adds to memory, `process_bytes` the peak of all.
+    """
+
+    model: str
+    baseline: str | None
+    image_size: int | tuple[int, int]
+    patches: int
+    k: int | tuple[int, int] | None
+    kind: str
+    share: str
+    num_parameters: int
+    num_projection_parameters: int
+    mode: Mode
+    batch_size: int
+    dtype: str
+    compile: bool
+    status: Literal["ok", "out of memory"]
+    n: int
+    flops: int
+    seconds: float | None
+    spread: tuple[float, float] | None
+    images_per_second: float | None
+    tokens_per_second: float | None
+    ratio: float | None
+    ratio_spread: tuple[float, float] | None
+    peak_share: float | None
+    step_bytes: int | None
+    process_bytes: int | None
+    all_seconds: list[float]
+
+
+def make_row(
+    model: str,
+    group: Group,
+    facts: Facts,
+    *,
+    flops: int,
+    seconds: Sequence[float],
+    baseline_seconds: Sequence[float],
+    is_out_of_memory: bool,
+    gemm_flops_per_second: float,
+    memory: StepMemory | None,
+) -> Row:
+    """The row of a group's model from its seconds, and the baseline's, round by round."""
+    median = statistics.median(seconds) if seconds and not is_out_of_memory else None
+    is_compared = len(group.models) > 1
+    ratios = [base / own for base, own in zip(baseline_seconds, seconds)] if is_compared and median else []
+    images_per_second = group.batch_size / median if median else None
+    height, width = group.img_size
+    return Row(
+        model=model,
+        baseline=group.models[0] if is_compared else None,
+        image_size=height if height == width else group.img_size,
+        **asdict(facts),
+        mode=group.mode,
+        batch_size=group.batch_size,
+        dtype=group.dtype,
+        compile=group.compile,
+        status="out of memory" if is_out_of_memory else "ok",
+        n=len(seconds),
+        flops=flops,
+        seconds=median,
+        spread=(min(seconds), max(seconds)) if median else None,
+        images_per_second=images_per_second,
+        tokens_per_second=images_per_second * facts.patches if images_per_second else None,
+        ratio=statistics.median(ratios) if ratios else None,
+        ratio_spread=(min(ratios), max(ratios)) if ratios else None,
+        peak_share=flops / median / gemm_flops_per_second if median else None,
+        step_bytes=memory.step_bytes if memory else None,
+        process_bytes=memory.process_bytes if memory else None,
+        all_seconds=list(seconds),
+    )
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows as a table with a header; pairs and lists are numbers with blanks between."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -8,32 +8,29 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from linvit.bench.measure import exact_float32
-from linvit.bench.provenance import provenance
-from linvit.commandline import UsageError, check_files
+from linvit.bench.run import exact_float32
+from linvit.conversion.compatibility import read_layout
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.descent import Descent
-from linvit.conversion.distil import DistilOptions, distil
-from linvit.conversion.earlier import load_earlier
-from linvit.conversion.fidelity import Comparison, Fidelity
+from linvit.conversion.distil import Comparison, DistilOptions, Fidelity, distil
 from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
-from linvit.conversion.layouts import read_layout
 from linvit.conversion.options import ConvertOptions
-from linvit.conversion.outcome import Outcome
+from linvit.conversion.outcome import Outcome, show_fidelity, show_layers, show_speed
 from linvit.conversion.planning import plan_lengths
-from linvit.conversion.report import show_fidelity, show_layers, show_speed
 from linvit.conversion.sample import Sample
 from linvit.conversion.speed import Speed, at_size, measure_speed
-from linvit.conversion.state import FitState
+from linvit.conversion.state import FitState, load_earlier
 from linvit.conversion.streams import Streams, embed
-from linvit.evaluate_options import height_and_width
-from linvit.files import sha256_of, write_text
-from linvit.inference import input_spec
-from linvit.runs import Classifier, load_classifier
-from linvit.terminal import page, progress_bar
-from linvit.timmmodel import create_model
-from linvit.training.distributed import choose_device
-from linvit.vit import LinformerViT, ProjectedLength
+from linvit.distributed import choose_device
+from linvit.evaluation.inference import input_spec
+from linvit.evaluation.options import height_and_width
+from linvit.measure.provenance import provenance
+from linvit.model.build import create_model
+from linvit.model.vit import LinformerViT, ProjectedLength
+from linvit.output.files import sha256_of, write_text
+from linvit.output.terminal import page, progress_bar
+from linvit.runs.folder import Classifier, load_classifier
+from linvit.settings.flags import UsageError, check_files
 
 DEFAULT_SPEEDUP = 1.5
 IMAGES_PLANNED_ON = 8

@@ -13,10 +13,10 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from linvit import models
-from linvit.attention import LinformerAttention
-from linvit.conversion.layouts import read_layout
-from linvit.vit import LinformerViT, ProjectedLength, Share, plain_lengths
-from linvit.weights import compact
+from linvit.conversion.compatibility import read_layout
+from linvit.model.attention import LinformerAttention
+from linvit.model.vit import LinformerViT, ProjectedLength, Share, plain_lengths
+from linvit.runs.weights import compact
 
 # What a pretrained configuration says of images and classes, and goes along with the weights.
 _KEPT_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "label_names", "label_descriptions")

@@ -14,8 +14,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvit.attention import LinformerAttention
 from linvit.conversion.streams import Streams, attended
+from linvit.model.attention import LinformerAttention
 
 # Of a tensor's root mean square, in the first steps of Adam.
 RATE = 0.01

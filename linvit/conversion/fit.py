@@ -20,12 +20,12 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvit.attention import LinformerAttention
-from linvit.conversion.closedform import Moments, best_change, change, without
+from linvit.conversion.closed_form import Moments, best_change, change, without
 from linvit.conversion.convert import projected_lengths, use_ordinary_attention
 from linvit.conversion.descent import Descent, descend
 from linvit.conversion.streams import Streams, attended, fed_forward, relative_error
-from linvit.vit import LinformerViT, Share
+from linvit.model.attention import LinformerAttention
+from linvit.model.vit import LinformerViT, Share
 
 # Of each image, as many as this go into the regressions.
 PATCHES_FITTED = 256

@@ -16,13 +16,13 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from linvit.bench.flops import count_flops
 from linvit.conversion.convert import attentions, convert_unchecked
 from linvit.conversion.streams import Streams, attended, fed_forward, relative_error
-from linvit.projections import GridSize, Projection
+from linvit.measure.flops import count_flops
+from linvit.model.projections import GridSize, Projection
+from linvit.model.vit import LinformerViT, Share
 from linvit.spectrum import knapsack
-from linvit.spectrum.cost import lengths_to_try
-from linvit.vit import LinformerViT, Share
+from linvit.spectrum.plan import lengths_to_try
 
 # Lengths nearer to each other cost and lose about the same.
 STEP = 1.5

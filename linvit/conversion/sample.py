@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linvit.data.transforms import InputSpec
-from linvit.spectrum.images import load_batches, sample_paths
+from linvit.data.augment.build import InputSpec
+from linvit.data.sources.loose import load_batches, sample_paths
 
 FEWEST = 8
 # Images that choose penalties, and again as many that measure what came out: an eighth, and at most so many.

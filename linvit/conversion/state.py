@@ -1,4 +1,6 @@
-"""What of a conversion is done already, on disk, so that one that was stopped goes on where it was.
+"""An earlier conversion of the same model, at another size, for the fit to go on from.
+
+What of a conversion is done already, on disk, so that one that was stopped goes on where it was.
 
 .NAME.convert/           beside the folder NAME that comes out
     settings.json        what the conversion was begun with
@@ -15,12 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
+from timm.models import VisionTransformer
 
-from linvit.conversion.convert import use_ordinary_attention
+from linvit.conversion.convert import use_ordinary_attention, without_counterpart
 from linvit.conversion.fit import LayerFit
-from linvit.files import write_file, write_text
-from linvit.validation import listed
-from linvit.vit import LinformerViT
+from linvit.model.vit import LinformerViT
+from linvit.output.files import write_file, write_text
+from linvit.runs.folder import Classifier, load_classifier
+from linvit.runs.weights import compact
+from linvit.settings.fields import listed
+
+
+def load_earlier(folder: Path, original: VisionTransformer) -> Classifier:
+    """The converted model in `folder`, at the size that the original has; E and F cover larger or smaller cells there.
+
+    Raises ValueError where it is none, or of another model, or its projections would not shorten the sequence.
+    """
+    earlier = load_classifier(str(folder), img_size=original.patch_embed.img_size)
+    model = earlier.model
+    if not isinstance(model, LinformerViT):
+        raise ValueError(f"--start-from {folder} is no converted model: give the folder that a conversion wrote")
+    if differing := without_counterpart(original, model):
+        raise ValueError(f"--start-from {folder} is of another model: its {compact(differing)} differ from this one's")
+    return earlier
 
 
 class FitState:

@@ -3,8 +3,13 @@
 A process appends the pixels of an image to a file of its own, and then writes into the shared index where they lie.
 Nothing is locked: a record that two processes wrote at once, or that a crash left half written, does not fit its own
 checksum, and the pixels that it names must fit theirs. What does not fit is decoded anew.
+
+Folders in memory that processes share, and that do not outlive them.
+
+Where cached images lie, and how much room they take.
 """
 
+import atexit
 import errno
 import os
 import secrets
@@ -12,13 +17,22 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from io import FileIO
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+import albumentations as A
+import cv2
 import numpy as np
+import torch
+
+from linvit.data.augment.build import Pipeline
+from linvit.data.decode import UnreadableImage, decode_image, reducible_size
+from linvit.data.geometry import Crop
+from linvit.data.options import CacheOptions
+from linvit.data.sources.base import ImageSet
 
 _RECORD = np.dtype(
     [
@@ -211,3 +225,138 @@ def _pixel_check(image: np.ndarray) -> int:
     whole = len(pixels) // 8 * 8
     rest = int.from_bytes(pixels[whole:].tobytes(), "little")
     return (int(pixels[:whole].view(np.uint64).sum(dtype=np.uint64)) + rest) % 2**64
+
+
+# Linux keeps the files below it in memory.
+_MEMORY = Path("/dev/shm")
+_LOCK = "lock"
+
+
+def share_memory_folder(name: str) -> Path:
+    """A folder in memory, the same for all processes of this user that ask for it.
+
+    It is deleted when the last of them ends. Where that one was killed, the next call, for any name, deletes it.
+
+    Raises:
+        ValueError: where the system has no such folders.
+    """
+    if sys.platform != "linux" or not _MEMORY.is_dir():
+        raise ValueError("cache memory needs /dev/shm, which this system lacks; set cache disk and a cache_dir")
+    import fcntl
+
+    # Named for the user: to others it is closed.
+    parent = _MEMORY / f"linvit-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    for other in parent.iterdir():
+        _delete_unless_used(other)
+    while True:
+        (parent / name).mkdir(exist_ok=True)
+        try:
+            handle = os.open(parent / name / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            # Another process has just deleted it.
+            continue
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if _is_there(parent / name / _LOCK, handle):
+            break
+        os.close(handle)
+    atexit.register(_leave, parent / name, handle)
+    return parent / name
+
+
+def _is_there(lock: Path, handle: int) -> bool:
+    try:
+        return lock.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _delete_unless_used(folder: Path) -> None:
+    try:
+        handle = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        # Just made, or just deleted.
+        return
+    _leave(folder, handle)
+
+
+def _leave(folder: Path, handle: int) -> None:
+    """Deletes the folder if no other process holds its lock."""
+    if sys.platform == "linux":
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    os.close(handle)
+
+
+# Another number for other pixels, or another way to keep them.
+_FORMAT = 1
+# The sizes of so many images tell those of all.
+_SAMPLED = 32
+_GIB = 2**30
+
+
+class ImageCache:
+    """The images of a set as a crop, which must not be random, leaves them: cut once and kept.
+
+    Args:
+        options: where they are kept; `cache` must be set.
+
+    Raises:
+        ValueError: where the system keeps no files in memory.
+        OSError: where the folder cannot be written.
+    """
+
+    def __init__(self, options: CacheOptions, dataset: ImageSet, crop: Crop) -> None:
+        self.crop = crop
+        self._dataset = dataset
+        self._pipeline = Pipeline(crop, A.Compose([]))
+        name = f"{dataset.split}-{_key(dataset, crop)}".replace(os.sep, "-")
+        if options.cache == "memory":
+            self._pixels = PixelCache(share_memory_folder(name), len(dataset))
+            return
+        assert options.cache_dir is not None
+        try:
+            self._pixels = PixelCache(options.cache_dir / name, len(dataset))
+        except OSError as error:
+            raise OSError(
+                f"cache_dir {options.cache_dir}: cannot be written ({error.strerror}); set another"
+            ) from error
+
+    def read(self, index: int) -> np.ndarray:
+        """The image, (H, W, 3) uint8 and not to be written to; UnreadableImage, naming it, where it cannot be read."""
+        path = self._dataset.path(index)
+        return self._pixels.get(index, path, lambda: self._pipeline.read(self._dataset.read_bytes(index), name=path))
+
+    def describe(self) -> str:
+        """One line for the user: where the cache lies, what it holds, and the room that it takes and has."""
+        free = shutil.disk_usage(self._pixels.folder).free / _GIB
+        return (
+            f"cache {self._pixels.folder}: holds {self._pixels.num_kept:,} of {len(self._dataset):,} images; all take "
+            f"about {self._estimate_bytes() / _GIB:,.2f} GiB, {free:,.1f} GiB are free"
+        )
+
+    def _estimate_bytes(self) -> int:
+        """What the images take once they are cut, from the sizes of some."""
+        count = len(self._dataset)
+        sizes = []
+        for index in np.linspace(0, count - 1, min(_SAMPLED, count)).astype(int).tolist():
+            try:
+                data = self._dataset.read_bytes(index)
+                shape = reducible_size(data) or decode_image(data, name=self._dataset.path(index)).shape
+            except UnreadableImage:
+                continue
+            height, width = self.crop.cut(*shape[:2]).size
+            sizes.append(3 * height * width)
+        return round(count * float(np.mean(sizes))) if sizes else 0
+
+
+def _key(dataset: ImageSet, crop: Crop) -> str:
+    """Differs where pixels may, beside each image's file."""
+    made = (_FORMAT, cv2.__version__, torch.__version__, os.path.abspath(dataset.root), len(dataset), repr(crop))
+    return sha256(repr(made).encode()).hexdigest()[:16]

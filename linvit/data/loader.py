@@ -1,23 +1,100 @@
-"""Batches for training and evaluation: uint8 from the workers to the device, normalised there."""
+"""A batch of images on the device, and their normalisation there.
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+Batches on their way to a GPU while it works on the ones before them.
+
+Batches for training and evaluation: uint8 from the workers to the device, normalised there.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from linvit.data.batch import Batch, normalize
-from linvit.data.cachefolder import ImageCache
-from linvit.data.cut import Size
-from linvit.data.geometry import FitShorterSide
-from linvit.data.imageset import ImageSet
+from linvit.data.augment.build import InputSpec, Pipeline, build_eval_pipeline, build_train_pipeline
+from linvit.data.cache import ImageCache
+from linvit.data.geometry import FitShorterSide, Size
 from linvit.data.options import AugmentOptions, CacheOptions
-from linvit.data.pipeline import Pipeline
-from linvit.data.prefetch import prefetched
 from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler
-from linvit.data.samples import Failure, OnBadImage, RawBatch, Samples, as_is, start_worker
-from linvit.data.transforms import InputSpec, build_eval_pipeline, build_train_pipeline
+from linvit.data.sources.base import ImageSet
+from linvit.data.worker import Failure, OnBadImage, RawBatch, Samples, as_is, start_worker
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, 3, H, W) normalised and labels (B,) int64 on the device; dataset indices (B,) int64 on the CPU.
+
+    B is less than the batch size, even 0, where images could not be read and are to be left out.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    # Indices of the images left out.
+    unreadable: tuple[int, ...] = ()
+
+
+def normalize(
+    images: torch.Tensor, spec: InputSpec, *, dtype: torch.dtype = torch.float32, channels_last: bool = False
+) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W): (x / 255 - mean) / std in float32, then `dtype`, on the images' device."""
+    mean, std = _mean_and_std(spec.mean, spec.std, images.device)
+    # Laid out before the arithmetic, which is several times as fast over planes as over pixels.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return planes.div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@cache
+def _mean_and_std(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept on the device: a copy for every batch would wait for the work queued before it."""
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
+
+
+Raw = TypeVar("Raw")
+
+
+def prefetched(source: Iterable[Raw], send: Callable[[Raw], Batch], device: torch.device) -> Iterator[Batch]:
+    """What `send` makes of each item; to a GPU, along a stream of its own and one item ahead of what is asked for.
+
+    An error in sending is raised after the batches before it were handed out.
+    """
+    if device.type == "cuda":
+        yield from _ahead(source, send, torch.cuda.Stream(device))
+    else:
+        yield from map(send, source)
+
+
+def _ahead(source: Iterable[Raw], send: Callable[[Raw], Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
+    ready: tuple[Batch, torch.cuda.Event] | None = None
+    for raw in source:
+        try:
+            with torch.cuda.stream(stream):
+                following = send(raw), stream.record_event()
+        except ValueError:
+            if ready is not None:
+                yield _arrived(*ready)
+            raise
+        if ready is not None:
+            yield _arrived(*ready)
+        ready = following
+    if ready is not None:
+        yield _arrived(*ready)
+
+
+def _arrived(batch: Batch, sent: torch.cuda.Event) -> Batch:
+    """The batch for the current stream, whose work on it begins when all of it is there."""
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(sent)
+    for tensor in (batch.images, batch.labels):
+        # Otherwise the memory could be given to a later batch while this stream still reads it.
+        tensor.record_stream(current)
+    return batch
+
 
 # How many times the input's longer side cached training images have in their shorter one, for random crops.
 _CACHED_DETAIL = 2

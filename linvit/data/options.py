@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from linvit.data.policy import parse_policy
+from linvit.data.augment.policy import parse_policy
 
 
 def _as_tuple(value: Any) -> Any:

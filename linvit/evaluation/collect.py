@@ -1,18 +1,90 @@
-"""Running a model over all images, and what is kept of each."""
+"""A set of images under a model's labels, without those of classes that the model does not know.
 
+Images seen several ways, test-time augmentation: mirrored, at other sizes, the probabilities averaged.
+
+Running a model over all images, and what is kept of each.
+"""
+
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linvit.data.loader import Loader
-from linvit.evaluation.views import Flips, see
-from linvit.inference import BatchForward, ShardedForward
-from linvit.training.distributed import largest_over_ranks, sum_over_ranks
-from linvit.training.metrics import ImageRecords, ImageResults
+from linvit.data.loader import Batch, Loader
+from linvit.data.sources.base import ImageSet
+from linvit.distributed import largest_over_ranks, sum_over_ranks
+from linvit.evaluation.classes import ClassMatch
+from linvit.evaluation.inference import BatchForward, ShardedForward
+from linvit.evaluation.metrics import ImageRecords, ImageResults
+
+
+class RelabelledImages(ImageSet):
+    """The images of another set, in its order, whose labels are those of a model.
+
+    Args:
+        images: whose class names were matched.
+        match: tells the model's label of each of their classes.
+
+    Attributes:
+        kept: index of each image in the other set, ascending, (N,).
+    """
+
+    def __init__(self, images: ImageSet, match: ClassMatch) -> None:
+        labels = np.array([-1 if label is None else label for label in match.labels])[np.asarray(images.labels)]
+        self._images = images
+        self.kept = np.flatnonzero(labels >= 0)
+        super().__init__(images.root, split=images.split, class_names=match.class_names, labels=labels[self.kept])
+
+    def path(self, index: int) -> Path:
+        return self._images.path(int(self.kept[index]))
+
+    def read_bytes(self, index: int) -> bytes:
+        return self._images.read_bytes(int(self.kept[index]))
+
+
+Flips = Literal["none", "hflip"]
+
+
+def see(
+    forwards: Sequence[Callable[[Tensor], Tensor]], loaders: Sequence[Loader], *, flips: Flips
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of the first loader with logits (B, C): those of the one view, or the log of the mean probability.
+
+    Args:
+        forwards: for each loader, from its images to logits.
+        loaders: of the same images, at as many sizes.
+        flips: whether each is seen as it is only, or mirrored too.
+    """
+    for batches in zip(*loaders, strict=True):
+        assert all(torch.equal(batch.indices, batches[0].indices) for batch in batches)
+        if not len(batches[0].images):
+            yield batches[0], torch.empty(0)
+            continue
+        views = []
+        for forward, batch in zip(forwards, batches):
+            views.append(forward(batch.images))
+            if flips == "hflip":
+                views.append(forward(batch.images.flip(3)))
+        yield batches[0], views[0] if len(views) == 1 else mean_log_probability(views)
+
+
+def mean_log_probability(views: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean of several predictions' probabilities, from their logits, each (B, C)."""
+    stacked = torch.stack([view.float().log_softmax(1) for view in views])
+    return stacked.logsumexp(0) - math.log(len(views))
+
+
+def scaled_size(size: tuple[int, int], scale: float, *, multiple: int) -> tuple[int, int]:
+    """A (height, width) times `scale`, each side the nearest multiple, of at least one."""
+    height, width = (max(round(side * scale / multiple), 1) * multiple for side in size)
+    return height, width
 
 
 @dataclass(frozen=True)

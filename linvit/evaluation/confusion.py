@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from linvit.evaluation.imagenet import describe
-from linvit.files import write_file, write_text
-from linvit.training.metrics import ImageResults
+from linvit.evaluation.classes import describe
+from linvit.evaluation.metrics import ImageResults
+from linvit.output.files import write_file, write_text
 
 OTHER = "any other class"
 MOST_CLASSES = 5000

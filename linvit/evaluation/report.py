@@ -9,14 +9,12 @@ import timm
 import torch
 
 import linvit
-from linvit.evaluate_options import EvalOptions
-from linvit.evaluation.compare import compare
-from linvit.evaluation.confidence import LEVEL, bootstrap
 from linvit.evaluation.confusion import most_confused
-from linvit.evaluation.reassessed import real_accuracy
-from linvit.evaluation.scores import scorer
-from linvit.evaluation.subject import Evaluated
-from linvit.training.metrics import ImageResults
+from linvit.evaluation.metrics import ImageResults
+from linvit.evaluation.options import EvalOptions
+from linvit.evaluation.run import Evaluated
+from linvit.evaluation.scores import real_accuracy, scorer
+from linvit.evaluation.uncertainty import LEVEL, bootstrap, compare
 
 NUM_CONFUSED, NUM_WORST = 20, 20
 

@@ -1,10 +1,24 @@
-"""Figures over images, from what was kept of each: accuracies, F1 and calibration error in percent, and the loss."""
+"""Figures over images, from what was kept of each: accuracies, F1 and calibration error in percent, and the loss.
 
+Temperature scaling (Guo et al. 2017): logits divided by one number, fitted on images that do not judge it.
+
+ReaL labels: ImageNet's validation images with every label that is right (Beyer et al. 2020, "Are we done ...?").
+"""
+
+import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from linvit.training.metrics import ImageResults
+from linvit.data.sources.base import ImageSet
+from linvit.evaluation.classes import real_labels, synsets
+from linvit.evaluation.metrics import ImageResults
+from linvit.evaluation.uncertainty import bootstrap
 
 NUM_BINS = 15
 
@@ -52,3 +66,88 @@ def bin_of(confidence: np.ndarray) -> np.ndarray:
     """The bin of each probability in 0..1: bin m holds those in (m / 15, (m + 1) / 15]."""
     bins: np.ndarray = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
     return bins
+
+
+# Where all predictions are right, the likelihood only grows as the temperature falls.
+LOWEST, HIGHEST = 0.01, 100.0
+_STEPS = 60
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature with the highest likelihood of `labels` (N,) under `logits` (N, C) divided by it.
+
+    It lies between 0.01 and 100. The likelihood is concave in its inverse, so that bisection finds it.
+    """
+    logits = logits.double()
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    low, high = math.log(1 / HIGHEST), math.log(1 / LOWEST)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        expected = ((math.exp(middle) * logits).softmax(1) * logits).sum(1)
+        if (expected - own).mean() <= 0:
+            low = middle
+        else:
+            high = middle
+    return math.exp(-(low + high) / 2)
+
+
+def calibration(results: ImageResults, logits: Tensor, temperature: float) -> dict[str, float]:
+    """Loss and calibration error of these images before and after their logits (N, C) are divided by a temperature."""
+    log_probabilities = (logits.double() / temperature).log_softmax(1)
+    after = replace(
+        results,
+        losses=-log_probabilities.gather(1, results.labels[:, None]).squeeze(1),
+        probabilities=log_probabilities.gather(1, results.predictions[:, None]).squeeze(1).exp(),
+    )
+    ones = np.ones(len(results.labels))
+    before_scores, after_scores = (scorer(each, num_classes=logits.shape[1])(ones) for each in (results, after))
+    return {
+        "temperature": temperature,
+        "loss_before": before_scores["loss"],
+        "loss": after_scores["loss"],
+        "ece_before": before_scores["ece"],
+        "ece": after_scores["ece"],
+        "num_images": len(results.labels),
+    }
+
+
+def halves(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of 0 .. N - 1, each ascending; the second has one more where N is odd."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(num_images))
+    return order[: num_images // 2].sort().values, order[num_images // 2 :].sort().values
+
+
+_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
+
+
+def image_numbers(images: ImageSet) -> list[int]:
+    """The number of each image among ImageNet's validation images; ValueError for an image that is none of them."""
+    numbers = []
+    for index in range(len(images)):
+        name = images.path(index).name
+        found = _NUMBER.match(name)
+        if found is None or not 1 <= int(found[1]) <= len(real_labels()):
+            raise ValueError(
+                f"--real-labels: {images.path(index)} is no image of ImageNet's validation set, which are named "
+                "ILSVRC2012_val_00000001.JPEG and so on"
+            )
+        numbers.append(int(found[1]))
+    return numbers
+
+
+def real_accuracy(
+    results: ImageResults, numbers: list[int], class_names: list[str], *, num_resamples: int, seed: int
+) -> dict[str, Any]:
+    """The share of images whose most probable class is among the right ones, in percent; images without any are out."""
+    allowed = [{synsets()[label] for label in real_labels()[numbers[i] - 1]} for i in results.indices.tolist()]
+    hits = np.array(
+        [class_names[label] in names for label, names in zip(results.predictions.tolist(), allowed) if names], float
+    )
+    if not len(hits):
+        raise ValueError("--real-labels: none of these images has a ReaL label")
+
+    def share(counts: np.ndarray) -> dict[str, float]:
+        return {"top1": 100 * float(counts @ hits / counts.sum())}
+
+    intervals = bootstrap(share, len(hits), num_resamples=num_resamples, seed=seed)
+    return {**share(np.ones(len(hits))), "num_images": len(hits), "confidence": intervals}

@@ -8,16 +8,16 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import track
 
-from linvit.commandline import UsageError, check_files
-from linvit.data.strings import PackedStrings
-from linvit.evaluate_options import height_and_width
-from linvit.evaluation.imagenet import lemmas
-from linvit.prediction.inputs import LooseImages, expand, read_list
+from linvit.data.sources.base import PackedStrings
+from linvit.data.sources.loose import LooseImages, expand, read_list
+from linvit.distributed import choose_device
+from linvit.evaluation.classes import lemmas
+from linvit.evaluation.options import height_and_width
 from linvit.prediction.options import PredictOptions
 from linvit.prediction.predictor import Prediction, Predictor
 from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, Row, WriteRow, check_format, open_rows, printable
-from linvit.runs import Classifier, load_classifier
-from linvit.training.distributed import choose_device
+from linvit.runs.folder import Classifier, load_classifier
+from linvit.settings.flags import UsageError, check_files
 
 # Options that, where they are given, stand in place of the run's settings of the same names.
 _SETTINGS = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
-from linvit.evaluate_options import ImageSize
+from linvit.evaluation.options import ImageSize
 from linvit.prediction.tiling import create_tiling
 
 # What a file of predictions can be, by its extension.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from linvit.data.imageset import ImageSet
-from linvit.data.read import UnreadableImage
-from linvit.data.samples import start_worker
-from linvit.data.transforms import InputSpec, build_eval_pipeline
+from linvit.data.augment.build import InputSpec, build_eval_pipeline
+from linvit.data.decode import UnreadableImage
+from linvit.data.sources.base import ImageSet
+from linvit.data.worker import start_worker
 from linvit.prediction.tiling import Box, Tiling
 
 

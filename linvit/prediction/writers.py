@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
-from linvit.files import cannot_write, scratch_of, sync_folder
+from linvit.output.files import cannot_write, scratch_of, sync_folder
 
 Row: TypeAlias = dict[str, Any]
 WriteRow: TypeAlias = Callable[[Row], None]

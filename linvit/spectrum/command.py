@@ -7,22 +7,21 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from linvit.bench.provenance import provenance
-from linvit.commandline import check_files
-from linvit.evaluate_options import height_and_width
-from linvit.files import write_text
-from linvit.inference import input_spec
-from linvit.runs import load_classifier
-from linvit.spectrum.images import load_images, sample_paths
+from linvit.data.sources.loose import load_images, sample_paths
+from linvit.distributed import choose_device
+from linvit.evaluation.inference import input_spec
+from linvit.evaluation.options import height_and_width
+from linvit.measure.provenance import provenance
+from linvit.output.files import write_text
+from linvit.output.terminal import page, progress_bar
+from linvit.runs.folder import load_classifier
+from linvit.settings.flags import check_files
+from linvit.settings.yaml import write_settings
 from linvit.spectrum.measure import attention_spectrum
 from linvit.spectrum.options import SpectrumOptions
 from linvit.spectrum.plan import Plan, make_plan, model_kwargs
-from linvit.spectrum.plot import save_plot
 from linvit.spectrum.result import Spectrum, read_spectra
-from linvit.spectrum.table import show_growth, show_plan, show_spectrum, to_csv
-from linvit.terminal import page, progress_bar
-from linvit.training.distributed import choose_device
-from linvit.yamlfile import write_settings
+from linvit.spectrum.show import save_plot, show_growth, show_plan, show_spectrum, to_csv
 
 HeightWidth = tuple[int, int]
 

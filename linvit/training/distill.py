@@ -15,14 +15,14 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.options import InputOptions
-from linvit.data.transforms import InputSpec, resolve_input
-from linvit.runs import load_classifier
-from linvit.timmmodel import TimmModel
+from linvit.device import autocast, autocast_dtype
+from linvit.model.build import TimmModel
+from linvit.runs.folder import load_classifier
+from linvit.settings.fields import listed
 from linvit.training.config import TrainConfig
-from linvit.training.precision import autocast, autocast_dtype
-from linvit.training.sharding import load_whole
-from linvit.validation import listed
+from linvit.training.fsdp import load_whole
 
 
 class Distillation:

@@ -11,10 +11,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
+from linvit.training.fsdp import divided_like
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
-from linvit.training.sharding import divided_like
-from linvit.weights import compact
 
 # What options, and timm's scheduler from them, put into an optimizer's groups.
 _FROM_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "use_fallback")

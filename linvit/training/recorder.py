@@ -5,26 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import linvit
-from linvit.checkpoint import prune_checkpoints, set_aside_later, write_checkpoint
+from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader
-from linvit.data.transforms import InputSpec
-from linvit.files import remove_leftovers
-from linvit.runs import RunFolder, save_classifier
-from linvit.training.card import write_card
-from linvit.training.changes import changed_settings
+from linvit.distributed import StopRequest, on_primary
+from linvit.output.files import remove_leftovers
+from linvit.runs.checkpoint import prune_checkpoints, set_aside_later, write_checkpoint
+from linvit.runs.folder import RunFolder, lock_run, save_classifier
+from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
-from linvit.training.distributed import on_primary
-from linvit.training.engine import TrainStep
-from linvit.training.log import say
-from linvit.training.progressive import size_in
-from linvit.training.runlock import lock_run
-from linvit.training.saver import SaveClock, Saver
-from linvit.training.signals import StopRequest
-from linvit.training.snapshot import take_snapshot
-from linvit.training.state import Progress, collect_state
-from linvit.training.summary import EpochResult, write_summary
-from linvit.training.trackers import Track, numbers_of, open_trackers
-from linvit.weights import compact
+from linvit.training.log import Track, numbers_of, open_trackers, say
+from linvit.training.model import size_in
+from linvit.training.saver import SaveClock, Saver, take_snapshot
+from linvit.training.state import Progress, changed_settings, collect_state
+from linvit.training.step import TrainStep
+from linvit.training.summary import EpochResult, write_card, write_summary
 
 # Keys of the weights in a state.
 _STATE_DICTS = {"raw": "state_dict", "ema": "state_dict_ema"}

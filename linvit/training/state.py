@@ -1,22 +1,71 @@
-"""The state of a training run: all that going on from it needs, as a dict of plain values and tensors.
+"""Which settings a run may change when it goes on from a checkpoint, and which would make that meaningless.
 
-`linvit.checkpoint` keeps it on disk; `state_dict` and `state_dict_ema` are where timm has the weights, too.
+The state of a training run: all that going on from it needs, as a dict of plain values and tensors.
+
+`linvit.runs.checkpoint` keeps it on disk; `state_dict` and `state_dict_ema` are where timm has the weights, too.
+
+Which folder a run writes to, and which state it goes on from; nothing that exists is ever overwritten.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from timm.models import get_model_args, get_model_input_config
+from timm.models import get_model_args, get_model_input_config, safe_model_name
 
-from linvit.files import reason
-from linvit.training.changes import check_settings
-from linvit.training.engine import TrainStep
-from linvit.training.metrics import Metrics, best_of, is_better
+from linvit.evaluation.metrics import Metrics, best_of, is_better
+from linvit.output.files import reason
+from linvit.runs.checkpoint import is_checkpoint, list_checkpoints, verify_checkpoint
+from linvit.settings.fields import listed
+from linvit.training.config import TrainConfig
+from linvit.training.fsdp import gathered, load_whole
+from linvit.training.log import say
 from linvit.training.optim import load_optimizer, trained_names
-from linvit.training.sharding import gathered, load_whole
-from linvit.validation import listed
+from linvit.training.step import TrainStep
+
+# Of the run's place or end, not of its course.
+_IRRELEVANT = {"resume", "no_resume_opt", "output", "experiment", "stop_epoch", "dry_run"}
+_KEPT = ("model", "k", "projection", "share", "gp", "model_kwargs", "eval_metric")
+_KEPT_WITH_OPTIMIZER = ("opt", "opt_kwargs", "freeze")
+# What the order of an epoch's images is a function of, beside their number and the total batch.
+_KEPT_WITHIN_EPOCH = ("seed", "sampler", "aug_repeats")
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run does otherwise, as "name: before → now"."""
+    return [
+        f"{name}: {before.get(name)} → {value}"
+        for name, value in now.items()
+        if name not in _IRRELEVANT and before.get(name) != value
+    ]
+
+
+def check_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, within_epoch: bool, with_optimizer: bool
+) -> None:
+    """Raise ValueError for the first change of settings with which going on would mean nothing.
+
+    Args:
+        before, now: settings of the checkpoint's run and of this one; one that `before` does not know is new.
+        within_epoch: whether the checkpoint stands inside an epoch.
+        with_optimizer: whether the optimizer's state is taken over, too.
+    """
+    kept = [
+        (_KEPT, "a run keeps its model and its measure; resume with its own args.yaml"),
+        (_KEPT_WITH_OPTIMIZER if with_optimizer else (), "keep it, or begin with a fresh optimizer by --no-resume-opt"),
+        (
+            _KEPT_WITHIN_EPOCH if within_epoch else (),
+            "that changes the order of the images in the middle of an epoch; keep it, or resume from the end of an "
+            "epoch (state-*-000000)",
+        ),
+    ]
+    for names, mend in kept:
+        for name in names:
+            if name in before and before[name] != now[name]:
+                raise ValueError(f"--resume: {name} was {before[name]} and is {now[name]} now: {mend}")
 
 
 @dataclass
@@ -183,3 +232,80 @@ def _check_batches(before: dict[str, Any], now: dict[str, Any], *, batch: int) -
 def _cut(state: dict[str, Any]) -> str:
     total = state["settings"]["batch_size"] * state["world_size"]
     return f"{state['num_batches']} of {total} images each, from {state['num_images']:,}"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A run's folder, and the checkpoint it goes on from; None: it begins."""
+
+    folder: Path
+    state: Path | None = None
+
+
+def choose_start(config: TrainConfig, *, img_size: tuple[int, int]) -> StartingPoint:
+    """Where `output`, `experiment` and `resume` say that the run is; its folder is made where it begins.
+
+    A folder of that name that is not resumed is left alone: the run's gets a number, as in timm. Raises ValueError
+    where there is nothing to resume from or the folder cannot be made.
+    """
+    name = config.experiment or _default_name(config, img_size)
+    folder = config.output / name
+    if config.resume == "auto" and folder.is_dir():
+        return StartingPoint(folder, _newest_state(folder))
+    if config.resume in (None, "auto"):
+        return StartingPoint(_make_new_folder(folder))
+    state = _state_at(Path(config.resume))
+    own_folder = state.absolute().parent.parent
+    is_in_run = state.parent.name == "checkpoints" and (own_folder / "args.yaml").is_file()
+    if is_in_run and (config.experiment is None or folder.absolute() == own_folder):
+        return StartingPoint(state.parent.parent, state)
+    return StartingPoint(_make_new_folder(folder), state)
+
+
+def _default_name(config: TrainConfig, img_size: tuple[int, int]) -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{img_size[-1]}"
+
+
+def _make_new_folder(folder: Path) -> Path:
+    numbered = (folder.with_name(f"{folder.name}-{number}") if number else folder for number in range(1000))
+    for candidate in numbered:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"--output {folder.parent}: cannot make {candidate} there ({error.strerror})") from error
+    raise ValueError(f"--experiment {folder.name}: there are 1000 runs of that name already; choose another")
+
+
+def _state_at(path: Path) -> Path:
+    """The checkpoint that `--resume PATH` means: itself, or the newest of a run's folder."""
+    if is_checkpoint(path):
+        verify_checkpoint(path)
+        return path
+    if path.is_file():
+        raise ValueError(
+            f"--resume {path}: is a file; give a run's folder or one of its checkpoints/state-*, or start from its "
+            "weights by --pretrained-path"
+        )
+    if not path.is_dir():
+        raise ValueError(f"--resume {path}: there is no such file or folder")
+    state = _newest_state(path)
+    if state is None:
+        raise ValueError(f"--resume {path}: the run has no training states in checkpoints/")
+    return state
+
+
+def _newest_state(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; None where it has not come to save one."""
+    found = list_checkpoints(run / "checkpoints")
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+            return path
+        except ValueError as error:
+            say(f"{error}; going back to the one before")
+    if found or (run / "best").exists():
+        raise ValueError(f"{run}: none of its training states can be read; choose another --experiment to begin anew")
+    return None

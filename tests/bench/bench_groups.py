@@ -1,6 +1,6 @@
 """Small models and groups that the tests of `linvit bench` share."""
 
-from linvit.bench.presets import Group
+from linvit.bench.options import Group
 
 TIMM = "vit_tiny_patch16_224:depth=1,patch_size=4,embed_dim=64,num_heads=2"
 OURS = "linvit_mini_patch4_64:depth=1,k=16"

@@ -4,10 +4,10 @@ import pytest
 from bench_groups import OURS, TIMM
 
 from linvit import reference
-from linvit.attention import LinformerAttention
 from linvit.bench import check
-from linvit.bench.check import check_attention, size_to_check
-from linvit.bench.specs import parse_spec
+from linvit.bench.run import check_attention, size_to_check
+from linvit.model.attention import LinformerAttention
+from linvit.model.build import parse_spec
 
 SIZE = (32, 48)
 

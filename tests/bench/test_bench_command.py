@@ -12,11 +12,10 @@ from PIL import Image
 
 from linvit import cli
 from linvit.bench import measure
-from linvit.bench.memory import StepMemory
-from linvit.bench.options import BenchOptions
-from linvit.bench.plot import DIGEST_KEY
-from linvit.bench.presets import select
-from linvit.bench.rows import Row
+from linvit.bench.options import BenchOptions, select
+from linvit.bench.output import DIGEST_KEY
+from linvit.bench.plan import Row
+from linvit.measure.memory import StepMemory
 
 SELECTION = ["bench", "--device", "cpu", "--baseline", TIMM, "--models", OURS, "--img-size", "32", "--rounds", "2"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from linvit.bench.plot import DIGEST_KEY, PAPER_LABEL, draw, save_plot
+from linvit.bench.output import DIGEST_KEY, PAPER_LABEL, draw, save_plot
 
 
 def row(model, mode, patches, seconds, **others):

@@ -6,9 +6,8 @@ import io
 import pytest
 from bench_groups import OURS, TIMM, group
 
-from linvit.bench.memory import StepMemory
-from linvit.bench.plan import Facts
-from linvit.bench.rows import make_row, to_csv
+from linvit.bench.plan import Facts, make_row, to_csv
+from linvit.measure.memory import StepMemory
 
 FACTS = Facts(patches=64, k=(4, 16), kind="separable", share="kv", num_parameters=1000, num_projection_parameters=10)
 

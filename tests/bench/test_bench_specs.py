@@ -2,10 +2,10 @@
 
 import pytest
 
+from linvit.bench.options import Group
 from linvit.bench.plan import Plan, describe
-from linvit.bench.presets import Group
-from linvit.bench.specs import build, parse_spec
-from linvit.commandline import UsageError
+from linvit.model.build import build, parse_spec
+from linvit.settings.flags import UsageError
 
 CHECKPOINTING = (",grad_checkpointing=mlp", ",grad_checkpointing=full")
 

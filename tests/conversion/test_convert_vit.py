@@ -12,9 +12,9 @@ from torch import nn
 from vits import make_images, make_vit
 
 import linvit
+from linvit.conversion.compatibility import read_layout
 from linvit.conversion.convert import nearest_name, projected_lengths, use_ordinary_attention
-from linvit.conversion.layouts import read_layout
-from linvit.vit import LinformerViT
+from linvit.model.vit import LinformerViT
 
 # Names of timm's that between them have every setting; overrides keep them small.
 LAYOUTS = {

@@ -7,11 +7,10 @@ import torch
 from vits import make_images, make_vit
 
 import linvit.conversion.speed
-from linvit.bench.specs import build, parse_spec
 from linvit.conversion.convert import convert_vit
-from linvit.conversion.distil import DistilOptions, distil, loss
-from linvit.conversion.fidelity import Comparison, Fidelity
+from linvit.conversion.distil import Comparison, DistilOptions, Fidelity, distil, loss
 from linvit.conversion.speed import at_size, measure_speed, model_spec
+from linvit.model.build import build, parse_spec
 
 
 def compare(model, converted, images) -> Fidelity:

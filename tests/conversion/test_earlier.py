@@ -8,7 +8,7 @@ from timm.models import save_for_hf
 from vits import make_images, make_vit
 
 from linvit.conversion.convert import convert_vit, projected_lengths
-from linvit.conversion.earlier import load_earlier
+from linvit.conversion.state import load_earlier
 
 
 def test_it_is_what_was_saved_at_the_size_asked_for(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from timm.layers import LayerScale
 from torch import nn
 from vits import make_images, make_streams, make_vit
 
-from linvit.conversion.closedform import Moments, best_change, change, solutions, with_ones, without
+from linvit.conversion.closed_form import Moments, best_change, change, solutions, with_ones, without
 from linvit.conversion.convert import convert_vit, projected_lengths
 from linvit.conversion.descent import Descent
 from linvit.conversion.fit import PATCHES_FITTED, FitOptions, _draw, fit_layers
@@ -203,7 +203,7 @@ def regression(width=6, out=3, rows=40):
 
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_closed_form_is_weighted_ridge_regression(has_bias, monkeypatch):
-    monkeypatch.setattr("linvit.conversion.closedform.PENALTIES", (1e9, 0.3, 0.0))
+    monkeypatch.setattr("linvit.conversion.closed_form.PENALTIES", (1e9, 0.3, 0.0))
     h, missing, weights, moments = regression()
     none, some, free = solutions(moments, has_bias=has_bias)
     rows = with_ones(h) if has_bias else h
@@ -217,7 +217,7 @@ def test_the_closed_form_is_weighted_ridge_regression(has_bias, monkeypatch):
 
 
 def test_what_is_the_same_in_all_rows_leaves_only_the_penalised(monkeypatch):
-    monkeypatch.setattr("linvit.conversion.closedform.PENALTIES", (1.0, 0.0))
+    monkeypatch.setattr("linvit.conversion.closed_form.PENALTIES", (1.0, 0.0))
     moments = Moments.empty(6, 3, torch.device("cpu"))
     moments.add(torch.zeros(4, 6), torch.ones(4, 3), torch.ones(4))
     (found,) = solutions(moments, has_bias=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from linvit.conversion.fidelity import Fidelity
+from linvit.conversion.distil import Fidelity
 from linvit.conversion.outcome import Outcome
 
 

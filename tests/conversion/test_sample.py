@@ -5,7 +5,7 @@ import torch
 from tiny_runs import make_images
 
 from linvit.conversion.sample import Sample
-from linvit.data.transforms import InputSpec
+from linvit.data.augment.build import InputSpec
 
 SPEC = InputSpec((16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 CPU = torch.device("cpu")

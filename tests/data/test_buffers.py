@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from linvit.data.buffers import Buffers
-from linvit.data.samples import RawBatch
+from linvit.data.worker import Buffers, RawBatch
 
 SHAPE = (2, 3, 4, 3)
 

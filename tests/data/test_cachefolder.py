@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from linvit.data.cachefolder import ImageCache
-from linvit.data.folder import ImageFolder, open_folder
+from linvit.data.cache import ImageCache
+from linvit.data.decode import UnreadableImage
 from linvit.data.geometry import Crop, EvalCrop, FitShorterSide
 from linvit.data.options import CacheOptions
-from linvit.data.read import UnreadableImage
+from linvit.data.sources.folder import ImageFolder, open_folder
 
 MakeFolder = Callable[..., Path]
 

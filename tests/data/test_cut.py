@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from linvit.data.cut import Cut
-from linvit.data.resample import resize
+from linvit.data.decode import resize
+from linvit.data.geometry import Cut
 
 
 def cut(shape: tuple[int, int], window: tuple[int, int, int, int], resized: tuple[int, int], **settings: str) -> Cut:

@@ -13,12 +13,13 @@ from timm.data.transforms import (
     ResizeKeepRatio,
 )
 
-from linvit.data.cut import Cut, crop_or_pad
 from linvit.data.geometry import (
+    Cut,
     EvalCrop,
     RandomKeepRatioCrop,
     RandomResizedCrop,
     centre_offset,
+    crop_or_pad,
 )
 from linvit.data.sampler import sample_generators
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jpegs import KINDS, encode, photo
 
-from linvit.data.jpeg import reducible_size
-from linvit.data.read import decode_image
+from linvit.data.decode import decode_image, reducible_size
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from jpegs import encode, photo
 
-from linvit.data.folder import ImageFolder, open_folder
+from linvit.data.augment.build import InputSpec, build_eval_pipeline
+from linvit.data.decode import read_image
 from linvit.data.loader import Batch, Loader, create_eval_loader, create_train_loader, normalize
 from linvit.data.options import AugmentOptions, CacheOptions
-from linvit.data.read import read_image
-from linvit.data.transforms import InputSpec, build_eval_pipeline
+from linvit.data.sources.folder import ImageFolder, open_folder
 
 SPEC = InputSpec((24, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9, "center")
 AUGMENT = AugmentOptions(vflip=0.5, aa="rand-m9-mstd0.5-inc1", grayscale_prob=0.2, gaussian_blur_prob=0.3, reprob=0.5)

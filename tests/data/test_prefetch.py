@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from linvit.data import prefetch
-from linvit.data.batch import Batch
-from linvit.data.prefetch import prefetched
+from linvit.data.loader import Batch, prefetched
 
 
 def make_batch(number: int, device: torch.device | str = "cpu") -> Batch:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linvit.data.read import EXTENSIONS, read_image
+from linvit.data.decode import EXTENSIONS, read_image
 
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linvit.data.resample import resize
+from linvit.data.decode import resize
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -8,7 +8,7 @@ from multiprocessing.synchronize import Event
 
 import pytest
 
-from linvit.data.workers import obey_parent_alone
+from linvit.data.worker import obey_parent_alone
 
 
 def wait(ready: Event) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from linvit.training.metrics import ImageRecords, ImageResults
+from linvit.evaluation.metrics import ImageRecords, ImageResults
 
 
 def random_logits(num_images: int = 60, num_classes: int = 7, *, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import torch
 from random_results import random_logits, recorded
 from torch.nn import functional as F
 
-from linvit.evaluation.calibration import HIGHEST, LOWEST, calibration, fit_temperature, halves
+from linvit.evaluation.scores import HIGHEST, LOWEST, calibration, fit_temperature, halves
 
 
 def test_the_temperature_has_the_highest_likelihood() -> None:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from linvit.evaluation.classes import ClassMatch, match_classes
-from linvit.evaluation.imagenet import describe, lemmas, published_subset, synsets
+from linvit.evaluation.classes import ClassMatch, describe, lemmas, match_classes, published_subset, synsets
 
 IMAGENET = list(synsets())
 TENCH, GOLDFISH, CRANE_BIRD, CRANE, CHURCH = 0, 1, 134, 517, 497

@@ -19,10 +19,10 @@ import torch
 from tiny_runs import make_images, train
 
 from linvit.cli import main
-from linvit.evaluate import evaluate, evaluate_command
-from linvit.evaluate_options import EvalOptions
-from linvit.evaluation.imagenet import real_labels, synsets
-from linvit.runs import load_classifier
+from linvit.evaluation.classes import real_labels, synsets
+from linvit.evaluation.command import evaluate, evaluate_command
+from linvit.evaluation.options import EvalOptions
+from linvit.runs.folder import load_classifier
 
 CLASSES = ["n01440764", "n02102040", "n03888257"]
 MODEL = {"model_name": "linvit_mini_patch4_64", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "k": 4}
@@ -257,10 +257,10 @@ class Hungry(torch.nn.Module):
 
 
 def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from linvit.data.folder import open_folder
+    from linvit.data.augment.build import resolve_input
     from linvit.data.loader import create_eval_loader
     from linvit.data.options import InputOptions
-    from linvit.data.transforms import resolve_input
+    from linvit.data.sources.folder import open_folder
 
     model = load_classifier(str(run)).model
     images = open_folder(data, split="val")

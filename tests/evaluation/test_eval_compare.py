@@ -4,7 +4,7 @@ import pytest
 import torch
 from random_results import random_logits, recorded
 
-from linvit.evaluation.compare import compare, mcnemar
+from linvit.evaluation.uncertainty import compare, mcnemar
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 1), (5, 1), (1, 5), (12, 12), (30, 17), (3, 40)])

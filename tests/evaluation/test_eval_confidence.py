@@ -3,7 +3,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from linvit.evaluation.confidence import bootstrap
+from linvit.evaluation.uncertainty import bootstrap
 
 
 def mean_of(values: np.ndarray):  # type: ignore[no-untyped-def]

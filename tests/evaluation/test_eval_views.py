@@ -1,6 +1,6 @@
 import torch
 
-from linvit.evaluation.views import mean_log_probability, scaled_size
+from linvit.evaluation.collect import mean_log_probability, scaled_size
 
 
 def test_probabilities_are_averaged() -> None:

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 import linvit
-from linvit.data.folder import open_folder
+from linvit.data.decode import read_image
 from linvit.data.loader import create_eval_loader
-from linvit.data.read import read_image
-from linvit.evaluate import evaluate
+from linvit.data.sources.folder import open_folder
+from linvit.evaluation.command import evaluate
 from linvit.prediction.predictor import Predictor, default_batch_size
-from linvit.runs import Classifier, load_classifier
+from linvit.runs.folder import Classifier, load_classifier
 
 CPU = torch.device("cpu")
 

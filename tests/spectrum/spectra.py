@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from linvit.attention import LinformerAttention
-from linvit.projections import MatrixProjection
+from linvit.model.attention import LinformerAttention
+from linvit.model.projections import MatrixProjection
 from linvit.spectrum.result import Spectrum
 
 SHAPE = {"img_size": (28, 20), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tiny_runs import make_images
 
 from linvit import cli
-from linvit.data.read import UnreadableImage
-from linvit.data.transforms import InputSpec
-from linvit.spectrum.images import load_batches, load_images, sample_paths
+from linvit.data.augment.build import InputSpec
+from linvit.data.decode import UnreadableImage
+from linvit.data.sources.loose import load_batches, load_images, sample_paths
 from linvit.spectrum.options import SpectrumOptions
 from linvit.spectrum.result import read_spectra
 
@@ -149,7 +149,7 @@ def test_an_image_that_cannot_be_read_ahead_is_named_in_its_turn(folder, tmp_pat
     ],
 )
 def test_wrong_usage_is_one_sentence_and_nothing_is_measured(flags, words, monkeypatch, capsys):
-    monkeypatch.setattr("linvit.runs.load_classifier", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("linvit.runs.folder.load_classifier", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["spectrum", NAME, *flags]) == 2
     captured = capsys.readouterr()
     assert words in captured.err

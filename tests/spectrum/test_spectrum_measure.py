@@ -11,7 +11,7 @@ from spectra import images, linformer_vit, textbook_matrices, timm_vit
 from torch import nn
 
 import linvit
-from linvit.bench.flops import count_flops
+from linvit.measure.flops import count_flops
 from linvit.spectrum import measure
 
 
@@ -90,7 +90,7 @@ def test_queries_that_come_in_runs_are_put_together(monkeypatch):
     # Reduced tokens: the only kinds whose queries the layer forms a run of tokens at a time.
     model = linformer_vit(projection="conv")
     at_once = linvit.attention_spectrum(model, images())
-    monkeypatch.setattr("linvit.attention.RUN_ELEMENTS", 10 * 24)
+    monkeypatch.setattr("linvit.model.attention.RUN_ELEMENTS", 10 * 24)
     np.testing.assert_allclose(linvit.attention_spectrum(model, images()).energies, at_once.energies, atol=1e-9)
 
 

@@ -10,10 +10,9 @@ import torch
 from spectra import images, linformer_vit, make_spectrum, timm_vit
 
 import linvit
-from linvit.bench.flops import count_flops
-from linvit.projections.grid import factor_pair
-from linvit.spectrum.cost import attention_flops, layer_choices, lengths_to_try
-from linvit.spectrum.plan import UNITS, make_plan, uniform_plans
+from linvit.measure.flops import count_flops
+from linvit.model.projections.grid import factor_pair
+from linvit.spectrum.plan import UNITS, attention_flops, layer_choices, lengths_to_try, make_plan, uniform_plans
 from linvit.spectrum.result import read_spectra
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

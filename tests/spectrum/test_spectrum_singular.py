@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from linvit.spectrum import matrix as matrices
-from linvit.spectrum.matrix import AttentionMatrix
-from linvit.spectrum.singular import exact_singular_values, randomized_singular_values
+from linvit.spectrum.capture import AttentionMatrix
+from linvit.spectrum.measure import exact_singular_values, randomized_singular_values
 
 
 def make_matrix(tokens=90, keys=70, width=8, sharpness=2.0, **others):

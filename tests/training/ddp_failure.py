@@ -10,7 +10,7 @@ from typing import Any
 
 from tiny_runs import train
 
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 
 def failing(backward: Any, error: type[Exception]) -> Any:

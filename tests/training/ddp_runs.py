@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from tiny_runs import train
 
-from linvit.training.engine import TrainStep
-from linvit.vit import LinformerViT
+from linvit.model.vit import LinformerViT
+from linvit.training.step import TrainStep
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,

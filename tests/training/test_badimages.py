@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import assert_same, make_images, read_state, read_summary, train
 
-from linvit.training.badimages import BadImages
+from linvit.training.faults import BadImages
 
 
 def test_they_are_told_each_epoch_and_kept_sorted_each_once(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_runs import assert_same, make_images, read_state, read_summary, train
 
-from linvit.training.badsteps import BadSteps, NonFiniteLossError
-from linvit.training.engine import TrainStep, Update
+from linvit.training.faults import BadSteps, NonFiniteLossError
 from linvit.training.state import Progress
+from linvit.training.step import TrainStep, Update
 
 
 def update(outcome: Any = "refused", *, loss: float = math.nan, bad_batches: tuple[int, ...] = ()) -> Update:

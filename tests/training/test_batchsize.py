@@ -8,11 +8,11 @@ import torch
 import yaml
 from tiny_runs import assert_same, make_images, read_state, train
 
-from linvit.commandline import UsageError
+from linvit.model.vit import LinformerViT
+from linvit.settings.flags import UsageError
 from linvit.training import batchsize
-from linvit.training.batchsize import find_largest_batch
+from linvit.training.batch_size import find_largest_batch
 from linvit.training.config import parse
-from linvit.vit import LinformerViT
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from linvit.training.changes import changed_settings, check_settings
 from linvit.training.config import TrainConfig
+from linvit.training.state import changed_settings, check_settings
 
 SETTINGS: dict[str, Any] = TrainConfig(data_dir="images", model="linvit_tiny_patch16_224", k=32).model_dump(mode="json")
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from linvit.training.classweights import read_class_weights
-from linvit.training.loss import create_loss, create_mixup
+from linvit.training.loss import create_loss, create_mixup, read_class_weights
 from linvit.training.options import LossOptions
 
 NAMES = ["1", "no", "cat"]

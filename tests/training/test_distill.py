@@ -13,9 +13,9 @@ from tiny_runs import make_images, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.data.transforms import InputSpec
-from linvit.runs import save_classifier
-from linvit.timmmodel import create_model
+from linvit.data.augment.build import InputSpec
+from linvit.model.build import create_model
+from linvit.runs.folder import save_classifier
 from linvit.training.config import TrainConfig
 from linvit.training.distill import Distillation, _View, create_distillation
 from linvit.training.optim import create_optimizer

@@ -16,10 +16,7 @@ from ddp_runs import RUNS, SETTINGS
 from tiny_runs import make_broken_images, make_images, read_state, read_summary, train
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from linvit.evaluate import evaluate_command
-from linvit.evaluate_options import EvalOptions
-from linvit.training import distributed
-from linvit.training.distributed import (
+from linvit.distributed import (
     choose_device,
     joined_ranks,
     largest_over_ranks,
@@ -28,6 +25,9 @@ from linvit.training.distributed import (
     sum_over_ranks,
     usable_workers,
 )
+from linvit.evaluation.command import evaluate_command
+from linvit.evaluation.options import EvalOptions
+from linvit.training import distributed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import assert_same
 from tiny_steps import build_step, random_batch, weights_of
 
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 
 def single_update(step: TrainStep) -> float:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import timm
 
-from linvit.training.freeze import freeze
+from linvit.training.model import freeze
 
 
 @pytest.fixture

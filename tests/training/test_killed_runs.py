@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_runs import assert_same, assert_same_runs, make_images, read_state, read_summary, train
 
-from linvit.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
-from linvit.training.engine import TrainStep
+from linvit.runs.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
 from linvit.training.recorder import Recorder
+from linvit.training.step import TrainStep
 
 # Six batches and three updates an epoch, with all that draws random numbers or carries state from step to step.
 EVERYTHING: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As many as asked for, however few cores there are.
-    monkeypatch.setattr("linvit.training.distributed.usable_workers", lambda workers: workers)
+    monkeypatch.setattr("linvit.distributed.usable_workers", lambda workers: workers)
     settings = EVERYTHING | precision
     assert train(data, tmp_path, "whole", **settings) == 0
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 
 class _Full(torch.autograd.Function):

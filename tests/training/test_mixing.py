@@ -3,7 +3,7 @@ import pytest
 import torch
 from timm.data import Mixup
 
-from linvit.training.mixing import mix
+from linvit.training.loss import mix
 
 
 def mixing() -> Mixup:

@@ -7,10 +7,10 @@ import timm
 import torch
 
 from linvit.conversion.convert import convert_vit
-from linvit.timmmodel import create_model
+from linvit.distributed import Ranks
+from linvit.model.build import create_model
 from linvit.training.config import TrainConfig, parse
-from linvit.training.distributed import Ranks
-from linvit.training.modelbuild import build_model, place_model, wrap_model
+from linvit.training.model import build_model, place_model, wrap_model
 
 CLASSES = ["a", "b", "c"]
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

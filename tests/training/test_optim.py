@@ -6,7 +6,7 @@ import torch
 from timm.models import group_modules, group_parameters
 
 from linvit.training.config import TrainConfig
-from linvit.training.freeze import freeze
+from linvit.training.model import freeze
 from linvit.training.optim import (
     create_ema,
     create_optimizer,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linvit.timmmodel import create_model
+from linvit.model.build import create_model
+from linvit.training.model import check_sizes, epoch_sizes, size_in
 from linvit.training.options import ScheduleOptions
-from linvit.training.progressive import check_sizes, epoch_sizes, size_in
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from linvit.checkpoint import write_checkpoint
+from linvit.runs.checkpoint import write_checkpoint
 from linvit.training.config import TrainConfig
-from linvit.training.resume import StartingPoint, choose_start
+from linvit.training.state import StartingPoint, choose_start
 
 
 def config(output: Path, **settings: Any) -> TrainConfig:

@@ -12,7 +12,7 @@ from tiny_runs import assert_same, make_images, read_state, read_summary, train
 from torch import nn
 
 import train_imagenet
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 # All that draws random numbers, carries state from step to step or ends an epoch with a short group.
 EVERYTHING = {

@@ -10,7 +10,7 @@ from stopped_runs import assert_stopping_changes_nothing
 from tiny_runs import make_images, train
 
 from linvit.data.loader import Loader
-from linvit.training.engine import TrainStep
+from linvit.training.step import TrainStep
 
 SIZES = [16, 24, 32]
 MIXING: dict[str, Any] = {"mixup": 0.8, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.3, "drop_path": 0.1}

@@ -23,18 +23,18 @@ from tiny_steps import build_step, random_batch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from linvit.data.augment.build import resolve_input
 from linvit.data.loader import create_eval_loader
 from linvit.data.options import InputOptions
-from linvit.data.sources import open_images
-from linvit.data.transforms import resolve_input
-from linvit.evaluate import evaluate, evaluate_command
-from linvit.evaluate_options import EvalOptions
+from linvit.data.sources.open import open_images
+from linvit.distributed import Ranks
 from linvit.evaluation import collect
+from linvit.evaluation.command import evaluate, evaluate_command
+from linvit.evaluation.metrics import Metrics
+from linvit.evaluation.options import EvalOptions
+from linvit.settings.fields import validate
 from linvit.training.config import TrainConfig
-from linvit.training.distributed import Ranks
-from linvit.training.metrics import Metrics
-from linvit.training.sharding import shard
-from linvit.validation import validate
+from linvit.training.fsdp import shard
 
 pytestmark = pytest.mark.slow
 ALONE: dict[str, Any] = SETTINGS | FSDP | {"fsdp": False, "batch_size": 8}

@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from linvit.training.signals import STOPPING, asked_anywhere, stop_on_signals
+from linvit.distributed import STOPPING, asked_anywhere, stop_on_signals
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])

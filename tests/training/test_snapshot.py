@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_runs import assert_same
 
-from linvit.training.snapshot import take_snapshot
+from linvit.training.saver import take_snapshot
 
 
 def test_a_snapshot_stays_as_it_was() -> None:

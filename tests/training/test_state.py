@@ -1,4 +1,4 @@
-from linvit.training.metrics import Metrics
+from linvit.evaluation.metrics import Metrics
 from linvit.training.state import Progress
 
 

@@ -1,7 +1,7 @@
 import csv
 from pathlib import Path
 
-from linvit.training.metrics import Metrics
+from linvit.evaluation.metrics import Metrics
 from linvit.training.summary import EpochResult, write_summary
 
 TIMING = {"images_per_second": 10.0, "data_wait": 0.25, "seconds": 65.0}

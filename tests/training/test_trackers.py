@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import make_images, train
 
 from linvit.training.config import TrainConfig
-from linvit.training.trackers import numbers_of, open_trackers
+from linvit.training.log import numbers_of, open_trackers
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,163 @@
+"""Which of timm's Vision Transformers can become a LinformerViT, and by what keywords.
+
+timm keeps few of the keywords that a model was built with, and weights, classifier and size may have changed since. So
+they are read off its modules. Every value can be written as JSON: a converted model is saved with them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import Attention, GluMlp, LayerScale, Mlp, PatchDropout, PatchEmbed, SwiGLU, get_act_layer
+from timm.layers import get_norm_layer as norm_class
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from linvit.model.mlp import LeanMlp
+from linvit.model.vit import LinformerViT
+
+# Why models that are no plain VisionTransformer cannot be converted, by their class.
+_ROPE = "rotary position embedding turns each query and key by its own position, and a projected key has none"
+_RELATIVE = "its attention adds a bias for every two positions, and a projected key has none"
+_WINDOWS = "it attends within windows, whose sequences are short already"
+_REFUSED: dict[str, str] = {
+    "Eva": _ROPE,
+    "NaFlexVit": "it takes sequences of any grid packed into one batch, and a projection belongs to a grid",
+    "Beit": _RELATIVE,
+    "VisionTransformerRelPos": _RELATIVE,
+    "VisionTransformerSAM": f"{_WINDOWS}, with relative positions",
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "VisionTransformerDistilled": "its distillation token has a classifier of its own",
+}
+_REFUSED_BLOCKS: dict[str, str] = {
+    "ResPostBlock": "its blocks normalise behind attention and MLP",
+    "ParallelScalingBlock": "its blocks have one layer for attention and MLP in parallel",
+    "DiffParallelScalingBlock": "its blocks have one layer for attention and MLP in parallel",
+    "ParallelThingsBlock": "its blocks have several attention layers in parallel",
+}
+
+_NORMS = ("layernorm", "rmsnorm", "simplenorm", "layernormfp32", "rmsnormfp32", "simplenormfp32")
+_ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu", "silu", "relu", "mish", "hard_swish", "leaky_relu")
+
+
+def read_layout(model: nn.Module) -> dict[str, Any]:
+    """Keywords by which `LinformerViT` builds what `model` is, but for its attention.
+
+    Raises ValueError, naming the layout and the reason, for a model that cannot be converted.
+    """
+    _refuse_other_models(model)
+    assert isinstance(model, VisionTransformer)
+    block, embed = model.blocks[0], model.patch_embed
+    has_fc_norm = not isinstance(model.fc_norm, nn.Identity)
+    return {
+        "img_size": list(embed.img_size),
+        "patch_size": embed.patch_size[0] if embed.patch_size[0] == embed.patch_size[1] else list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        # Nothing is 0 here: timm drops a keyword that is None, and a registered model may have LayerScale by default.
+        "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else 0.0,
+        "class_token": model.has_class_token,
+        "reg_tokens": model.num_reg_tokens,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": has_fc_norm or not isinstance(model.norm, nn.Identity),
+        "fc_norm": has_fc_norm,
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        **_mlp(block.mlp, model.embed_dim),
+        **_norms(model),
+        **_drop_rates(model),
+    }
+
+
+def _refuse_other_models(model: Any) -> None:
+    if type(model) is not VisionTransformer:
+        known = [_REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _REFUSED]
+        reason = known[0] if known else "only timm's VisionTransformer is converted"
+        if isinstance(model, LinformerViT):
+            reason = "its attention is projected already"
+        raise ValueError(f"{type(model).__name__} cannot be converted: {reason}")
+    blocks = list(model.blocks)
+    for layer in (block for block in blocks if type(block) is not Block):
+        raise _cannot(layer, _REFUSED_BLOCKS.get(type(layer).__name__, "its blocks are not timm's Block"))
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise _cannot(embed, "its patches are not embedded by timm's PatchEmbed")
+    if embed.img_size is None:
+        raise _cannot(embed, "it has no image size, and a projection belongs to a grid")
+    for attention in (block.attn for block in blocks):
+        if type(attention) is not Attention or type(attention.qkv) is not nn.Linear:
+            raise _cannot(attention, "its attention is not timm's Attention with one linear layer qkv")
+        if attention.gate is not None:
+            raise _cannot(attention, "its attention has gates")
+
+
+def _cannot(part: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"a VisionTransformer with {type(part).__name__} cannot be converted: {reason}")
+
+
+def _mlp(mlp: nn.Module, dim: int) -> dict[str, Any]:
+    """MLP, its activation, and the ratio that `int(dim * ratio)` makes its width of."""
+    if type(mlp) in (Mlp, LeanMlp):
+        name, hidden = "mlp", mlp.fc1
+    elif type(mlp) is GluMlp and not mlp.gate_last:
+        name, hidden = "swiglu_packed", mlp.fc1
+    elif type(mlp) is SwiGLU:
+        name, hidden = "swiglu", mlp.fc1_x
+    else:
+        raise _cannot(mlp, "its MLP is not timm's Mlp, SwiGLU or SwiGLUPacked")
+    assert isinstance(hidden, nn.Linear)
+    width = hidden.out_features
+    exact = width / dim
+    ratio = exact if int(dim * exact) == width else (width + 0.5) / dim
+    return {"mlp_layer": name, "mlp_ratio": ratio, **_activation(mlp.act)}
+
+
+def _activation(act: Any) -> dict[str, Any]:
+    if type(act) is nn.GELU and act.approximate == "none":
+        return {}
+    name = next((name for name in _ACTIVATIONS if get_act_layer(name) is type(act)), None)
+    if name is None:
+        raise _cannot(act, "timm has no name for its activation")
+    return {"act_layer": name}
+
+
+def _norms(model: VisionTransformer) -> dict[str, Any]:
+    """Normalisation of the blocks, and of the patch embedding where it has one."""
+    own = model.blocks[0].norm1
+    names: dict[str, Any] = {"norm_layer": _norm_name(own)}
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        names["embed_norm_layer"] = _norm_name(model.patch_embed.norm)
+    return {**names, "norm_eps": own.eps}
+
+
+def _norm_name(norm: nn.Module) -> str:
+    name = next((name for name in _NORMS if norm_class(name) is type(norm)), None)
+    if name is None:
+        raise _cannot(norm, "timm has no name for its normalisation")
+    return name
+
+
+def _drop_rates(model: VisionTransformer) -> Mapping[str, float]:
+    block = model.blocks[-1]
+    return {
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": model.patch_drop.prob if isinstance(model.patch_drop, PatchDropout) else 0.0,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        # timm lets it grow from nothing to this in the last block.
+        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0),
+    }

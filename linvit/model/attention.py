@@ -1,0 +1,405 @@
+"""Linformer self-attention (Wang et al. 2020, arXiv 2006.04768, Eq. 7) for patch tokens on a grid.
+
+    head = softmax( (X Wq) (E X Wk)ᵀ / √d ) (F X Wv)        E, F: k × N        O(N k)
+
+The same function in three orders of multiplication; `choose_order` takes the cheapest.
+
+- **per head**: keys and values of all N tokens, then E and F on them. What is published.
+- **associative**: E(XWk + 1bᵀ) = (EX)Wk + (E1)bᵀ: project the tokens down to k first, apply Wk and Wv to k rows only.
+- **folded**: with few keys, scores are X (Wq K̄ᵀ) and the output is P (V̄ Wo): two products of width K·H, no queries and
+  no per-head outputs are ever formed.
+
+Differs from the paper: prefix tokens (class, registers) are keys of their own and never projected. A projected key
+stands for N/k patches, so beside prefix keys its scores carry log(N/k), and a prefix key weighs as in full attention.
+Query and key normalisation (`qk_norm`) act on the projected keys. Projections that are no matrix (`maxpool`, `conv`)
+reduce the tokens, before Wk and Wv: for them there is no per-head order.
+
+B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, M maps of a projection (1 or H),
+k projected length, K = P + k keys.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from timm.layers import Attention
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linvit.model.eager import (
+    HALF_PRECISIONS,
+    apply_in_runs,
+    autocast_dtype,
+    cast_once,
+    goes_in_runs,
+    in_forward_mode,
+    is_plain_linear,
+)
+from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
+from linvit.model.projections.pair import check_pair
+from linvit.model.sdpa import split_attention
+from linvit.model.tokens import Patches, TokenLayout, read_patches
+
+Order = Literal["per_head", "associative", "folded"]
+
+
+def choose_order(
+    *,
+    dim: int,
+    num_heads: int,
+    num_keys: int,
+    num_patches: int,
+    k: int,
+    num_maps: int,
+    foldable: bool,
+    is_matrix: bool = True,
+) -> Order:
+    """The cheapest order by multiply-adds per patch.
+
+    | order       | keys and values      | queries, attention, output |
+    |-------------|----------------------|----------------------------|
+    | per head    | 2 D² + 2 D k         | 2 D² + 2 D K               |
+    | associative | 2 D k M              | 2 D² + 2 D K               |
+    | folded      | 2 D k M              | 2 D K H + 2 D² K / N       |
+
+    The last term folds the weights into the keys, once an image; products this small run at half speed on the CPU it
+    was measured on, so it counts twice.
+    """
+    folding = num_keys * num_heads + 2 * dim * num_keys / num_patches
+    if foldable and folding <= dim + num_keys:
+        return "folded"
+    return "associative" if k * num_maps <= dim + k or not is_matrix else "per_head"
+
+
+def keeps_scores_on_chip(x: Tensor) -> bool:
+    """Whether fused attention of `x` costs next to nothing: in half precision on a GPU.
+
+    Folding saves multiply-adds there that are not what takes the time, and writes the scores to memory.
+    """
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in HALF_PRECISIONS
+
+
+# Tokens × width of one run over the tokens on a CPU: 2 MiB in single precision.
+RUN_ELEMENTS = 2**19
+
+# From tokens (b, t, D), and which of the batch's images they belong to, to (b, t, D).
+Attend = Callable[[Tensor, slice], Tensor]
+
+
+@register_notrace_module
+class LinformerAttention(Attention):
+    """Self-attention whose keys and values are projected from N patches to k; a drop-in for timm's `Attention`.
+
+    Args:
+        dim: width D of the tokens, (B, T, D) in and out.
+        num_heads: H.
+        qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's `Attention`.
+        num_prefix_tokens: P, tokens in front of the patches that are never projected.
+        key_projection: E, from `build_projection`; None makes this ordinary attention.
+        value_projection: F; None uses E for values too (the paper's key-value sharing).
+
+    `attn_mask` may be a boolean key-padding mask (B or 1, 1, 1, T), True where a token may be attended to. It is
+    applied before projecting, and a projected key that sees no present patch is not a key; `linvit.model.tokens` has the
+    rule. For `avgpool`, `maxpool` and `conv` it is exact, to rounding, if padding fills whole rows or columns of cells:
+    a masked image gives what its crop gives with cells of the same size. It is approximate if padding cuts cells, and
+    for `linear`, `separable`, `dct` and `random`, whose rows reach over the padding: they are rescaled from the patches
+    that are present. Every other mask raises ValueError, and so does `is_causal`: a projected key is a mixture of all
+    positions. An ordinary attention layer takes whatever `scaled_dot_product_attention` takes.
+
+    `layout` says where the tokens lie if they are not the full grid of the projections: on another grid, or a part of
+    the patches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        num_prefix_tokens: int = 0,
+        key_projection: Projection | None = None,
+        value_projection: Projection | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_layer=norm_layer,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_prefix_tokens = num_prefix_tokens
+        self.foldable = not (qk_norm or scale_norm)
+        # None: `choose_order` decides. Tests and benchmarks set it.
+        self.order: Order | None = None
+        # None: by size, see `split_attention`.
+        self.query_chunks: int | None = None
+        self.set_projections(key_projection, value_projection)
+
+    def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
+        """E and F; None for F shares E between keys and values, None for both is ordinary attention.
+
+        Raises ValueError where they do not go together: with maps for another number of heads, other lengths or grids,
+        or one a matrix and the other not.
+        """
+        check_pair(key_projection, value_projection, num_heads=self.num_heads)
+        self.key_projection = key_projection
+        self.value_projection = value_projection
+
+    def projections(self) -> tuple[Projection, Projection] | None:
+        """E and F, or None where this layer is ordinary attention."""
+        key = self.key_projection
+        if key is None or isinstance(key, IdentityProjection):
+            return None
+        return key, key if self.value_projection is None else self.value_projection
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        layout: TokenLayout | None = None,
+    ) -> Tensor:
+        projections = self.projections()
+        if projections is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if is_causal:
+            raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
+        x = cast_once(x)
+        patches = read_patches(x, *projections, self.num_prefix_tokens, layout, attn_mask)
+        return self._attend(x, *projections, patches)
+
+    def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
+        order = self._choose_order(key_proj, value_proj, x)
+        if order == "per_head":
+            queries, keys, values = self._per_head(x, key_proj, value_proj, patches)
+            keys = self.k_norm(keys)  # (B, H, K, d)
+            bias = self._key_bias(x, key_proj.lengths, patches)
+            return self.proj_drop(self._output(self._softmax_attention(self.q_norm(queries), keys, values, bias)))
+        attend = self._prepare(x, key_proj, value_proj, patches, order)
+        # Once there are keys and values, every token is on its own.
+        out = apply_in_runs(attend, x, RUN_ELEMENTS // self.attn_dim) if goes_in_runs(x) else attend(x, slice(None))
+        return self.proj_drop(out)
+
+    def attend_to(self, x: Tensor) -> Attend:
+        """Keys and values of the tokens x (B, T, D), as a function from any tokens to their outputs.
+
+        So a few of the tokens can be computed alone. Without dropout of the output, and only for a projected layer.
+        """
+        projections = self.projections()
+        assert projections is not None
+        patches = read_patches(x, *projections, self.num_prefix_tokens, layout=None, mask=None)
+        return self._prepare(x, *projections, patches, "associative")
+
+    def _prepare(
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, order: Order
+    ) -> Attend:
+        weights = self._weights(x.dtype)
+        keys, values = self._associative(x, key_proj, value_proj, patches, weights)
+        keys = self.k_norm(keys)  # (B, H, K, d)
+        bias = self._key_bias(x, key_proj.lengths, patches)
+        fold = self._folded if order == "folded" else self._unfolded
+        return fold(keys, values, bias, weights)
+
+    def _choose_order(self, key_proj: Projection, value_proj: Projection, x: Tensor) -> Order:
+        is_matrix = isinstance(key_proj, MatrixProjection)
+        # With an adapter, a hook or a quantised weight `qkv` must be called; the other orders read a plain weight.
+        readable = is_plain_linear(self.qkv)
+        if not is_matrix and (self.order == "per_head" or not readable):
+            raise ValueError(
+                f"projection {key_proj.kind!r} reduces tokens before Wk and Wv, so it has no per_head order: "
+                + (
+                    "use associative or folded"
+                    if readable
+                    else "take adapters and hooks off qkv, and quantised weights out of it, or use another kind"
+                )
+            )
+        if not readable:
+            return "per_head"
+        foldable = self.foldable and is_plain_linear(self.proj)
+        if self.order == "folded" and not foldable:
+            return "associative"
+        return self.order or choose_order(
+            dim=self.attn_dim,
+            num_heads=self.num_heads,
+            num_keys=self.num_prefix_tokens + key_proj.k,
+            num_patches=key_proj.grid_size[0] * key_proj.grid_size[1],
+            k=key_proj.k,
+            num_maps=max(key_proj.num_maps, value_proj.num_maps),
+            foldable=foldable and not keeps_scores_on_chip(x),
+            is_matrix=is_matrix,
+        )
+
+    def _per_head(
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), projected keys and values (B, H, K, d), projecting after Wk and Wv."""
+        q, *kv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        projections = (key_proj, patches.key_share), (value_proj, patches.value_share)
+        keys, values = (
+            torch.cat([prefix, patches.project(proj, patches.place(tokens), share)], dim=2)
+            for (prefix, tokens), (proj, share) in zip((self._split_prefix(y) for y in kv), projections)
+        )
+        return q, keys, values
+
+    def _associative(
+        self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, weights: "_Weights"
+    ) -> tuple[Tensor, Tensor]:
+        """Projected keys and values (B, H, K, d), projecting before Wk and Wv: (EX)Wk + (E1)bᵀ."""
+        prefix, tokens = self._split_prefix(x[:, None])
+        is_matrix = isinstance(key_proj, MatrixProjection)
+        on_grid = patches.place(tokens) if is_matrix else patches.fill(tokens, key_proj.absent)
+
+        def project(
+            projection: Projection, share: Tensor | None, weight: Tensor, bias: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            reduced = patches.project(projection, on_grid, share)  # (B, M, k, D)
+            rows = torch.cat([prefix.expand(-1, reduced.shape[1], -1, -1), reduced], dim=2)  # (B, M, K, D)
+            row_sums = (
+                None
+                if bias is None
+                else F.pad(patches.row_sums(projection, on_grid, share), (0, 0, self.num_prefix_tokens, 0), value=1.0)
+            )
+            return self._map_rows(rows, row_sums, weight, bias)
+
+        if value_proj is key_proj:
+            keys, values = project(key_proj, patches.key_share, weights.kv, weights.kv_bias)
+            return keys, values
+        biases = (None, None) if weights.kv_bias is None else weights.kv_bias.chunk(2)
+        (keys,), (values,) = (
+            project(projection, share, weight, bias)
+            for projection, share, weight, bias in zip(
+                (key_proj, value_proj), (patches.key_share, patches.value_share), weights.kv.chunk(2), biases
+            )
+        )
+        return keys, values
+
+    def _map_rows(
+        self, rows: Tensor, row_sums: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Wk, Wv or both, `weight` (D or 2 D, D), on rows (B, M, K, D): one or two of (B, H, K, d)."""
+        parts = weight.shape[0] // self.attn_dim
+        if rows.shape[1] == 1:
+            y = F.linear(rows, weight).unflatten(3, (parts, self.num_heads, -1))  # (B, 1, K, parts, H, d)
+            y = y.squeeze(1).permute(2, 0, 3, 1, 4)
+        else:
+            by_head = weight.unflatten(0, (parts, 1, self.num_heads, -1))
+            y = rows @ by_head.mT  # (parts, B, H, K, d)
+        if bias is not None and row_sums is not None:
+            # In the products' precision: what comes out goes into fused attention.
+            y = torch.addcmul(y, row_sums.to(y.dtype), bias.to(y.dtype).unflatten(0, (parts, 1, self.num_heads, 1, -1)))
+        return y.unbind(0)
+
+    def _unfolded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
+        """softmax(X Wq K̄ᵀ/√d) V̄, then the output layer."""
+
+        def attend(x: Tensor, images: slice) -> Tensor:
+            queries = self.q_norm(self._split_heads(F.linear(x, weights.q, weights.q_bias)))
+            own_bias = bias if bias is None or bias.shape[0] == 1 else bias[images]
+            return self._output(self._softmax_attention(queries, keys[images], values[images], own_bias))
+
+        return attend
+
+    def _folded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
+        """softmax(X (Wq K̄ᵀ/√d)) (V̄ Wo), softmax within each head's keys: no queries are formed."""
+        keys = keys * self.scale
+        offset = keys.new_zeros(1, 1, 1, keys.shape[2]) if bias is None else bias
+        if weights.q_bias is not None:
+            offset = offset + (keys @ weights.q_bias.unflatten(0, (self.num_heads, -1, 1))).mT  # (B, H, 1, K)
+        offset = offset.expand(keys.shape[0], self.num_heads, 1, -1).flatten(1)[:, None]  # (B, 1, H·K)
+        score_weight = (keys @ weights.q.unflatten(0, (self.num_heads, -1))).flatten(1, 2)  # (B, H·K, D)
+        out_weight = self.proj.weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, d, D)
+        value_weight = (values @ out_weight).flatten(1, 2)  # (B, H·K, D)
+        offset = offset.to(score_weight.dtype)
+        out_bias = self.proj.bias
+
+        def attend(x: Tensor, images: slice) -> Tensor:
+            scores = torch.baddbmm(offset[images], x, score_weight[images].mT)
+            attn = self.attn_drop(scores.unflatten(2, (self.num_heads, -1)).softmax(dim=-1)).flatten(2)
+            own_weight = value_weight[images]
+            return attn @ own_weight if out_bias is None else torch.baddbmm(out_bias, attn, own_weight)
+
+        return attend
+
+    def _output(self, heads: Tensor) -> Tensor:
+        out: Tensor = self.proj(self.norm(heads.transpose(1, 2).flatten(2)))
+        return out
+
+    def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        # Fused attention on a CPU has no forward-mode derivatives.
+        if self.fused_attn and not in_forward_mode():
+            dropout = self.attn_drop.p if self.training else 0.0
+            bias = None if bias is None else bias.to(q.dtype)
+            return split_attention(q, k, v, bias=bias, dropout=dropout, chunks=self.query_chunks)
+        scores = (q * self.scale) @ k.mT
+        if bias is not None:
+            scores = scores + bias
+        return self.attn_drop(scores.softmax(dim=-1)) @ v
+
+    def _key_bias(self, x: Tensor, lengths: list[int], patches: Patches) -> Tensor | None:
+        """What is added to the scores of each key: (B or 1, H or 1, 1, K), None where that is nothing."""
+        prefix, longest = self.num_prefix_tokens, max(lengths)
+        per_image = patches.log_patches_per_key()
+        if per_image is not None:
+            bias = F.pad(per_image, (prefix, 0))
+            if patches.prefix_mask is not None:
+                hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
+                bias = bias.masked_fill(hidden, -math.inf)
+            # Without any key softmax would be 0/0.
+            return bias.masked_fill((bias == -math.inf).all(dim=-1, keepdim=True), 0.0).to(x.dtype)
+        if prefix == 0 and min(lengths) == longest:
+            return None
+        rows = []
+        for k in lengths[:1] if min(lengths) == longest else lengths:
+            row = x.new_full((prefix + longest,), math.log(patches.num_present / k) if prefix else 0.0)
+            row[:prefix] = 0.0
+            if k < longest:
+                row[prefix + k :] = -math.inf
+            rows.append(row)
+        return torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
+
+    def _weights(self, dtype: torch.dtype) -> "_Weights":
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if weight.dtype != dtype and autocast_dtype(weight) == dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        # One split each: its gradient is one copy, where that of three slices is three matrices of zeros.
+        sizes = [self.attn_dim, 2 * self.attn_dim]
+        q, kv = weight.split(sizes)
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
+        return _Weights(q, kv, q_bias, kv_bias)
+
+    def _split_prefix(self, y: Tensor) -> list[Tensor]:
+        """Prefix tokens and patches of (B, M, T, C)."""
+        return y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
+
+    def _split_heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from linvit.model.scripted import ScriptableAttention
+
+        return ScriptableAttention(self)
+
+
+class _Weights(NamedTuple):
+    """The parts of the `qkv` layer: queries (D, D), keys and values (2 D, D), and their biases."""
+
+    q: Tensor
+    kv: Tensor
+    q_bias: Tensor | None
+    kv_bias: Tensor | None

@@ -1,0 +1,28 @@
+"""E = I: ordinary softmax attention through the same class, as baseline and ablation."""
+
+import torch
+from torch import Tensor
+
+from linvit.model.projections.base import MatrixProjection, register_projection
+from linvit.model.projections.grid import GridSize
+
+
+@register_projection("identity")
+class IdentityProjection(MatrixProjection):
+    """Keeps every patch: k is N, whatever was asked for."""
+
+    def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        self.set_grid_size(self.grid_size)
+
+    def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
+        return x
+
+    def matrix(self) -> Tensor:
+        return torch.eye(self.k)[None]
+
+    def check_grid_size(self, grid_size: GridSize) -> None:
+        """Every grid will do: nothing is shortened."""
+
+    def set_grid_size(self, grid_size: GridSize) -> None:
+        self.grid_size = grid_size
+        self.k = grid_size[0] * grid_size[1]

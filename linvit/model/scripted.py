@@ -1,0 +1,85 @@
+"""What TorchScript sees in place of `LinformerAttention`: the per-head order with E and F frozen to dense matrices."""
+
+import math
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linvit.model.projections import MatrixProjection, Projection
+from linvit.model.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from linvit.model.attention import LinformerAttention
+
+
+class ScriptableAttention(nn.Module):
+    """Inference-only twin of an attention layer, at its own grid and without masks.
+
+    `torch.jit.script(model)` puts it in place by itself; the model that is scripted stays as it is.
+    """
+
+    key_matrix: Optional[Tensor]  # noqa: UP045
+    value_matrix: Optional[Tensor]  # noqa: UP045
+    bias: Optional[Tensor]  # noqa: UP045
+
+    def __init__(self, attention: "LinformerAttention") -> None:
+        super().__init__()
+        # torch.jit remembers modules by id while it scripts: none that it has seen may be freed.
+        self._replaced = [attention]
+        self.num_heads = attention.num_heads
+        self.head_dim = attention.head_dim
+        self.num_prefix_tokens = attention.num_prefix_tokens
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        projections = attention.projections()
+        matrices: list[Tensor | None] = [None, None]
+        bias = None
+        if projections is not None:
+            weight = attention.qkv.weight
+            matrices = [_matrix(each).detach().to(weight) for each in projections]
+            bias = self._dense_bias(projections[0].lengths, matrices[0])
+        self.register_buffer("key_matrix", matrices[0])
+        self.register_buffer("value_matrix", matrices[1])
+        self.register_buffer("bias", bias)
+
+    def _dense_bias(self, lengths: list[int], matrix: Tensor | None) -> Tensor:
+        assert matrix is not None
+        num_patches, longest = matrix.shape[2], matrix.shape[1]
+        bias = matrix.new_zeros(1, len(lengths), 1, self.num_prefix_tokens + longest)
+        for head, k in enumerate(lengths):
+            own = bias[0, head, 0, self.num_prefix_tokens :]
+            own[:k] = math.log(num_patches / k) if self.num_prefix_tokens else 0.0
+            own[k:] = -math.inf
+        return bias
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor] = None,  # noqa: UP045
+        is_causal: bool = False,
+        layout: Optional[TokenLayout] = None,  # noqa: UP045
+    ) -> Tensor:
+        assert attn_mask is None, "a scripted Linformer attention layer takes no mask"
+        assert layout is None, "a scripted Linformer attention layer has one grid"
+        assert not is_causal, "Linformer attention cannot be causal"
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        key_matrix, value_matrix = self.key_matrix, self.value_matrix
+        if key_matrix is not None and value_matrix is not None:
+            P = self.num_prefix_tokens
+            k = torch.cat([k[:, :, :P], key_matrix @ k[:, :, P:]], dim=2)
+            v = torch.cat([v[:, :, :P], value_matrix @ v[:, :, P:]], dim=2)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.bias)
+        return self.proj(self.norm(x.transpose(1, 2).reshape(B, T, D)))
+
+
+def _matrix(projection: Projection) -> Tensor:
+    if not isinstance(projection, MatrixProjection):
+        raise ValueError(
+            f"TorchScript takes projections as frozen matrices, and projection {projection.kind!r} is none: "
+            f"use torch.compile or torch.export"
+        )
+    return projection.matrix()

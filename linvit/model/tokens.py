@@ -1,0 +1,188 @@
+"""Where the tokens of a batch lie on the patch grid, which are there, and what projecting makes of that.
+
+A key-padding mask hides patches, image by image. Row i of E then sees the share
+
+    s_i = Σ_j |E_ij| m_j / Σ_j |E_ij|        m_j = 1 for a patch that is present, 0 for a masked or dropped one
+
+of its mass. The mask acts on it in three ways:
+
+- Its key and value are projected from the present patches and divided by s_i: a pooling cell averages the patches that
+  are present. The absolute mass of the row stays the same, so signed rows (`dct`, `random`) cannot blow up.
+- It stands for n s_i / Σ_i s_i of the n present patches, in place of N/k, and its scores carry the logarithm. All
+  projected keys together stand for n patches, as in full attention.
+- If s_i = 0, it is not a key.
+
+If E and F differ, a key has the geometric mean of their shares. For kinds that reduce tokens, s_i is the share of the
+cell's area, and the projection leaves absent patches out itself. If an image has no token to attend to, none of its
+keys is hidden.
+
+Patch dropout without a mask uses the average over random subsets: every row is multiplied by N/n and stands for n/k
+patches. With a mask, dropped patches count as masked.
+
+B batch, P prefix tokens, N patches of the grid, n patches present, M maps of a projection, C channels, k projected
+length.
+"""
+
+import contextlib
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from linvit.model.projections import GridSize, MatrixProjection, Projection
+
+
+class TokenLayout(NamedTuple):
+    """Where a batch's patch tokens lie when they are not simply the full grid of the model."""
+
+    grid_size: GridSize
+    # Indices of the patches that are present (B, n), each image its own; None: all of them, in order.
+    kept: Optional[Tensor] = None  # noqa: UP045  TorchScript reads it
+
+
+def mask_of_kept(mask: Tensor, layout: TokenLayout, num_prefix_tokens: int) -> Tensor:
+    """The key-padding mask (B or 1, 1, 1, P + N) of a full grid, for the tokens that were kept: (B, 1, 1, P + n)."""
+    assert layout.kept is not None
+    batch, tokens = layout.kept.shape[0], num_prefix_tokens + layout.grid_size[0] * layout.grid_size[1]
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, 1, tokens):
+        raise ValueError(
+            f"with patch dropout a mask must be a key-padding mask of shape ({batch}, 1, 1, {tokens}), True where a "
+            f"token may be attended to; this mask has shape {tuple(mask.shape)}"
+        )
+    prefix, patches = mask.expand(batch, -1, -1, -1).tensor_split([num_prefix_tokens], dim=3)
+    return torch.cat([prefix, patches.gather(3, layout.kept[:, None, None])], dim=3)
+
+
+class Patches(NamedTuple):
+    """The patches of one batch: where they lie, which are there, and the share of E's and F's rows that they are."""
+
+    # None: the projection's own grid.
+    grid_size: GridSize | None
+    num_patches: int
+    # Tokens, masked ones included.
+    num_present: int
+    kept: Tensor | None
+    # Of a mask: True where a patch is present (B, n), and where a prefix token may be attended to (B, P).
+    seen: Tensor | None
+    prefix_mask: Tensor | None
+    # The present share of each row of E and of F (B, M, k, 1); None without a mask.
+    key_share: Tensor | None = None
+    value_share: Tensor | None = None
+
+    def place(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, M, n, C) on the whole grid (B, M, N, C); masked and dropped ones leave zeros."""
+        if self.seen is not None:
+            return self.fill(tokens, 0.0)
+        if self.kept is None:
+            return tokens
+        # The kept patches stand for all: on average the projection is that of the whole image.
+        return self._scatter(tokens * (self.num_patches / self.num_present), 0.0)
+
+    def fill(self, tokens: Tensor, absent: float) -> Tensor:
+        """Patch tokens (B, M, n, C) on the whole grid (B, M, N, C), masked and dropped ones reading `absent`."""
+        if self.seen is not None:
+            tokens = tokens.masked_fill(~self.seen[:, None, :, None], absent)
+        return tokens if self.kept is None else self._scatter(tokens, absent)
+
+    def _scatter(self, tokens: Tensor, absent: float) -> Tensor:
+        assert self.kept is not None
+        index = self.kept[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+        whole = tokens.new_full((*tokens.shape[:2], self.num_patches, tokens.shape[3]), absent)
+        return whole.scatter(2, index, tokens)
+
+    def project(self, projection: Projection, on_grid: Tensor, share: Tensor | None) -> Tensor:
+        """Tokens on the grid (B, 1 or M, N, C) → (B, M, k, C), rows of E rescaled from their present share."""
+        reduced: Tensor = projection(on_grid, self.grid_size)
+        if share is None or not isinstance(projection, MatrixProjection):
+            return reduced
+        return reduced / share.masked_fill(share == 0, 1.0).to(reduced.dtype)
+
+    def row_sums(self, projection: Projection, like: Tensor, share: Tensor | None) -> Tensor:
+        """By what the bias of Wk or Wv is multiplied: E1 (B or 1, M, k, 1), or ones where tokens are reduced."""
+        if not isinstance(projection, MatrixProjection):
+            return like.new_ones(1, 1, projection.k, 1)
+        if self.seen is None and self.kept is None:
+            return projection.row_sums(like, self.grid_size)
+        ones = self.place(like.new_ones(like.shape[0], 1, self.num_present, 1))
+        return self.project(projection, ones, share)
+
+    def log_patches_per_key(self) -> Tensor | None:
+        """log of how many present patches each projected key stands for: (B, M, 1, k), -∞ for one that sees none.
+
+        None without a mask.
+        """
+        if self.seen is None or self.key_share is None or self.value_share is None:
+            return None
+        share = self.key_share
+        if self.value_share is not share:
+            product = share * self.value_share
+            # The square root has no gradient at 0.
+            share = product.masked_fill(product == 0, 1.0).sqrt().masked_fill(product == 0, 0.0)
+        num_seen = self.seen.sum(1).clamp(min=1)[:, None, None, None]
+        live_keys = share.sum(2, keepdim=True)
+        patches = share * (num_seen / live_keys.masked_fill(live_keys == 0, 1.0))
+        return patches.masked_fill(share == 0, 1.0).log().masked_fill(share == 0, -torch.inf).mT
+
+
+def read_patches(
+    x: Tensor,
+    key_proj: Projection,
+    value_proj: Projection,
+    num_prefix_tokens: int,
+    layout: TokenLayout | None,
+    mask: Tensor | None,
+) -> Patches:
+    """The patches of tokens `x` (B, P + n, D); ValueError where they do not fit the projection's grid or the mask."""
+    present = x.shape[1] - num_prefix_tokens
+    own_grid = key_proj.grid_size
+    grid_size = own_grid if layout is None else layout.grid_size
+    num_patches = grid_size[0] * grid_size[1]
+    kept = None if layout is None else layout.kept
+    if kept is None and present != num_patches:
+        raise ValueError(
+            f"{present} patch tokens do not fill the {grid_size[0]}×{grid_size[1]} grid of this attention layer: "
+            f"call set_input_size(), or build the model with dynamic_img_size=True"
+        )
+    if grid_size != own_grid:
+        key_proj.check_grid_size(grid_size)
+    seen, prefix_mask = None, None
+    if mask is not None:
+        prefix_mask, seen = _split_key_padding_mask(mask, x, num_prefix_tokens)
+    patches = Patches(
+        grid_size=None if grid_size == own_grid else grid_size,
+        num_patches=num_patches,
+        num_present=present,
+        kept=kept,
+        seen=seen,
+        prefix_mask=prefix_mask if num_prefix_tokens else None,
+    )
+    if seen is None:
+        return patches
+    key_share = _present_share(key_proj, patches, x)
+    value_share = key_share if value_proj is key_proj else _present_share(value_proj, patches, x)
+    return patches._replace(key_share=key_share, value_share=value_share)
+
+
+def _present_share(projection: Projection, patches: Patches, x: Tensor) -> Tensor:
+    assert patches.seen is not None
+    # A sum over all patches: half precision would round it. Meta tensors know of no autocast.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        present = patches.place(patches.seen[:, None, :, None].to(dtype))
+        mass = projection.row_mass(present, patches.grid_size)
+        whole = projection.row_mass(present.new_ones(1, 1, patches.num_patches, 1), patches.grid_size)
+        return mass / whole.masked_fill(whole == 0, 1.0)
+
+
+def _split_key_padding_mask(mask: Tensor, x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The prefix (B, P) and patch (B, n) parts of a boolean mask (B or 1, 1, 1, T)."""
+    batch, tokens = x.shape[:2]
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, tokens)
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"Linformer attention takes a boolean key-padding mask of shape ({batch}, 1, 1, {tokens}), True where a "
+            f"token may be attended to; this mask is {mask.dtype} of shape {tuple(mask.shape)}. Masks that differ "
+            f"between queries cannot be applied to projected keys"
+        )
+    rows = mask[:, 0, 0].expand(batch, -1)
+    return rows[:, :num_prefix_tokens], rows[:, num_prefix_tokens:]

@@ -1,0 +1,118 @@
+"""Options of `linvit average`; imports nothing heavy, so that `--help` stays quick.
+
+The average of several weights of one model: `linvit average`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+import linvit
+from linvit.data.augment.build import resolve_input
+from linvit.data.options import InputOptions
+from linvit.runs.checkpoint import list_checkpoints
+from linvit.runs.folder import RunFolder, load_classifier, save_classifier
+from linvit.runs.weights import SavedWeights, compact, load_exactly, read_weights
+
+
+class AverageOptions(BaseModel):
+    """Which weights to average, and where to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: tuple[str, ...] = Field(
+        min_length=1,
+        description="one run (the checkpoints that end its epochs), or several runs (the best of each), folders with "
+        "config.json and weights, or checkpoints",
+    )
+    output: Path = Field(description="folder that the average is written to, as local-dir:FOLDER")
+    newest: int | None = Field(None, ge=1, description="of one run, so many of its newest checkpoints (default: all)")
+    use_ema: bool = Field(False, description="average the moving averages of checkpoints that have one")
+
+
+def average_command(options: AverageOptions) -> int:
+    """`linvit average`: average, and write a folder that timm loads as `local-dir:`; returns the exit status.
+
+    Raises ValueError where the sources are not weights of one model for one set of classes, OSError where the folder
+    cannot be written.
+    """
+    paths = _find(options)
+    if options.output.exists():
+        raise ValueError(f"--output {options.output} exists already: choose another folder")
+    averaged, files = average(paths, use_ema=options.use_ema)
+    classifier = load_classifier(str(paths[-1]), use_ema=options.use_ema)
+    load_exactly(classifier.model, averaged, path=options.output)
+    if classifier.class_names is None:
+        raise ValueError(f"{paths[-1]} does not name its classes: average runs or their checkpoints")
+    settings = {name: classifier.settings.get(name) for name in InputOptions.model_fields}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    save_classifier(
+        options.output,
+        classifier.model,
+        class_names=classifier.class_names,
+        spec=resolve_input(classifier.model, InputOptions(**settings)),
+        about={"version": linvit.__version__, "average_of": files},
+    )
+    print(f"{options.output}: the average of {len(files)} weights")
+    return 0
+
+
+def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """The mean of several state dicts, summed in float64, and the files that they are in.
+
+    Whole numbers, such as counts of batch norms, are the last one's. Raises ValueError where names, shapes or classes
+    differ.
+    """
+    first: SavedWeights | None = None
+    sums: dict[str, Tensor] = {}
+    files = []
+    # One after the other, since all at once may not fit into memory.
+    for path in paths:
+        saved = read_weights(path, use_ema=use_ema)
+        files.append(str(saved.path))
+        first = first or saved
+        _check_like(saved, first)
+        for name, tensor in saved.state_dict.items():
+            if tensor.is_floating_point():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
+            else:
+                sums[name] = tensor
+    assert first is not None
+    means = {
+        name: (total / len(files)).to(first.state_dict[name].dtype) if total.is_floating_point() else total
+        for name, total in sums.items()
+    }
+    return means, files
+
+
+def _find(options: AverageOptions) -> list[Path]:
+    paths = [Path(source) for source in options.sources]
+    if len(paths) > 1:
+        if options.newest is not None:
+            raise ValueError("--newest is for the checkpoints of one run: give one run, or leave it out")
+        return paths
+    run = RunFolder(paths[0])
+    if not run.args.is_file():
+        raise ValueError(f"{paths[0]} is no run's folder, and one file has no average: give a run or several weights")
+    # Those inside an epoch are there to go on from; the one before the first epoch has not learnt yet.
+    ends = [path for path in list_checkpoints(run.checkpoints) if path.name.endswith("-000000")]
+    ends = [path for path in ends if path.name != "state-0000-000000"]
+    if not ends:
+        raise ValueError(f"{paths[0]}: the run has no checkpoints of whole epochs yet")
+    return ends[-(options.newest or len(ends)) :]
+
+
+def _check_like(saved: SavedWeights, first: SavedWeights) -> None:
+    differing = first.state_dict.keys() ^ saved.state_dict.keys()
+    if differing:
+        raise ValueError(f"{saved.path} and {first.path} are not of one model: only one has {compact(differing)}")
+    reshaped = {name for name, tensor in saved.state_dict.items() if tensor.shape != first.state_dict[name].shape}
+    if reshaped:
+        raise ValueError(f"{saved.path} and {first.path} are not of one model: {compact(reshaped)} differ in shape")
+    if saved.class_names != first.class_names:
+        raise ValueError(f"{saved.path} and {first.path} are of other classes, whose weights have no average")

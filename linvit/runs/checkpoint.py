@@ -1,0 +1,174 @@
+"""Training checkpoints on disk: each a folder that is whole or not there.
+
+state-EEEE-BBBBBB/     epoch and batch that training goes on with
+    model.safetensors  the weights
+    ema.safetensors    their moving average, where the run keeps one
+    training.pt        all the rest: plain values and tensors
+    manifest.json      format, version, epoch, batch; size and SHA-256 of each file
+
+Nothing in it is code: torch.load(weights_only=True) reads `training.pt`, and makes only tensors and plain values.
+"""
+
+import io
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import linvit
+from linvit.output.files import cannot_write, delete_folder, reason, scratch_of, sha256_of, sync_folder, write_verified
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+# Under the keys where timm's checkpoints have them.
+_WEIGHTS = {"state_dict": "model.safetensors", "state_dict_ema": "ema.safetensors"}
+_REST = "training.pt"
+_NAME = re.compile(r"state-(\d+)-(\d+)")
+
+
+def checkpoint_name(epoch: int, batch: int) -> str:
+    return f"state-{epoch:04d}-{batch:06d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint's folder, or what is left of one."""
+    return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).is_file())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the oldest first."""
+    return sorted((path for path in folder.glob("state-*") if _NAME.fullmatch(path.name)), key=_position)
+
+
+def _position(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
+    """Put a training state (see `linvit.training.state`) into a folder of checkpoints; returns its path.
+
+    Every file is flushed to the disk, read back and compared, the manifest last; only then does the checkpoint get its
+    name. One of the same point of the run that is there and whole is left as it is. Raises OSError, with nothing left
+    behind, where it cannot be written.
+    """
+    progress = state["progress"]
+    path = folder / checkpoint_name(progress["epoch"], progress["batch"])
+    if path.exists():
+        try:
+            verify_checkpoint(path)
+            return path
+        except ValueError:
+            set_aside(path)
+    scratch = scratch_of(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        _write_files(scratch, state)
+        sync_folder(scratch)
+        scratch.rename(path)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise cannot_write(path, error) from error
+    return path
+
+
+def _write_files(folder: Path, state: Mapping[str, Any]) -> None:
+    digests: dict[str, str] = {}
+    for key, name in _WEIGHTS.items():
+        if state[key] is not None:
+            digests[name] = write_weights(folder / name, state[key])
+    rest = io.BytesIO()
+    torch.save({key: value for key, value in state.items() if key not in _WEIGHTS}, rest)
+    digests[_REST] = write_verified(folder / _REST, rest.getbuffer())
+    manifest = {
+        "format": FORMAT,
+        "version": linvit.__version__,
+        "epoch": state["progress"]["epoch"],
+        "batch": state["progress"]["batch"],
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()
+        },
+    }
+    write_verified(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> str:
+    """`write_verified` for weights, as safetensors; returns the SHA-256."""
+    # safetensors refuses the strides that channels-last training leaves.
+    weights = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+    return write_verified(path, save(weights, metadata={"format": "pt"}))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise ValueError, naming the file, where a checkpoint is not whole, damaged or of another format."""
+    damaged = f"{path} cannot be used as a training checkpoint: "
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        found = manifest["format"]
+    except OSError as error:
+        raise ValueError(f"{damaged}{MANIFEST} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{damaged}{MANIFEST} is damaged") from error
+    if found != FORMAT:
+        raise ValueError(f"{damaged}its format is {found}, not {FORMAT}; use the version of linvit that wrote it")
+    if not {_WEIGHTS["state_dict"], _REST} <= files.keys() <= {*_WEIGHTS.values(), _REST}:
+        raise ValueError(f"{damaged}{MANIFEST} is damaged")
+    for name, (size, digest) in files.items():
+        try:
+            actual = (path / name).stat().st_size
+            is_same = actual == size and sha256_of(path / name) == digest
+        except OSError as error:
+            raise ValueError(f"{damaged}{name} cannot be read ({error.strerror})") from error
+        if actual != size:
+            raise ValueError(f"{damaged}{name} has {actual:,} bytes, not {size:,}")
+        if not is_same:
+            raise ValueError(f"{damaged}{name} is damaged (its SHA-256 is not the manifest's)")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The training state in a checkpoint, verified first, tensors on the CPU; ValueError where it cannot be used."""
+    verify_checkpoint(path)
+    try:
+        state: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=True)
+        for key, name in _WEIGHTS.items():
+            state[key] = load_file(path / name) if (path / name).exists() else None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be used as a training checkpoint: {reason(error)}") from error
+    return state
+
+
+def prune_checkpoints(folder: Path, *, keep: int, milestones: Sequence[int]) -> None:
+    """Delete all but the newest `keep` checkpoints; those that end epochs in `milestones` stay."""
+    kept_for_good = {checkpoint_name(epoch + 1, 0) for epoch in milestones}
+    for old in [path for path in list_checkpoints(folder) if path.name not in kept_for_good][:-keep]:
+        delete_folder(old)
+
+
+def set_aside_later(folder: Path, *, epoch: int, batch: int) -> list[Path]:
+    """Rename the checkpoints of a later point of the run, so that they no longer count; returns where they are now.
+
+    A run that goes on from an earlier one makes others in their place: neither `--resume` nor pruning must take these,
+    damaged or of another course, for the newest.
+    """
+    return [set_aside(path) for path in list_checkpoints(folder) if _position(path) > (epoch, batch)]
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint another name, under which it no longer counts; returns the new path."""
+    number = 0
+    while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

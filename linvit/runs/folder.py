@@ -1,0 +1,214 @@
+"""One process at a time writes into a run's folder.
+
+A run's folder: where things lie in it, how classifiers are put there and taken out again.
+
+args.yaml      the resolved configuration; training from it alone repeats the run
+summary.csv    a row per epoch
+best/ last/    config.json and model.safetensors, for `timm.create_model("local-dir:RUN/best", pretrained=True)`
+checkpoints/   training states, to go on from (`linvit.runs.checkpoint`)
+README.md      model card
+bad_images.txt images that could not be read and were left out, where there are any
+.lock          held by the process that trains in the folder
+logs/          what processes besides the first have to say
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg
+from timm.models._hub import save_config_for_hf
+from torch import Tensor
+
+from linvit.data.augment.build import InputSpec
+from linvit.model.build import TimmModel, create_model
+from linvit.output.files import cannot_write, replace_files, scratch_of
+from linvit.runs.checkpoint import is_checkpoint, write_weights
+from linvit.runs.weights import SavedWeights, compact, fit_weights, read_weights, weights_file
+from linvit.settings.yaml import read_settings
+
+LOCK = ".lock"
+
+
+def lock_run(folder: Path) -> IO[bytes] | None:
+    """Claim a run's folder until the file returned is closed or the process ends, however it ends.
+
+    None where the system has no such locks. Raises ValueError where another process has it.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    file = (folder / LOCK).open("ab")
+    try:
+        # Not `flock`: workers that outlive a killed process for a while would go on holding it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{folder}: another process is training in it; wait for it or stop it, or choose another --experiment"
+        ) from None
+    except OSError:
+        # A file system without locks.
+        file.close()
+        return None
+    return file
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths in a run's folder."""
+
+    path: Path
+
+    @property
+    def args(self) -> Path:
+        return self.path / "args.yaml"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.csv"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.txt"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+
+def save_classifier(
+    folder: Path,
+    model: TimmModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    class_names: Sequence[str],
+    spec: InputSpec,
+    about: dict[str, Any],
+) -> None:
+    """Put a model, its class names and its input into a timm `local-dir:` folder, in place of what was there.
+
+    The weights are the model's own, or those in `state_dict` in place of them. `about` is kept in config.json under
+    "linvit". Each file is replaced whole, the weights before config.json. Raises OSError, with what was there before
+    kept, where the files cannot be written.
+    """
+    scratch = scratch_of(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        write_weights(scratch / "model.safetensors", state_dict or model.state_dict())
+        save_config_for_hf(
+            model,
+            str(scratch / "config.json"),
+            model_config={"label_names": list(class_names), "linvit": about},
+            data_config={
+                "input_size": (3, *spec.size),
+                "mean": spec.mean,
+                "std": spec.std,
+                "interpolation": spec.interpolation,
+                "crop_pct": spec.crop_pct,
+                "crop_mode": spec.crop_mode,
+            },
+        )
+        replace_files(scratch, folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise cannot_write(folder, error) from error
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode, and the names of its classes; None where nothing tells them."""
+
+    model: TimmModel
+    class_names: list[str] | None
+    # Where the weights come from: a file, or a timm name.
+    weights: str
+    # The settings of the run that trained it, as in args.yaml; empty where they are not at hand.
+    settings: dict[str, Any]
+
+
+def load_classifier(
+    source: str,
+    *,
+    weights: Literal["best", "last"] = "best",
+    img_size: tuple[int, int] | None = None,
+    model_name: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    use_ema: bool = False,
+) -> Classifier:
+    """The classifier in a run's folder, a `local-dir:` folder or a checkpoint, or timm's pretrained one of a name.
+
+    Args:
+        source: path or name.
+        weights: which weights of a run's folder.
+        img_size: (height, width) to adapt the model to; default its own.
+        model_name: model of a checkpoint that does not say it.
+        model_kwargs: further arguments of the model.
+        use_ema: take the averaged weights of a checkpoint that has both.
+
+    Raises ValueError where `source` is none of these, or its weights do not fit.
+    """
+    path = Path(source)
+    arguments = {"img_size": img_size, **(model_kwargs or {})}
+    if path.is_dir() and not is_checkpoint(path):
+        return _from_folder(path, weights, arguments)
+    if path.exists():
+        return _from_file(read_weights(path, use_ema=use_ema), model_name, arguments)
+    if "/" in source and ":" not in source:
+        raise ValueError(f"{source}: there is no such file or folder, and it is no timm model name")
+    model = create_model(source, pretrained=True, **arguments)
+    subset = infer_imagenet_subset(model)
+    names = model.pretrained_cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else None)
+    return Classifier(model.eval(), names, weights=source, settings={})
+
+
+def _from_folder(path: Path, weights: str, arguments: dict[str, Any]) -> Classifier:
+    run = RunFolder(path)
+    is_run = run.args.is_file()
+    folder = path / weights if is_run else path
+    if is_run and not folder.is_dir():
+        raise ValueError(f"{path} is a run without {weights}/ weights yet: let it finish an epoch")
+    file = weights_file(folder)
+    model = create_model(f"local-dir:{folder}", pretrained=True, **arguments)
+    settings = read_settings(run.args) if is_run else {}
+    return Classifier(model.eval(), model.pretrained_cfg.get("label_names"), weights=str(file), settings=settings)
+
+
+def _from_file(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> Classifier:
+    name = model_name or saved.architecture
+    if name is None:
+        raise ValueError(f"{saved.path} does not say which model it is of: give --model NAME")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    model = create_model(name, **{"num_classes": _num_classes(saved, name)} | saved.model_args | given)
+    new = fit_weights(model, saved)
+    if new:
+        raise ValueError(f"{saved.path} does not fit {name}: it lacks {compact(new)}")
+    return Classifier(model.eval(), saved.class_names, weights=str(saved.path), settings=saved.settings)
+
+
+def _num_classes(saved: SavedWeights, model_name: str) -> int | None:
+    known = get_pretrained_cfg(model_name)
+    classifier = None if known is None else saved.state_dict.get(f"{known.classifier}.weight")
+    return None if classifier is None else classifier.shape[0]

@@ -1,0 +1,295 @@
+"""Command lines from pydantic models: flags from the fields, help from their descriptions, errors of one sentence."""
+
+import argparse
+import ast
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from linvit.settings.fields import Model, element_types, leaf_types, unknown, validate
+from linvit.settings.yaml import parse_yaml
+
+
+class UsageError(ValueError):
+    """The command line or the configuration is wrong: exit status 2, where failed work has 1."""
+
+
+# argparse's own knows no exponents and no infinity, and takes such numbers for flags.
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """The exit status of `work`; what the user can mend becomes one line on stderr, a traceback with LINVIT_DEBUG=1."""
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone: keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("LINVIT_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def parse_options(
+    options: type[Model],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    positionals: Mapping[str, str],
+    spellings: Mapping[str, Sequence[str]],
+) -> Model:
+    """The options that a command line gives; raises UsageError, and SystemExit after `--help`."""
+    parser = build_parser(options, prog=prog, description=description, positionals=positionals, spellings=spellings)
+    values = read_flags(parser, options, argv, positionals=positionals)
+    try:
+        return validate(
+            options, values, spell=lambda name: positionals.get(name) or spellings.get(name, [flag_of(name)])[-1]
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def check_files(*files: tuple[str, Path | None]) -> None:
+    """Raise UsageError where a flag's file could not be written, before time is spent on what goes into it."""
+    for flag, path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+        if path is not None and path.is_dir():
+            raise UsageError(f"{flag} {path} is a folder; name a file")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def build_parser(
+    options: type[BaseModel],
+    *,
+    prog: str,
+    description: str,
+    positionals: Mapping[str, str],
+    spellings: Mapping[str, Sequence[str]] | None = None,
+    bare: Mapping[str, str] | None = None,
+) -> argparse.ArgumentParser:
+    """A parser with a flag per field of `options`, in a section per class that declares fields.
+
+    `positionals` maps fields to their place-holders; a field with a default is a flag too. `spellings` replaces a
+    field's flag by others; `bare` says what a flag that is given alone stands for.
+    """
+    spellings, bare = spellings or {}, bare or {}
+    names = [
+        f"{placeholder} ..." if tuple in leaf_types(options.model_fields[name].annotation) else placeholder
+        for name, placeholder in positionals.items()
+    ]
+    usage = " ".join([prog, *names, "[options]"])
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    for name, placeholder in positionals.items():
+        field = options.model_fields[name]
+        nargs = "+" if tuple in leaf_types(field.annotation) else None
+        parser.add_argument(
+            placeholder,
+            nargs=nargs if field.is_required() else "?",
+            default=argparse.SUPPRESS,
+            help=field.description,
+        )
+    for title, fields in _sections(options).items():
+        section = parser.add_argument_group(title)
+        for name, field in fields.items():
+            if not (name in positionals and field.is_required()):
+                _add_flag(section, name, field, spellings.get(name, [flag_of(name)]), bare.get(name))
+    return parser
+
+
+def read_flags(
+    parser: argparse.ArgumentParser,
+    options: type[BaseModel],
+    argv: Sequence[str],
+    *,
+    positionals: Mapping[str, str],
+    not_taken: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The values that `argv` gives, by field name, typed as YAML would have them; other arguments by their names.
+
+    Raises UsageError for what the parser does not know; `not_taken` maps known foreign flags to why they are refused.
+    """
+    _refuse_single_dashes(parser, argv)
+    given, rest = parser.parse_known_args(argv)
+    flags = [part.partition("=")[0] for part in rest if part.startswith("-")]
+    if flags:
+        raise UsageError(_refuse(flags[0], parser, not_taken or {}))
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}")
+    values = vars(given)
+    for name, placeholder in positionals.items():
+        if placeholder in values:
+            if name in values:
+                raise UsageError(f"{placeholder} and {flag_of(name)} are the same: give one")
+            values[name] = values.pop(placeholder)
+    fields = options.model_fields
+    return {name: _typed(name, fields[name], raw) if name in fields else raw for name, raw in values.items()}
+
+
+def _refuse_single_dashes(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    # argparse reads -crop-pct as -c with the value rop-pct.
+    for part in argv:
+        if len(part) > 2 and "-" + part in parser._option_string_actions:
+            raise UsageError(unknown("option", part, ["-" + part]))
+
+
+def _refuse(flag: str, parser: argparse.ArgumentParser, not_taken: Mapping[str, str]) -> str:
+    if flag in not_taken:
+        return f"{flag} is an option of timm's that linvit does not take: {not_taken[flag]}"
+    return unknown("option", flag, parser._option_string_actions)
+
+
+def _sections(options: type[BaseModel]) -> dict[str, dict[str, FieldInfo]]:
+    """The fields by the class that declares them, in the order of the bases, the model's own first."""
+    sections = {}
+    for declaring in options.__mro__:
+        names = [name for name in inspect.get_annotations(declaring) if name in options.model_fields]
+        title = f"{declaring.__name__.removesuffix('Options').lower()} options"
+        if names:
+            sections["options of the command" if declaring is options else title] = {
+                name: options.model_fields[name] for name in names
+            }
+    return sections
+
+
+def _add_flag(
+    section: argparse._ArgumentGroup, name: str, field: FieldInfo, flags: Sequence[str], bare: str | None
+) -> None:
+    text = _help(field)
+    if field.annotation is bool:
+        _add_switch(section, name, flags, text)
+        return
+    leaves = leaf_types(field.annotation)
+    nargs: str | None = None
+    if dict in leaves or field.default == ():
+        nargs = "*"
+    elif tuple in leaves:
+        nargs = "+"
+    elif bare is not None:
+        nargs = "?"
+    section.add_argument(
+        *flags,
+        dest=name,
+        nargs=nargs,
+        const=bare,
+        metavar=_placeholder(leaves),
+        default=argparse.SUPPRESS,
+        help=text,
+    )
+    if bool in leaves:
+        section.add_argument(
+            *_opposites(flags),
+            dest=name,
+            action="store_const",
+            const=False,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+
+def _add_switch(section: argparse._ArgumentGroup, name: str, flags: Sequence[str], text: str) -> None:
+    for spellings, value, words in ((flags, True, text), (_opposites(flags), False, argparse.SUPPRESS)):
+        section.add_argument(
+            *spellings, dest=name, action="store_const", const=value, default=argparse.SUPPRESS, help=words
+        )
+
+
+def _opposites(flags: Sequence[str]) -> list[str]:
+    # timm's --no-aug is the field no_aug, so its opposite is --aug.
+    return ["--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags]
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if "default" not in text and not field.is_required():
+        text += f" (default: {_words(field.get_default(call_default_factory=True))})"
+    return text.replace("%", "%%")
+
+
+def _words(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default is None or default == () or default == {}:
+        return "none"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _placeholder(leaves: Collection[Any]) -> str:
+    names = [leaf for leaf in leaves if isinstance(leaf, str)]
+    if names and str not in leaves and int not in leaves:
+        return "{" + ",".join(names) + "}"
+    for kind, placeholder in ((dict, "NAME=VALUE"), (Path, "PATH"), (str, "NAME"), (float, "X")):
+        if kind in leaves:
+            return placeholder
+    return "N"
+
+
+def _typed(name: str, field: FieldInfo, raw: Any) -> Any:
+    leaves = leaf_types(field.annotation)
+    if isinstance(raw, bool):
+        return raw
+    if dict in leaves:
+        return dict(_pair(flag_of(name), text) for text in raw)
+    if isinstance(raw, str):
+        return _scalar(leaves, raw)
+    values = [_scalar(leaves, text) for text in raw]
+    one = element_types(field.annotation)
+    # `--k 32` is the one length of all layers and `--img-size none` no size at all, not lists of one.
+    is_alone = len(values) == 1 and (bool(one - {tuple, NoneType}) or (values == ["none"] and NoneType in one))
+    return values[0] if is_alone else values
+
+
+def _scalar(leaves: Collection[Any], text: str) -> Any:
+    if text in leaves or str in leaves or Path in leaves or text == "none":
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _pair(flag: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"{flag} takes NAME=VALUE pairs, not {text!r}")
+    # timm reads Python's True, None and (1, 2) here; YAML adds true, null and [1, 2].
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return name, parse_yaml(value)
+    except yaml.YAMLError:
+        return name, value

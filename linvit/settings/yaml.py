@@ -1,0 +1,70 @@
+"""Settings in YAML files: read strictly, with numbers as people write them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linvit.output.files import write_text
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "dictionary"
+                raise yaml.constructor.ConstructorError(None, None, f"a {kind} cannot be a name", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-3 without a dot is a string; so is -.5.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]\.\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that `text` stands for; raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:
+        # Such as a 13th month, of which PyYAML says so in Python's words.
+        raise yaml.YAMLError(str(error)) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises ValueError, naming the file, where it cannot be read or holds anything but `name: value` lines.
+    """
+    try:
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not a text file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise ValueError(f"{path}:{line} not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f"{path}: holds something else than lines of `name: value`")
+    return settings
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write `settings` in their order; raises OSError where that fails, and leaves the old file."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

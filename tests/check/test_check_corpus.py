@@ -1,0 +1,94 @@
+"""Every fault is found where it is, nothing else is, and training does with it what the table says."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checks import checked, places
+from corpus import FAULTY, build_clean, build_corpus, build_fault
+from PIL import Image
+
+from linvit.check.faults import FAULTS
+from linvit.data.decode import UnreadableImage, read_image
+from linvit.data.sources.folder import ImageFolder, open_folder
+from linvit.data.sources.loose import find_images
+
+
+def test_a_clean_folder_has_no_finding(tmp_path: Path) -> None:
+    report = checked(build_clean(tmp_path / "data"), tmp_path)
+    assert (report["findings"], report["status"], report["training"]) == ({}, 0, "would start")
+
+
+@pytest.mark.parametrize("code", FAULTY)
+def test_a_fault_is_found_and_nothing_else(code: str, tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    expected = build_fault(data, code)
+    report = checked(data, tmp_path)
+    assert places(report) == {code: sorted(expected)}
+    assert report["status"] == (1 if FAULTS[code].severity == "fault" else 0)
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    expected = build_corpus(tmp_path / "data")
+    found = places(checked(tmp_path / "data", tmp_path))
+    for code, paths in expected.items():
+        assert set(paths) <= set(found[code]), code
+
+
+def opened(data: Path) -> tuple[ImageFolder, ImageFolder]:
+    """Both splits as training opens them, and evaluation with the classes of a run."""
+    train = open_folder(data, split="train")
+    return train, open_folder(data, split="val", class_names=train.class_names)
+
+
+@pytest.mark.parametrize("code", FAULTY)
+def test_training_evaluation_and_prediction_do_what_the_table_says(code: str, tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    found = {data / path for path in build_fault(data, code)}
+    effect = FAULTS[code].effect
+    if effect == "refused":
+        with pytest.raises((ValueError, OSError)):
+            opened(data)
+        return
+    splits = [*opened(data), find_images([str(data)])]
+    listed = [{path.absolute() for path in images.paths} for images in splits]
+    if effect == "passed over":
+        assert not found & (listed[0] | listed[1])
+        assert found <= listed[2] if code == "loose_image" else not found & listed[2]
+    elif effect == "unread":
+        assert found <= (listed[0] | listed[1]) & listed[2]
+        for images in splits:
+            for index, path in enumerate(images.paths):
+                if path.absolute() in found:
+                    with pytest.raises(UnreadableImage, match=re.escape(str(path))):
+                        images.read(index)
+    else:
+        # Findings about files; others are about folders.
+        files = {path for path in found if path.is_file()}
+        assert files <= (listed[0] | listed[1]) & listed[2]
+        for path in files if code != "decompression_bomb" else ():
+            assert read_image(path).shape[2] == 3
+
+
+def test_what_training_says_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = build_clean(tmp_path / "data")
+    build_fault(data, "empty_class")
+    report = checked(data, tmp_path)
+    with pytest.raises(ValueError) as caught:
+        open_folder(data, split="train")
+    assert report["training"] == str(caught.value)
+    assert f"training refuses: {caught.value}" in capsys.readouterr().out
+
+
+def test_conversions_are_those_that_notes_tell(tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    assert all(read_image(data / path).shape == (64, 48, 3) for path in build_fault(data, "exif_rotated"))
+    for path in build_fault(data, "animated"):
+        first = np.asarray(Image.open(data / path).convert("RGB")).astype(int)
+        assert np.abs(read_image(data / path) - first).mean() < 3
+
+
+def test_every_kind_of_fault_can_be_built() -> None:
+    # A folder that cannot be listed is tested with rights taken away; the rest is in the corpus.
+    assert {*FAULTY, "unreadable_folder"} == FAULTS.keys()

@@ -1,0 +1,87 @@
+"""Models take turns, clocks are read around steps alone, and failures are told apart."""
+
+import pytest
+import torch
+
+from linvit.measure.timing import Runner, interleave, is_out_of_memory, make_step
+
+
+class FakeClock:
+    """Stands still but for the steps, each of which takes as many seconds as it says."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.order = []
+
+    def runner(self, name, *seconds, error=None):
+        taken = iter(seconds)
+
+        def step():
+            self.order.append(name)
+            spent = next(taken, None)
+            if spent is None:
+                raise error
+            self.now += spent
+            return torch.zeros(1)
+
+        return Runner(name, step)
+
+    def run(self, *runners, rounds, warmup=0):
+        reports = []
+        interleave(runners, rounds=rounds, warmup=warmup, clock=lambda: self.now, report=reports.append)
+        return reports
+
+
+def test_every_round_times_every_model_once_in_turn():
+    clock = FakeClock()
+    a, b = clock.runner("a", 9.0, 1.0, 2.0), clock.runner("b", 8.0, 3.0, 5.0)
+    assert clock.run(a, b, rounds=2, warmup=1) == [0, 1]
+    assert clock.order == ["a", "b"] * 3
+    assert (a.seconds, b.seconds) == ([1.0, 2.0], [3.0, 5.0])
+
+
+def test_without_warmup_the_first_step_counts():
+    clock = FakeClock()
+    a = clock.runner("a", 9.0)
+    clock.run(a, rounds=1)
+    assert a.seconds == [9.0]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("x: can't allocate memory: y"), MemoryError()]
+)
+def test_who_runs_out_of_memory_leaves_and_the_others_go_on(error):
+    clock = FakeClock()
+    a, b = clock.runner("a", 1.0, error=error), clock.runner("b", 2.0, 3.0, 4.0)
+    clock.run(a, b, rounds=3)
+    assert a.is_out_of_memory
+    assert clock.order == ["a", "b", "a", "b", "b"]
+    assert (a.seconds, b.seconds) == ([1.0], [2.0, 3.0, 4.0])
+
+
+def test_other_failures_name_the_model():
+    clock = FakeClock()
+    with pytest.raises(ValueError, match=r"^ours fails: shapes do not fit$"):
+        clock.run(clock.runner("ours", error=RuntimeError("shapes do not fit\nand more")), rounds=1)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_outputs_that_are_not_finite_are_not_timed():
+    runner = Runner("ours", lambda: torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="ours gives outputs that are not finite"):
+        interleave([runner], rounds=1, warmup=1, clock=float, report=lambda index: None)
+    assert runner.seconds == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_runs_its_mode_and_leaves_no_gradients(dtype):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    images = torch.randn(2, 3, 2, 2)
+    logits = make_step(model, images, mode="forward", dtype=dtype)()
+    assert (logits.dtype, logits.requires_grad, model.training) == (dtype, False, False)
+    gradients = []
+    model[1].weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()))
+    logits = make_step(model, images, mode="train", dtype=dtype)()
+    assert (logits.dtype, logits.requires_grad, model.training) == (dtype, False, True)
+    torch.testing.assert_close(gradients[0], images.flatten(1).sum(0).expand(5, -1), rtol=0.02, atol=0.02)
+    assert model[1].weight.grad is None
