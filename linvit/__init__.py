@@ -3,13 +3,13 @@
 Importing this package registers its models: `timm.create_model("linvit_small_patch16_512", num_classes=10)`.
 """
 
+import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+from linvit.version import __version__
 
-# Where each public name lives; `__getattr__` imports it on first use.
+# The module of each public name; `__getattr__` imports it on first use.
 _PUBLIC = {
     "LinformerAttention": "linvit.model.attention",
     "LinformerViT": "linvit.model.vit",
@@ -35,18 +35,12 @@ __all__ = [
 ]
 
 
-def _is_light_command() -> bool:
-    """The `linvit` script imports what its command needs, and `--help` must not wait for torch."""
-    return Path(sys.argv[0]).name == "linvit" or not {"-h", "--help"}.isdisjoint(sys.argv[1:])
-
-
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'linvit' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
-if not _is_light_command():
-    from linvit import models  # noqa: F401
+# Our own commands register the models when they need them, since `--help` must not wait for torch.
+if "linvit_command" not in sys.modules:
+    from linvit.model import registry  # noqa: F401

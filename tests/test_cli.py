@@ -1,30 +1,26 @@
 """The `linvit` command and train_imagenet.py: help at once, errors of one sentence, exit statuses."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import linvit
-from linvit import cli, commandline
+from linvit import cli
+from linvit.settings import flags
 
 REPOSITORY = Path(__file__).parent.parent
-COMMANDS = [
-    ["-m", "linvit"],
-    ["-m", "linvit", "train"],
-    ["-m", "linvit", "eval"],
-    ["-m", "linvit", "predict"],
-    ["-m", "linvit", "data"],
-    ["-m", "linvit", "check"],
-    ["-m", "linvit", "models"],
-    ["-m", "linvit", "bench"],
-    ["-m", "linvit", "spectrum"],
-    ["-m", "linvit", "convert"],
-    [str(REPOSITORY / "train_imagenet.py")],
-]
+CONSOLE_SCRIPT = ["-c", "import sys, linvit_command; sys.argv[0] = 'linvit'; sys.exit(linvit_command.main())"]
+COMMANDS = {
+    "linvit": CONSOLE_SCRIPT,
+    **{f"linvit {name}": [*CONSOLE_SCRIPT, name] for name in cli.MODULES},
+    "train_imagenet.py": [str(REPOSITORY / "train_imagenet.py")],
+}
 
 
 def run_python(*arguments, **options):
@@ -36,7 +32,7 @@ def seconds_of_children():
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-2:]).replace(str(REPOSITORY), ""))
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_help_answers_in_half_a_second(command):
     # In processor time, which a busy machine hardly changes.
     seconds = []
@@ -53,6 +49,7 @@ def test_help_answers_in_half_a_second(command):
 @pytest.mark.parametrize(
     ("argv", "status", "words"),
     [
+        (["--help"], 0, ""),
         (["train", "--help"], 0, ""),
         (["eval", "--help"], 0, ""),
         (["check", "--help"], 0, ""),
@@ -60,12 +57,12 @@ def test_help_answers_in_half_a_second(command):
         (["train", "DATA", "--modle", "x"], 2, "error: unknown option '--modle'; did you mean '--model'?\n"),
     ],
 )
-def test_the_script_answers_without_loading_torch(argv, status, words):
+def test_the_console_script_answers_without_loading_torch(argv, status, words):
     program = f"""
 import atexit, sys
 sys.argv = ["linvit", *{argv}]
 atexit.register(lambda: print([name for name in ("torch", "timm", "cv2", "albumentations") if name in sys.modules]))
-from linvit.cli import main
+from linvit_command import main
 sys.exit(main())
 """
     done = run_python("-c", program)
@@ -73,27 +70,34 @@ sys.exit(main())
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_every_command_is_listed_and_works(capsys):
+@pytest.mark.parametrize("argv", [["linvit"], ["linvit", "train", "--help"], ["mine.py", "-h"]], ids=" ".join)
+def test_importing_the_package_always_registers_the_models(argv):
+    program = f"import sys; sys.argv = {argv}; import linvit, timm; print(timm.is_model('linvit_small_patch16_512'))"
+    assert run_python("-c", program).stdout == "True\n"
+
+
+def test_a_run_of_train_imagenet_registers_the_models_for_those_who_import_it():
+    program = "import train_imagenet, timm; print(timm.is_model('linvit_small_patch16_512'))"
+    assert run_python("-c", program).stdout == "True\n"
+
+
+def test_help_lists_every_command_in_its_group(capsys):
     assert cli.main(["--help"]) == 0
-    listing = capsys.readouterr().out
-    assert [line.split()[0] for line in listing.split("commands:\n")[1].split("\n\n")[0].splitlines()] == [
-        "train",
-        "eval",
-        "predict",
-        "average",
-        "lr-find",
-        "data",
-        "check",
-        "models",
-        "bench",
-        "spectrum",
-        "convert",
-    ]
-    for name in cli.COMMANDS:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([name, "--help"])
-        assert stop.value.code == 0
-        assert f"usage: linvit {name} " in capsys.readouterr().out
+    sections = [section.splitlines() for section in capsys.readouterr().out.split("\n\n")]
+    listed = {lines[0]: [line.split()[0] for line in lines[1:]] for lines in sections if lines[0].endswith(":")}
+    assert listed == {f"{heading}:": list(group) for heading, group in cli.COMMANDS.items()}
+    columns = {
+        line.index(cli.load(line.split()[0]).SUMMARY) for lines in sections for line in lines if line[:2] == "  "
+    }
+    assert len(columns) == 1
+
+
+@pytest.mark.parametrize("name", cli.MODULES)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: linvit {name} " in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -106,8 +110,8 @@ def test_version(capsys):
     [
         (
             [],
-            "give a command: train, eval, predict, average, lr-find, data, check, models, bench, spectrum, convert "
-            "(linvit --help says more)",
+            "name a command: train, lr-find, average, check, data, eval, predict, models, convert, bench, spectrum "
+            "(linvit --help describes them)",
         ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
@@ -143,21 +147,21 @@ def fail(error):
     [
         (ValueError("broken"), 1, "error: broken\n"),
         (OSError("no space"), 1, "error: no space\n"),
-        (commandline.UsageError("wrong"), 2, "error: wrong\n"),
+        (flags.UsageError("wrong"), 2, "error: wrong\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_failures_become_exit_statuses(error, status, words, capsys):
-    assert commandline.run(lambda: fail(error)) == status
+    assert flags.run(lambda: fail(error)) == status
     assert capsys.readouterr().err == words
 
 
 def test_defects_and_debugging_keep_their_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
-        commandline.run(lambda: 1 // 0)
+        flags.run(lambda: 1 // 0)
     monkeypatch.setenv("LINVIT_DEBUG", "1")
     with pytest.raises(ValueError, match="broken"):
-        commandline.run(lambda: fail(ValueError("broken")))
+        flags.run(lambda: fail(ValueError("broken")))
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
@@ -182,10 +186,25 @@ def test_eval_hands_its_options_over(monkeypatch):
     assert (options.batch_size, options.workers, options.amp, options.json_file) == (8, 0, True, Path("out.json"))
 
 
+def test_train_runs_the_loop_beside_the_package_and_no_file_of_its_name_in_the_current_folder(tmp_path):
+    (tmp_path / "train_imagenet.py").write_text("print('not ours')")
+    done = subprocess.run(
+        [sys.executable, "-m", "linvit", "train", str(tmp_path / "nothing")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.stdout == ""
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "nothing") in done.stderr
+
+
 def test_train_is_train_imagenet(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY)
     seen = []
-    monkeypatch.setattr("train_imagenet.train", lambda config: seen.append(config) or 3)
+    loop = SimpleNamespace(train=lambda config: seen.append(config) or 3)
+    monkeypatch.setattr("linvit.training.command.load_loop", lambda: loop)
     assert cli.main(["train", "DATA", "--lr", "0.5"]) == 3
     assert (seen[0].data_dir, seen[0].lr) == (Path("DATA"), 0.5)
 

@@ -8,10 +8,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up: a wing imports from itself and from the wings before it.
-WINGS = """
-    version reference output settings device distributed model data measure runs check bench evaluation training
-    train_imagenet prediction spectrum conversion cli __main__ linvit
-""".split()
+WINGS = [
+    "version",
+    "reference",
+    "output",
+    "settings",
+    "device",
+    "distributed",
+    "model",
+    "data",
+    "measure",
+    "runs",
+    "check",
+    "bench",
+    "evaluation",
+    "training",
+    "train_imagenet",
+    "prediction",
+    "spectrum",
+    "conversion",
+    "cli",
+    "__main__",
+    "linvit",
+]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*ROOT.glob("linvit/**/*.py"), ROOT / "train_imagenet.py"]

@@ -13,10 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.evaluation.options import ImageSize
-
-Mode = Literal["forward", "train"]
-DType = Literal["float32", "bfloat16", "float16"]
+from linvit.settings.fields import DType, ImageSize, Mode
 
 # What a preset decides by itself.
 _SELECTION = ("models", "img_size", "modes", "batch_size", "dtype", "compile", "rounds", "baseline", "memory")

@@ -132,7 +132,7 @@ STYLES = {"forward": "-", "train": "--"}
 DIGEST_KEY = "Results-SHA256"
 PAPER_LABEL = "Linformer's paper, Table 3, k=256: its gain over unfused attention, taken off the baseline here"
 
-Row = dict[str, Any]
+PlotRow = dict[str, Any]
 
 
 def save_plot(results: dict[str, Any], path: Path, *, digest: str) -> None:
@@ -144,7 +144,7 @@ def save_plot(results: dict[str, Any], path: Path, *, digest: str) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, metadata={DIGEST_KEY: digest}))
 
 
-def draw(rows: Sequence[Row]) -> Figure:
+def draw(rows: Sequence[PlotRow]) -> Figure:
     """Two panels, log-log: seconds of a step, and bytes that a training step adds; a line a model.
 
     Where the batch is not the same at all sizes, both are those of an image.
@@ -179,18 +179,18 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _of_an_image(row: Row) -> Row:
+def _of_an_image(row: PlotRow) -> PlotRow:
     return row | {name: row[name] and row[name] / row["batch_size"] for name in ("seconds", "step_bytes")}
 
 
-def _lines(axes: Axes, rows: Sequence[Row], models: Sequence[str], name: str, unit: float, style: str) -> None:
+def _lines(axes: Axes, rows: Sequence[PlotRow], models: Sequence[str], name: str, unit: float, style: str) -> None:
     for index, model in enumerate(models):
         points = sorted((row["patches"], row[name] / unit) for row in rows if row["model"] == model and row[name])
         if points:
             axes.plot(*zip(*points), style, label=model, markersize=5, linewidth=1.5, **_look(index))
 
 
-def _paper(axes: Axes, rows: Sequence[Row], name: str, unit: float, gain: Callable[[Gain], float]) -> None:
+def _paper(axes: Axes, rows: Sequence[PlotRow], name: str, unit: float, gain: Callable[[Gain], float]) -> None:
     """What the baseline's numbers would be, divided by the paper's gain."""
     points = [
         (row["patches"], row[name] / unit / gain(PAPER_GAINS[row["patches"]]))

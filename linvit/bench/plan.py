@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.models import VisionTransformer
 
-from linvit.bench.options import Group, Mode
+from linvit.bench.options import Group
 from linvit.measure.flops import count_flops
 from linvit.measure.memory import StepMemory
 from linvit.model.attention import LinformerAttention
@@ -21,6 +21,7 @@ from linvit.model.build import ModelSpec, build, parse_spec
 from linvit.model.projections import Projection
 from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
+from linvit.settings.fields import Mode
 from linvit.settings.flags import UsageError
 
 FULL_ATTENTION = "full attention"

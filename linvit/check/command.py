@@ -1,24 +1,32 @@
-"""`linvit check`, from options to exit status."""
+"""`linvit check`."""
 
-import json
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from linvit.check.classes import check_classes, drawn_for_colours, training_split
-from linvit.check.duplicates import find_copies, find_near_copies, name_groups
-from linvit.check.listing import Listing, open_source
 from linvit.check.options import CheckOptions
-from linvit.check.page import render_page
-from linvit.check.report import build_report, show_report, try_training
-from linvit.check.run import Pool, ProgressBar, Reader, Source, read_all, usable_cores
-from linvit.output.files import write_text
-from linvit.output.terminal import page
-from linvit.settings.flags import check_files
+from linvit.settings.flags import check_files, parse_options
 
-# Columns of a table that goes to a file or a pipe.
+if TYPE_CHECKING:
+    from linvit.check.listing import Listing
+    from linvit.check.run import Source
+
+SUMMARY = "find what is wrong with a folder of images"
+# Columns of the table where stdout is a file or a pipe.
 PAGE_WIDTH = 120
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check, and return the exit status."""
+    options = parse_options(
+        CheckOptions,
+        argv,
+        prog="linvit check",
+        description="Find what is wrong with a folder of images, and say what training would do with it.",
+        positionals={"data_dir": "DATA"},
+        spellings={"json_file": ["--json"], "html_file": ["--html"], "workers": ["-j", "--workers"]},
+    )
+    return check_command(options)
 
 
 def check_command(options: CheckOptions) -> int:
@@ -26,19 +34,32 @@ def check_command(options: CheckOptions) -> int:
 
     Raises ValueError where there are no images.
     """
+    from linvit.check.listing import open_source
+    from linvit.check.page import render_page
+    from linvit.check.report import show_report
+    from linvit.output.files import write_json, write_text
+    from linvit.output.terminal import page
+
     check_files(("--json", options.json_file), ("--html", options.html_file))
     listing, source = open_source(options.data_dir)
     report = check(options, listing, source)
     show_report(page(PAGE_WIDTH), report)
     if options.json_file is not None:
-        write_text(options.json_file, json.dumps(report, indent=2) + "\n")
+        write_json(options.json_file, report)
     if options.html_file is not None:
         write_text(options.html_file, render_page(report, listing, source))
     return 1 if report["num_faults"] else 0
 
 
-def check(options: CheckOptions, listing: Listing, source: Source) -> dict[str, Any]:
+def check(options: CheckOptions, listing: "Listing", source: "Source") -> dict[str, Any]:
     """The report on a listing; see `build_report`."""
+    import numpy as np
+
+    from linvit.check.classes import check_classes, drawn_for_colours, training_split
+    from linvit.check.duplicates import find_copies, find_near_copies, name_groups
+    from linvit.check.report import build_report, try_training
+    from linvit.check.run import Pool, ProgressBar, Reader, read_all, usable_cores
+
     workers = usable_cores() if options.workers is None else options.workers
     paths = [image.path for image in listing.images]
     started = time.perf_counter()

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import linvit
 from linvit.check.classes import describe_sizes, mean_and_std, training_split
 from linvit.check.duplicates import NearCopies
 from linvit.check.faults import FAULTS, Finding
 from linvit.check.listing import Listing
 from linvit.check.run import Measurements
 from linvit.data.sources.open import open_images
+from linvit.output.terminal import printable
+from linvit.version import __version__
 
 
 def try_training(data: str | os.PathLike[str]) -> str:
@@ -81,7 +82,7 @@ def build_report(
         "seconds": round(seconds, 3),
         "images_per_second": round(num_images / seconds, 1),
         "workers": workers,
-        "versions": {"linvit": linvit.__version__, "python": platform.python_version()},
+        "versions": {"linvit": __version__, "python": platform.python_version()},
     }
 
 
@@ -161,12 +162,6 @@ def describe_images(report: dict[str, Any]) -> list[str]:
         mean, std = (" ".join(f"{value:g}" for value in colours[name]) for name in ("mean", "std"))
         lines.append(f"colours of {printable(colours['split']) or 'the images'}: --mean {mean} --std {std}")
     return lines
-
-
-def printable(text: str) -> str:
-    """A path as it can be printed: names need not be UTF-8, nor lack line breaks."""
-    decoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(character if character.isprintable() else "�" for character in decoded)
 
 
 def _table(findings: dict[str, Any]) -> Table:

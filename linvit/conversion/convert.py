@@ -12,8 +12,8 @@ from timm.models import VisionTransformer
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from linvit import models
 from linvit.conversion.compatibility import read_layout
+from linvit.model import registry
 from linvit.model.attention import LinformerAttention
 from linvit.model.vit import LinformerViT, ProjectedLength, Share, plain_lengths
 from linvit.runs.weights import compact
@@ -107,11 +107,11 @@ def nearest_name(layout: dict[str, Any]) -> str:
     def distance(name: str) -> list[float]:
         _, variant, sizes = name.split("_", 2)
         patch, image = (int(part) for part in sizes.removeprefix("patch").split("_"))
-        width = getattr(models, variant.upper())["embed_dim"]
+        width = getattr(registry, variant.upper())["embed_dim"]
         pairs = ((patch, side(layout["patch_size"])), (width, layout["embed_dim"]), (image, side(layout["img_size"])))
         return [abs(math.log(own / wanted)) for own, wanted in pairs]
 
-    return min((name.partition(".")[0] for name in models.default_cfgs), key=distance)
+    return min((name.partition(".")[0] for name in registry.default_cfgs), key=distance)
 
 
 def without_counterpart(model: VisionTransformer, converted: LinformerViT) -> set[str]:

@@ -7,8 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from linvit.evaluation.options import ImageSize, height_and_width
-from linvit.training.options import LayerLengths, Length
+from linvit.settings.fields import ImageSize, LayerLengths, Length, height_and_width
 
 
 class ConvertOptions(BaseModel):

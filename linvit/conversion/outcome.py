@@ -14,7 +14,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import linvit
 from linvit.conversion.convert import projected_lengths
 from linvit.conversion.distil import Fidelity
 from linvit.conversion.fit import LayerFit
@@ -23,6 +22,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.model.vit import LinformerViT
 from linvit.output.files import write_text
 from linvit.runs.folder import Classifier, save_classifier
+from linvit.version import __version__
 
 EMPTY = "–"
 
@@ -158,7 +158,7 @@ class Outcome:
             class_names=self.original.class_names or [],
             spec=self.spec,
             about={
-                "version": linvit.__version__,
+                "version": __version__,
                 "converted_from": self.original.model.pretrained_cfg["architecture"],
                 "weights": self.original.weights,
             },

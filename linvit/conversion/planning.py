@@ -21,7 +21,7 @@ from linvit.conversion.streams import Streams, attended, fed_forward, relative_e
 from linvit.measure.flops import count_flops
 from linvit.model.projections import GridSize, Projection
 from linvit.model.vit import LinformerViT, Share
-from linvit.spectrum import knapsack
+from linvit.spectrum import plan as knapsack
 from linvit.spectrum.plan import lengths_to_try
 
 # Lengths nearer to each other cost and lose about the same.

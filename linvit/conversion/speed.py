@@ -10,10 +10,10 @@ import torch
 from timm.models import VisionTransformer, get_model_args
 from torch import Tensor
 
-from linvit.bench.options import DType
 from linvit.measure.memory import OutOfMemory, can_read_peaks, cuda_step_memory, step_memory_of_own_process
 from linvit.measure.timing import Runner, interleave, make_step
 from linvit.model.vit import LinformerViT
+from linvit.settings.fields import DType
 
 WARMUP = 1
 

@@ -6,17 +6,19 @@ classes: mono- or polycrystalline, functional or defective.
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linvit.output.files import write_text
+from linvit.output.files import write_json
+from linvit.settings.flags import parse_options
+
+SUMMARY = "build an image set as folders, from an installed package"
 
 README = "README.txt"
 ELPV_NOTE = """\
@@ -60,6 +62,20 @@ class ImageSet:
         return {name: {split: found[split, name] for split in ("train", "val")} for name in classes}
 
 
+def main(argv: Sequence[str]) -> int:
+    """Build the set, and return the exit status."""
+    return build_set(
+        parse_options(
+            SetOptions,
+            argv,
+            prog="linvit data",
+            description="Build an image set as folders SPLIT/CLASS/IMAGE, from an installed package.",
+            positionals={"name": "SET", "folder": "DIR"},
+            spellings={"json_file": ["--json"]},
+        )
+    )
+
+
 def build_set(options: SetOptions) -> int:
     """Build the set, or find it there already, and print what it holds."""
     images = _SETS[options.name]()
@@ -74,7 +90,7 @@ def build_set(options: SetOptions) -> int:
             "num_copies_dropped": images.num_copies,
             "num_contradictions_dropped": images.num_contradictions,
         }
-        write_text(options.json_file, json.dumps(report, indent=2) + "\n")
+        write_json(options.json_file, report)
     return 0
 
 

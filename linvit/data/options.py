@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from linvit.data.augment.policy import parse_policy
+from linvit.settings.fields import Probability
 
 
 def _as_tuple(value: Any) -> Any:
@@ -18,7 +19,6 @@ def _as_tuple(value: Any) -> Any:
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 CropMode = Literal["center", "squash", "border"]
 CropShare = Annotated[float, Field(gt=0.0, le=2.0)]

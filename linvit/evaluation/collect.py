@@ -5,6 +5,7 @@ Images seen several ways, test-time augmentation: mirrored, at other sizes, the 
 Running a model over all images, and what is kept of each.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from linvit.data.sources.base import ImageSet
 from linvit.distributed import largest_over_ranks, sum_over_ranks
 from linvit.evaluation.classes import ClassMatch
 from linvit.evaluation.inference import BatchForward, ShardedForward
-from linvit.evaluation.metrics import ImageRecords, ImageResults
+from linvit.evaluation.metrics import ImageRecords, ImageResults, Metrics
+from linvit.output.terminal import note
 
 
 class RelabelledImages(ImageSet):
@@ -172,3 +174,21 @@ def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for model, was_training in zip(models, were_training):
             model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module, loader: Loader, *, device: torch.device, amp_dtype: torch.dtype | None = None
+) -> Metrics:
+    """Metrics of a model over all images of a loader, and of the loaders of all other processes.
+
+    Args:
+        model: left in the mode that it was in; a copy is evaluated where it lies on another device.
+        loader: from `create_eval_loader`, its images on `device`.
+        amp_dtype: precision of automatic mixed precision; None is off.
+
+    A batch that does not fit in memory is halved, which is said on stderr; with sharded weights it raises ValueError.
+    """
+    if next(model.parameters()).device != device:
+        model = copy.deepcopy(model).to(device)
+    found = collect([model], [loader], device=device, amp_dtype=amp_dtype, say=note)
+    return found.results.metrics(loader.class_names)

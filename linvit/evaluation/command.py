@@ -1,50 +1,51 @@
-"""Evaluation on a set of images: during training and by `linvit eval`, one and the same."""
+"""`linvit eval`."""
 
-import copy
-import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from linvit.evaluation.options import EvalOptions
+from linvit.settings.fields import height_and_width
+from linvit.settings.flags import check_files, parse_options
 
-from linvit.data.loader import Loader
-from linvit.distributed import joined_ranks, recorded
-from linvit.evaluation.collect import collect
-from linvit.evaluation.confusion import confusion, write_confusion
-from linvit.evaluation.metrics import Metrics
-from linvit.evaluation.options import EvalOptions, height_and_width
-from linvit.evaluation.report import add_comparisons, report
-from linvit.evaluation.run import Evaluated, Size, evaluate_source, say_on_stderr
-from linvit.evaluation.show import show, write_images, write_markdown, write_sweep
-from linvit.output.files import write_text
-from linvit.settings.flags import check_files
+if TYPE_CHECKING:
+    from linvit.evaluation.run import Evaluated
+
+SUMMARY = "evaluate a run, a checkpoint or a timm model"
 
 
-def evaluate(
-    model: nn.Module, loader: Loader, *, device: torch.device, amp_dtype: torch.dtype | None = None
-) -> Metrics:
-    """Metrics of a model over all images of a loader, and of the loaders of all other processes.
+def main(argv: Sequence[str]) -> int:
+    """Evaluate, and return the exit status."""
+    options = parse_options(
+        EvalOptions,
+        argv,
+        prog="linvit eval",
+        description="Evaluate runs, checkpoints or timm models on images, and compare them.",
+        positionals={"source": "SOURCE", "data_dir": "DATA"},
+        spellings={
+            "json_file": ["--json"],
+            "csv_file": ["--csv"],
+            "markdown_file": ["--markdown"],
+            "plot_file": ["--plot"],
+            "batch_size": ["-b", "--batch-size"],
+            "workers": ["-j", "--workers"],
+            "model": ["-m", "--model"],
+        },
+    )
+    from linvit.distributed import recorded
 
-    Args:
-        model: left in the mode that it was in; a copy is evaluated where it lies on another device.
-        loader: from `create_eval_loader`, its images on `device`.
-        amp_dtype: precision of automatic mixed precision; None is off.
-
-    A batch that does not fit in memory is halved, which is said on stderr; with sharded weights it raises ValueError.
-    """
-    if next(model.parameters()).device != device:
-        model = copy.deepcopy(model).to(device)
-    found = collect([model], [loader], device=device, amp_dtype=amp_dtype, say=say_on_stderr)
-    return found.results.metrics(loader.class_names)
+    return recorded(evaluate_command)(options)
 
 
-@recorded
 def evaluate_command(options: EvalOptions) -> int:
     """`linvit eval`: evaluate each source at each size, show tables and write files; returns the exit status.
 
     Raises ValueError where sources, data or options do not fit together.
     """
+    from linvit.distributed import joined_ranks
+    from linvit.evaluation.run import evaluate_source
+
     check_files(*options.files)
-    sizes: list[Size | None] = [height_and_width(size) for size in options.img_size]
+    sizes: list[tuple[int, int] | None] = [height_and_width(size) for size in options.img_size]
     with joined_ranks(options.device) as ranks:
         evaluated = [
             evaluate_source(source, size, options, ranks)
@@ -52,17 +53,22 @@ def evaluate_command(options: EvalOptions) -> int:
             for size in sizes or [None]
         ]
         if ranks.is_primary:
-            _tell(evaluated, options)
+            _report(evaluated, options)
     return 0
 
 
-def _tell(evaluated: list[Evaluated], options: EvalOptions) -> None:
+def _report(evaluated: list["Evaluated"], options: EvalOptions) -> None:
+    from linvit.evaluation.confusion import confusion, write_confusion
+    from linvit.evaluation.report import add_comparisons, report
+    from linvit.evaluation.show import show, write_images, write_markdown, write_sweep
+    from linvit.output.files import write_json
+
     reports = [report(each, options) for each in evaluated]
     add_comparisons(reports, evaluated, options)
     show(reports)
     if options.json_file is not None:
         # One result gives an object, several a list of them.
-        write_text(options.json_file, json.dumps(reports if len(reports) > 1 else reports[0], indent=2) + "\n")
+        write_json(options.json_file, reports if len(reports) > 1 else reports[0])
     if options.csv_file is not None:
         write_images(evaluated, options.csv_file)
     if options.markdown_file is not None:

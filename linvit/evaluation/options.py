@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
-
-
-def parse_size(value: Any) -> Any:
-    """Read a size as 384, "384", "768x512" (height x width) or (768, 512)."""
-    if not isinstance(value, str):
-        return value
-    parts = value.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"image size {value!r} is neither a number nor HEIGHTxWIDTH, such as 384 or 768x512")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A size in pixels as (height, width), where one number is a square."""
-    return (size, size) if isinstance(size, int) else size
-
-
-Side = Annotated[int, Field(gt=0)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
+from linvit.settings.fields import ImageSize, PositiveNumber
 
 
 class EvalOptions(BaseModel):

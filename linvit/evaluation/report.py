@@ -8,13 +8,13 @@ import numpy as np
 import timm
 import torch
 
-import linvit
 from linvit.evaluation.confusion import most_confused
 from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.run import Evaluated
 from linvit.evaluation.scores import real_accuracy, scorer
 from linvit.evaluation.uncertainty import LEVEL, bootstrap, compare
+from linvit.version import __version__
 
 NUM_CONFUSED, NUM_WORST = 20, 20
 
@@ -48,7 +48,7 @@ def report(evaluated: Evaluated, options: EvalOptions) -> Report:
         "device": evaluated.device,
         "bootstrap": {"resamples": options.bootstrap, "level": LEVEL, "seed": options.seed},
         "versions": {
-            "linvit": linvit.__version__,
+            "linvit": __version__,
             "timm": timm.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),

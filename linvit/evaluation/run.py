@@ -1,6 +1,5 @@
 """One source at one size: loaded, its classes found in the data, run over all images."""
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from linvit.evaluation.inference import amp_precision, input_spec
 from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.scores import calibration, fit_temperature, halves, image_numbers
 from linvit.model.build import TimmModel
+from linvit.output.terminal import note
 from linvit.runs.folder import Classifier, load_classifier
 
 DEFAULT_BATCH_SIZE = 64
@@ -122,7 +122,7 @@ class _Run:
             amp_dtype=amp_precision(
                 self.classifier, self.options.model_dump(include={"amp", "amp_dtype"}, exclude_unset=True)
             ),
-            say=say_on_stderr,
+            say=note,
             flips=self.options.tta,
             present=self.match.present if self.match.is_subset else None,
             num_logits=len(self.match.class_names) if keeps_logits else None,
@@ -147,10 +147,6 @@ class _Run:
             pin_memory=self.ranks.device.type == "cuda",
             on_bad_image=self.options.on_bad_image,
         )
-
-
-def say_on_stderr(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
 
 
 def num_patches(model: nn.Module, size: Size) -> int | None:

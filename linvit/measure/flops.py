@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, no_grad
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvit.bench.options import Mode
+from linvit.settings.fields import Mode
 
 
 def count_flops(model: nn.Module, images: Tensor, *, mode: Mode) -> int:

@@ -17,10 +17,10 @@ from typing import NamedTuple, cast
 
 import torch
 
-from linvit.bench.options import DType, Mode
 from linvit.measure.timing import is_out_of_memory, make_step
 from linvit.model.build import build, parse_spec
 from linvit.output.files import reason
+from linvit.settings.fields import DType, Mode
 from linvit.settings.flags import run
 
 STATUS = Path("/proc/self/status")

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 
-import linvit
+from linvit.version import __version__
 
 
 def provenance(command: str, *, seed: int | Sequence[int], n: int | Sequence[int]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def provenance(command: str, *, seed: int | Sequence[int], n: int | Sequence[int
         "command": command,
         "commit": _commit(),
         "versions": {
-            "linvit": linvit.__version__,
+            "linvit": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from linvit.bench.options import Mode
 from linvit.device import autocast
 from linvit.output.files import reason
+from linvit.settings.fields import Mode
 
 Step = Callable[[], Tensor]
 

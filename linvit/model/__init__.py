@@ -1,1 +1,1 @@
-"""model."""
+"""LinformerViT: attention, projections, and the names registered with timm."""

@@ -39,6 +39,7 @@ from linvit.model.eager import (
 )
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.projections.pair import check_pair
+from linvit.model.scripted import ScriptableAttention
 from linvit.model.sdpa import split_attention
 from linvit.model.tokens import Patches, TokenLayout, read_patches
 
@@ -391,9 +392,7 @@ class LinformerAttention(Attention):
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        from linvit.model.scripted import ScriptableAttention
-
-        return ScriptableAttention(self)
+        return ScriptableAttention(self, self.projections(), self.num_prefix_tokens)
 
 
 class _Weights(NamedTuple):

@@ -1,14 +1,17 @@
 """The registered models as a table: `linvit models`."""
 
-import json
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linvit.output.files import write_text
+from linvit.output.files import write_json
 from linvit.settings.fields import unknown
+from linvit.settings.flags import parse_options
+
+SUMMARY = "list the registered models"
 
 
 class CatalogOptions(BaseModel):
@@ -32,6 +35,20 @@ class ModelEntry(NamedTuple):
     share: str
 
 
+def main(argv: Sequence[str]) -> int:
+    """List the models, and return the exit status."""
+    return print_catalog(
+        parse_options(
+            CatalogOptions,
+            argv,
+            prog="linvit models",
+            description="List the registered models.",
+            positionals={"pattern": "PATTERN"},
+            spellings={"json_file": ["--json"]},
+        )
+    )
+
+
 def print_catalog(options: CatalogOptions) -> int:
     """Print the models of a pattern; raises ValueError where there is none."""
     entries = list_entries(options.pattern)
@@ -42,7 +59,7 @@ def print_catalog(options: CatalogOptions) -> int:
             f"  {entry.projection:<10}  {entry.share}"
         )
     if options.json_file is not None:
-        write_text(options.json_file, json.dumps([entry._asdict() for entry in entries], indent=2) + "\n")
+        write_json(options.json_file, [entry._asdict() for entry in entries])
     return 0
 
 

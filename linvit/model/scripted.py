@@ -1,17 +1,15 @@
 """What TorchScript sees in place of `LinformerAttention`: the per-head order with E and F frozen to dense matrices."""
 
 import math
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.model.tokens import TokenLayout
-
-if TYPE_CHECKING:
-    from linvit.model.attention import LinformerAttention
 
 
 class ScriptableAttention(nn.Module):
@@ -24,16 +22,17 @@ class ScriptableAttention(nn.Module):
     value_matrix: Optional[Tensor]  # noqa: UP045
     bias: Optional[Tensor]  # noqa: UP045
 
-    def __init__(self, attention: "LinformerAttention") -> None:
+    def __init__(
+        self, attention: Attention, projections: tuple[Projection, Projection] | None, num_prefix_tokens: int
+    ) -> None:
         super().__init__()
         # torch.jit remembers modules by id while it scripts: none that it has seen may be freed.
         self._replaced = [attention]
         self.num_heads = attention.num_heads
         self.head_dim = attention.head_dim
-        self.num_prefix_tokens = attention.num_prefix_tokens
+        self.num_prefix_tokens = num_prefix_tokens
         self.qkv, self.proj = attention.qkv, attention.proj
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
-        projections = attention.projections()
         matrices: list[Tensor | None] = [None, None]
         bias = None
         if projections is not None:

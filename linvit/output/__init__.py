@@ -1,1 +1,1 @@
-"""output."""
+"""What commands write and show: files that are never half written, tables, plots."""

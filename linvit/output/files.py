@@ -5,11 +5,13 @@ What is not whole yet, or on its way out, has a hidden name until it is: `.NAME.
 
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _LEFTOVERS = (".*.part", ".*.gone")
 
@@ -37,6 +39,26 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_file` for text, in UTF-8."""
     write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """`write_file` for JSON; a number that is not finite becomes null, since JSON has no NaN."""
+    write_text(path, json_text(value, indent=indent))
+
+
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """`value` as strict JSON and a line break; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def replace_files(scratch: Path, folder: Path) -> None:

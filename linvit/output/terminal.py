@@ -1,21 +1,87 @@
-"""What commands show: tables on stdout, progress on stderr while that is a terminal."""
+"""What commands print: tables on stdout, progress on stderr, and numbers in one format."""
 
 import sys
+from collections.abc import Collection, Sequence
+from datetime import timedelta
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 # Columns of a table that goes to a file or a pipe.
 PAGE_WIDTH = 100
+# A cell without a value.
+EMPTY = "–"
 
 
 def page(width: int = PAGE_WIDTH) -> Console:
-    """Where tables are printed: as wide as the terminal, or `width`."""
-    return Console() if sys.stdout.isatty() else Console(width=width)
+    """The console that tables are printed on: as wide as the terminal, or `width` columns in a pipe."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(width=width, highlight=False)
+
+
+def table(columns: Sequence[str], *, text: Collection[str] = (), title: str | None = None) -> Table:
+    """A table with these column headings: numbers to the right, the columns in `text` to the left and wrapped."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in columns:
+        if heading in text:
+            made.add_column(heading, overflow="fold")
+        else:
+            made.add_column(heading, justify="right", no_wrap=True)
+    return made
+
+
+def note(text: str) -> None:
+    """Print a line on stderr at once, even into a pipe."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """A bar for each task, gone when it is done; on stderr unless told otherwise."""
+    """A bar for each task, removed when it is done; on stderr by default, and only on a terminal."""
     console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters, line breaks and bytes that are not UTF-8 become `�`."""
+    decoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "�" for character in decoded)
+
+
+def format_bytes(count: float | None) -> str:
+    """1.23 GiB, 45 MiB or 6 KiB; a dash for None."""
+    if count is None:
+        return EMPTY
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
+        if count >= size:
+            return f"{count / size:,.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(value: float | None) -> str:
+    """Three significant digits and an SI prefix, as 1.23 M; a dash for None."""
+    if value is None:
+        return EMPTY
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def format_size(size: tuple[int, int] | list[int] | int) -> str:
+    """An image size in pixels, height first: 384 for a square, else 768×512."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return str(height) if height == width else f"{height}×{width}"
+
+
+def format_lengths(k: int | Sequence[int] | None) -> str:
+    """A layer's projected length; the range where heads differ, a dash for ordinary attention."""
+    if k is None:
+        return EMPTY
+    return str(k) if isinstance(k, int) else f"{min(k)}…{max(k)}"

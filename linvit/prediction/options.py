@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
-from linvit.evaluation.options import ImageSize
 from linvit.prediction.tiling import create_tiling
+from linvit.settings.fields import ImageSize
 
 # What a file of predictions can be, by its extension.
 FORMATS = (".csv", ".jsonl", ".parquet")

@@ -17,10 +17,10 @@ from linvit.data.loader import create_eval_loader, normalize
 from linvit.data.sources.loose import Input, LooseImages, find_images
 from linvit.distributed import choose_device, usable_workers
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
-from linvit.evaluation.options import height_and_width
 from linvit.prediction.tiles import read_tiles
 from linvit.prediction.tiling import Box, create_tiling
 from linvit.runs.folder import Classifier, load_classifier
+from linvit.settings.fields import height_and_width
 
 # Pixels of a batch that is large enough to keep a device busy: 32 or 256 images of 224 px.
 BATCH_PIXELS = {"cpu": 32 * 224**2, "cuda": 256 * 224**2}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from linvit.evaluation.options import height_and_width
+from linvit.settings.fields import height_and_width
 
 
 class Box(NamedTuple):

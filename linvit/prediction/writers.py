@@ -130,7 +130,7 @@ class _Parquet:
         self.held: list[Row] = []
 
     def write(self, row: Row) -> None:
-        self.held.append({**row, "path": printable(row["path"])})
+        self.held.append({**row, "path": valid_utf8(row["path"])})
         if len(self.held) == _GROUP_SIZE:
             self._write_held()
 
@@ -151,7 +151,7 @@ _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {
 }
 
 
-def printable(path: str) -> str:
+def valid_utf8(path: str) -> str:
     """A path with its bytes that are no UTF-8 replaced."""
     return os.fsencode(path).decode(errors="replace")
 

@@ -1,1 +1,1 @@
-"""runs."""
+"""What a training run leaves on disk: its folder, checkpoints and weights."""

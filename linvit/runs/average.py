@@ -1,23 +1,22 @@
-"""Options of `linvit average`; imports nothing heavy, so that `--help` stays quick.
-
-The average of several weights of one model: `linvit average`.
-"""
+"""`linvit average`: the mean of several weights of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-import linvit
-from linvit.data.augment.build import resolve_input
-from linvit.data.options import InputOptions
-from linvit.runs.checkpoint import list_checkpoints
-from linvit.runs.folder import RunFolder, load_classifier, save_classifier
-from linvit.runs.weights import SavedWeights, compact, load_exactly, read_weights
+from linvit.settings.flags import parse_options
+from linvit.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linvit.runs.weights import SavedWeights
+
+SUMMARY = "average the weights of checkpoints or runs"
 
 
 class AverageOptions(BaseModel):
@@ -35,12 +34,30 @@ class AverageOptions(BaseModel):
     use_ema: bool = Field(False, description="average the moving averages of checkpoints that have one")
 
 
+def main(argv: Sequence[str]) -> int:
+    """Average, and return the exit status."""
+    options = parse_options(
+        AverageOptions,
+        argv,
+        prog="linvit average",
+        description="Average the weights of a run's checkpoints, or of several runs, into a folder that timm loads.",
+        positionals={"sources": "SOURCE"},
+        spellings={"output": ["-o", "--output"]},
+    )
+    return average_command(options)
+
+
 def average_command(options: AverageOptions) -> int:
     """`linvit average`: average, and write a folder that timm loads as `local-dir:`; returns the exit status.
 
     Raises ValueError where the sources are not weights of one model for one set of classes, OSError where the folder
     cannot be written.
     """
+    from linvit.data.augment.build import resolve_input
+    from linvit.data.options import InputOptions
+    from linvit.runs.folder import load_classifier, save_classifier
+    from linvit.runs.weights import load_exactly
+
     paths = _find(options)
     if options.output.exists():
         raise ValueError(f"--output {options.output} exists already: choose another folder")
@@ -56,7 +73,7 @@ def average_command(options: AverageOptions) -> int:
         classifier.model,
         class_names=classifier.class_names,
         spec=resolve_input(classifier.model, InputOptions(**settings)),
-        about={"version": linvit.__version__, "average_of": files},
+        about={"version": __version__, "average_of": files},
     )
     print(f"{options.output}: the average of {len(files)} weights")
     return 0
@@ -68,6 +85,10 @@ def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, 
     Whole numbers, such as counts of batch norms, are the last one's. Raises ValueError where names, shapes or classes
     differ.
     """
+    import torch
+
+    from linvit.runs.weights import read_weights
+
     first: SavedWeights | None = None
     sums: dict[str, Tensor] = {}
     files = []
@@ -91,6 +112,9 @@ def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, 
 
 
 def _find(options: AverageOptions) -> list[Path]:
+    from linvit.runs.checkpoint import list_checkpoints
+    from linvit.runs.folder import RunFolder
+
     paths = [Path(source) for source in options.sources]
     if len(paths) > 1:
         if options.newest is not None:
@@ -108,6 +132,8 @@ def _find(options: AverageOptions) -> list[Path]:
 
 
 def _check_like(saved: SavedWeights, first: SavedWeights) -> None:
+    from linvit.runs.weights import compact
+
     differing = first.state_dict.keys() ^ saved.state_dict.keys()
     if differing:
         raise ValueError(f"{saved.path} and {first.path} are not of one model: only one has {compact(differing)}")

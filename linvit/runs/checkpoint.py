@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-import linvit
 from linvit.output.files import cannot_write, delete_folder, reason, scratch_of, sha256_of, sync_folder, write_verified
+from linvit.version import __version__
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def _write_files(folder: Path, state: Mapping[str, Any]) -> None:
     digests[_REST] = write_verified(folder / _REST, rest.getbuffer())
     manifest = {
         "format": FORMAT,
-        "version": linvit.__version__,
+        "version": __version__,
         "epoch": state["progress"]["epoch"],
         "batch": state["progress"]["batch"],
         "files": {

@@ -1,1 +1,1 @@
-"""settings."""
+"""Options: pydantic fields as command-line flags and YAML files."""

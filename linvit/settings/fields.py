@@ -6,10 +6,39 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_size(value: Any) -> Any:
+    """Read an image size as 384, "384", "768x512" (height x width) or (768, 512)."""
+    if not isinstance(value, str):
+        return value
+    parts = value.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"image size {value!r} is neither a number nor HEIGHTxWIDTH, such as 384 or 768x512")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A size in pixels as (height, width), where one number is a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+Side = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+# One length for all layers, or one per layer: a length, a length per head, or none for ordinary attention.
+Length = Annotated[int, Field(ge=1)]
+LayerLengths = tuple[Length | tuple[Length, ...] | None, ...]
+# What a timed step does: a forward pass, or a forward and backward pass.
+Mode = Literal["forward", "train"]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 def nearest(name: str, choices: Collection[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.evaluation.options import ImageSize
+from linvit.settings.fields import ImageSize
 
 # Where a flag is not its field's name.
 _FLAGS = {"img_size": "img-size", "json_file": "json"}

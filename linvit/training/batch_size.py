@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 
 from linvit.data.augment.build import InputSpec
-from linvit.distributed import Ranks, StopRequest
+from linvit.data.sources.base import ImageSet
+from linvit.distributed import Ranks
 from linvit.model.build import TimmModel
 from linvit.runs.folder import RunFolder
 from linvit.settings.yaml import read_settings
 from linvit.training.config import TrainConfig
-from linvit.training.loss import create_loss, create_mixup, mixes
-from linvit.training.model import wrap_model
-from linvit.training.optim import create_ema, create_optimizer
+from linvit.training.loss import mixes
+from linvit.training.setup import build_step
 from linvit.training.step import TrainStep
 
 # Where memory that runs out is an error, not the end of the process.
@@ -23,13 +23,13 @@ LIMITED_DEVICES = ("cuda",)
 
 
 def settle_batch_size(
-    config: TrainConfig, model: TimmModel, *, spec: InputSpec, num_images: int, ranks: Ranks
+    config: TrainConfig, model: TimmModel, train_set: ImageSet, *, spec: InputSpec, ranks: Ranks
 ) -> TrainConfig:
     """The configuration with a number for `batch_size`: that of the run gone on with, else the largest that fits.
 
     Args:
         model: on its device; copies of it are trained for a step and thrown away.
-        num_images: that there are to train on.
+        train_set: the images to train on.
 
     Raises ValueError where no batch fits, and on a device that does not say that its memory has run out.
     """
@@ -43,8 +43,8 @@ def settle_batch_size(
                 "tried; give a number"
             )
         size = find_largest_batch(
-            lambda size: _trains(size, config, model, spec=spec, device=ranks.device),
-            limit=num_images // ranks.world_size,
+            lambda size: _trains(size, config, model, train_set, spec=spec, device=ranks.device),
+            limit=len(train_set) // ranks.world_size,
             multiple=2 if mixes(config) else 1,
         )
         size = _smallest_over_ranks(size, ranks)
@@ -71,32 +71,25 @@ def find_largest_batch(fits: Callable[[int], bool], *, limit: int, multiple: int
     return between if largest < between < size and fits(between) else largest
 
 
-def _trains(size: int, config: TrainConfig, model: TimmModel, *, spec: InputSpec, device: torch.device) -> bool:
-    """Whether a step on so many images fits: forward, backward, and the optimizer with its state."""
+def _trains(
+    size: int, config: TrainConfig, model: TimmModel, train_set: ImageSet, *, spec: InputSpec, device: torch.device
+) -> bool:
+    """Whether a step on `size` images fits: forward, backward, and the optimizer with its state."""
     with torch.random.fork_rng():
-        fitted = _try_step(size, config.model_copy(update={"batch_size": size}), copy.deepcopy(model), spec, device)
+        trial = config.model_copy(update={"batch_size": size})
+        # The weights are thrown away: a rate that changes them little cannot make the loss explode.
+        step = build_step(trial, copy.deepcopy(model), train_set, spec=spec, ranks=Ranks(device), lr=1e-6)
+        fits = _try_step(step, size, spec)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return fitted
+    return fits
 
 
-def _try_step(size: int, config: TrainConfig, model: TimmModel, spec: InputSpec, device: torch.device) -> bool:
-    alone = Ranks(device)
-    step = TrainStep(
-        wrap_model(model, config, alone),
-        model,
-        optimizer=create_optimizer(model, config, lr=1e-6),
-        scheduler=None,
-        ema=create_ema(model, config),
-        mixup=create_mixup(config, num_classes=model.num_classes),
-        loss_fn=create_loss(config),
-        config=config,
-        ranks=alone,
-        stop=StopRequest(),
-    )
+def _try_step(step: TrainStep, size: int, spec: InputSpec) -> bool:
+    device = step.ranks.device
     step.start_epoch(0)
-    # Gradients that are kept from batch to batch take memory of their own.
-    group_size = min(config.grad_accum_steps, 2)
+    # A group of two batches takes the memory of any longer one: gradients are kept between its batches.
+    group_size = min(step.config.grad_accum_steps, 2)
     try:
         for number in range(group_size):
             images = torch.zeros(size, 3, *spec.size, device=device)

@@ -31,11 +31,11 @@ def learning_rate(config: TrainConfig, *, world_size: int) -> float:
 
 
 def create_optimizer(
-    model: nn.Module, options: OptimizerOptions, *, lr: float, besides: Sequence[nn.Parameter] = ()
+    model: nn.Module, options: OptimizerOptions, *, lr: float, extra_params: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its parameter groups (weight decay, layer decay).
 
-    Parameters `besides` the model's are trained without either. Muon leaves what the model exempts from weight decay
+    `extra_params`, which are not the model's, are trained without either. Muon leaves what the model exempts from weight decay
     (E and F, position embedding, tokens) to its fallback, AdamW or NAdamW: they are not matrices between features,
     whatever their shape.
 
@@ -50,14 +50,15 @@ def create_optimizer(
         optimizer: torch.optim.Optimizer = create_optimizer_v2(model, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--opt {options.opt} does not take these options: {error}") from error
-    if besides:
-        optimizer.add_param_group({"params": list(besides), "weight_decay": 0.0})
+    if extra_params:
+        optimizer.add_param_group({"params": list(extra_params), "weight_decay": 0.0})
     return optimizer
 
 
 def trained_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names of an optimizer's parameters, in its order; of those that are not the model's, their number."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # `besides.N` is what checkpoints call the extra parameters.
     others = itertools.count()
     return [
         names[id(parameter)] if id(parameter) in names else f"besides.{next(others)}"

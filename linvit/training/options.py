@@ -4,18 +4,11 @@ Imports nothing heavy, so that a command line can be checked before torch is loa
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from linvit.settings.fields import nearest
-
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-# One length for all layers, or one per layer: a length, a length per head, or none for ordinary attention.
-Length = Annotated[int, Field(ge=1)]
-LayerLengths = tuple[Length | tuple[Length, ...] | None, ...]
+from linvit.settings.fields import Count, LayerLengths, Length, Probability, Rate, nearest
 
 
 class _Options(BaseModel):

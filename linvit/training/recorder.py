@@ -1,27 +1,78 @@
 """What a run writes and prints while it goes; processes besides the first only keep a log each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import linvit
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader
+from linvit.data.sources.base import ImageSet
 from linvit.distributed import StopRequest, on_primary
 from linvit.output.files import remove_leftovers
-from linvit.runs.checkpoint import prune_checkpoints, set_aside_later, write_checkpoint
+from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, set_aside_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
+from linvit.training.faults import BadImages, BadSteps
 from linvit.training.log import Track, numbers_of, open_trackers, say
 from linvit.training.model import size_in
 from linvit.training.saver import SaveClock, Saver, take_snapshot
-from linvit.training.state import Progress, changed_settings, collect_state
+from linvit.training.state import Progress, changed_settings, choose_start, collect_state, restore_state
 from linvit.training.step import TrainStep
 from linvit.training.summary import EpochResult, write_card, write_summary
+from linvit.version import __version__
 
 # Keys of the weights in a state.
 _STATE_DICTS = {"raw": "state_dict", "ema": "state_dict_ema"}
+
+
+def start_recording(
+    config: TrainConfig,
+    step: TrainStep,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    *,
+    loaders: Sequence[Loader],
+    spec: InputSpec,
+    new_parameters: list[str],
+    saver: Saver,
+) -> tuple["Recorder", Progress]:
+    """Open the run's folder and, where it is resumed, put `step` back to its state; returns how far the run has come.
+
+    Args:
+        loaders: the training loader, then the validation loader.
+        new_parameters: names of the parameters that no given weights cover.
+
+    Raises ValueError where there is nothing to resume from or its state does not fit, OSError where the folder cannot
+    be written.
+    """
+    loader, ranks = loaders[0], step.ranks
+    start = on_primary(lambda: choose_start(config, img_size=spec.size))
+    num_images = (len(train_set), len(val_set))
+    recorder = Recorder(
+        start.folder, config=config, loader=loader, spec=spec, num_images=num_images, rank=ranks.rank, saver=saver
+    )
+    for cache in (each.cache for each in loaders):
+        if cache is not None:
+            recorder.say(cache.describe())
+    recorder.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, say=recorder.say)
+    recorder.bad_images = BadImages(recorder.run.bad_images, is_primary=ranks.is_primary, say=recorder.say)
+    progress = Progress()
+    state = read_checkpoint(start.state) if start.state is not None else None
+    if state is not None:
+        progress = restore_state(
+            state,
+            step,
+            settings=config.model_dump(mode="json"),
+            class_names=train_set.class_names,
+            num_images=len(train_set),
+            num_batches=len(loader),
+            with_optimizer=not config.no_resume_opt,
+        )
+    recorder.begin(step, progress, state=state, new_parameters=new_parameters)
+    for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
+        recorder.say(note)
+    return recorder, progress
 
 
 class Recorder:
@@ -40,6 +91,9 @@ class Recorder:
     end it raises OSError, naming the file; what was there before is kept. Raises ValueError where another process is
     training in the folder.
     """
+
+    bad_steps: BadSteps
+    bad_images: BadImages
 
     def __init__(
         self,
@@ -234,5 +288,5 @@ class Recorder:
             snapshot()[_STATE_DICTS[which]],
             class_names=self.loader.class_names,
             spec=self.spec,
-            about={"version": linvit.__version__, "epoch": result.epoch, "weights": which, "metrics": values},
+            about={"version": __version__, "epoch": result.epoch, "weights": which, "metrics": values},
         )

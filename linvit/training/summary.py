@@ -16,10 +16,10 @@ from typing import Any
 import timm
 import torch
 
-import linvit
 from linvit.evaluation.metrics import Metrics
 from linvit.output.files import write_text
 from linvit.training.config import TrainConfig
+from linvit.version import __version__
 
 # Columns of the raw and of the averaged weights.
 _PREFIXES = {"raw": "eval", "ema": "eval_ema"}
@@ -137,6 +137,6 @@ option; training from it alone repeats the run:
 
     python train_imagenet.py --config args.yaml
 
-linvit {linvit.__version__}, timm {timm.__version__}, torch {torch.__version__}
+linvit {__version__}, timm {timm.__version__}, torch {torch.__version__}
 """
     write_text(path, text)

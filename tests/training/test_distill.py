@@ -133,7 +133,7 @@ def test_features_are_the_last_tokens_of_both(name: str, tmp_path: Path) -> None
 def test_the_projection_is_trained_besides_the_model(teacher: str) -> None:
     model, distillation = build(teacher, kd_distill_type="feature", layer_decay=0.5)
     config = TrainConfig(data_dir=Path("data"), lr=0.1, layer_decay=0.5)
-    optimizer = create_optimizer(model, config, lr=0.1, besides=distillation.parameters())
+    optimizer = create_optimizer(model, config, lr=0.1, extra_params=distillation.parameters())
     trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert len(trained) == len(set(trained))
     assert {id(each) for each in [*model.parameters(), *distillation.parameters()]} == set(trained)

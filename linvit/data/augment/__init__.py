@@ -1,1 +1,1 @@
-"""data.augment."""
+"""Training and evaluation pipelines: crops, RandAugment and its relatives, erasing."""

@@ -1,1 +1,1 @@
-"""data.sources."""
+"""Where images come from: folders, CSV lists, tars, Hugging Face sets, loose files."""

@@ -1,0 +1,46 @@
+"""Plots: one palette, text that is never read as mathematics, files that are never half written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+
+from linvit.output.files import write_file
+
+# Okabe and Ito's colours and a wine red: distinguishable under red-green blindness. Markers tell lines apart in grey.
+PALETTE = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+BLACK, BLUE, ORANGE, GREEN, PINK, RED, SKY, WINE = PALETTE
+GREY, LIGHT_GREY = "#666666", "#bbbbbb"
+
+_VERBATIM = {"text.parse_math": False}
+
+
+def series_style(index: int) -> dict[str, str]:
+    """Colour and marker of the line with this index; they repeat after eight lines."""
+    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def save_figure(path: Path, figure: Figure, *, dpi: int = 150, metadata: dict[str, str] | None = None) -> None:
+    """Write a figure as a PNG. A `$` in a name is a dollar sign, not the start of a formula.
+
+    Raises OSError, naming the file, where it cannot be written.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    # Tick labels are created while the figure is drawn.
+    with matplotlib.rc_context(_VERBATIM):
+        write_file(path, lambda file: figure.savefig(file, format="png", dpi=dpi, metadata=metadata))
+
+
+def drawable(names: Sequence[str]) -> list[str]:
+    """Names as plots can show them: `#3` in place of the fourth name where the font lacks one of its characters."""
+    known = FT2Font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    return [
+        name if all(ord(character) in known for character in name) else f"#{number}"
+        for number, name in enumerate(names)
+    ]

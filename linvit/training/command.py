@@ -1,0 +1,27 @@
+"""`linvit train`: the loop of train_imagenet.py."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from linvit.training.config import parse
+
+SUMMARY = "train a model on folders of images (also: python train_imagenet.py)"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, and return the exit status."""
+    config = parse(argv, prog="linvit train")
+    status: int = load_loop().train(config)
+    return status
+
+
+def load_loop() -> ModuleType:
+    """train_imagenet.py beside this package; a file of that name in the current folder is never run."""
+    spec = importlib.util.spec_from_file_location("train_imagenet", Path(__file__).parents[2] / "train_imagenet.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    return loop

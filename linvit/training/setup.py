@@ -1,0 +1,138 @@
+"""The parts of a run, assembled from its configuration: images, model, loaders, training step.
+
+train_imagenet.py, `linvit lr-find` and the search for the largest batch all build theirs here.
+"""
+
+from typing import Any
+
+from linvit.data.augment.build import InputSpec
+from linvit.data.loader import Loader, create_eval_loader, create_train_loader
+from linvit.data.sources.base import ImageSet
+from linvit.data.sources.classes import read_class_map
+from linvit.data.sources.open import open_images
+from linvit.distributed import Ranks, StopRequest, usable_workers
+from linvit.model.build import TimmModel, check_model_name
+from linvit.training.config import TrainConfig
+from linvit.training.distill import create_distillation
+from linvit.training.fsdp import shard
+from linvit.training.log import say
+from linvit.training.loss import create_loss, create_mixup, read_class_weights
+from linvit.training.model import build_model, epoch_sizes, freeze, place_model, wrap_model
+from linvit.training.optim import create_ema, create_optimizer, learning_rate
+from linvit.training.randomness import seed_run, use_deterministic_algorithms
+from linvit.training.step import TrainStep
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Check the model's name and seed this process, before anything is built."""
+    check_model_name(config.model)
+    if config.deterministic:
+        use_deterministic_algorithms()
+    seed_run(config.seed)
+
+
+def open_train_set(config: TrainConfig) -> ImageSet:
+    """The training images, whose split (or --class-map) names the classes."""
+    assert config.data_dir is not None
+    listed = read_class_map(config.class_map) if config.class_map is not None else None
+    return open_images(config.data_dir, split=config.train_split, class_names=listed)
+
+
+def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
+    """The validation images, with the labels of the training classes."""
+    assert config.data_dir is not None
+    return open_images(config.data_dir, split=config.val_split, class_names=class_names)
+
+
+def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) -> tuple[TimmModel, list[str]]:
+    """The model on its device, partly frozen, and the names of the parameters that no given weights cover.
+
+    Raises ValueError where name, arguments, classes or weights do not fit together.
+    """
+    model, new_parameters = build_model(config, class_names=class_names)
+    for note in freeze(model, config.freeze):
+        if ranks.is_primary:
+            say(note)
+    place_model(model, config, ranks)
+    return model, new_parameters
+
+
+def build_train_loader(config: TrainConfig, train_set: ImageSet, *, spec: InputSpec, ranks: Ranks) -> Loader:
+    """Training batches. They depend neither on the number of workers nor on where a run resumes."""
+    return create_train_loader(
+        train_set,
+        config,
+        spec,
+        batch_size=config.images_per_batch,
+        seed=config.seed,
+        sampling=config.sampler,
+        repeats=max(config.aug_repeats, 1.0),
+        epoch_sizes=epoch_sizes(config),
+        **_loading(config, ranks),
+    )
+
+
+def build_val_loader(config: TrainConfig, val_set: ImageSet, *, spec: InputSpec, ranks: Ranks) -> Loader:
+    """Validation batches."""
+    batch_size = config.validation_batch_size or config.images_per_batch
+    return create_eval_loader(val_set, spec, batch_size=batch_size, **_loading(config, ranks))
+
+
+def _loading(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "workers": usable_workers(config.workers),
+        "device": ranks.device,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "pin_memory": config.pin_mem,
+        "channels_last": config.channels_last,
+        "on_bad_image": config.on_bad_image,
+        # A dry run writes nothing but its picture.
+        "caching": None if config.dry_run else config,
+    }
+
+
+def build_step(
+    config: TrainConfig,
+    model: TimmModel,
+    train_set: ImageSet,
+    *,
+    spec: InputSpec,
+    ranks: Ranks,
+    stop: StopRequest | None = None,
+    lr: float | None = None,
+) -> TrainStep:
+    """Optimizer, loss, mixing, moving average and teacher around a model, still without a schedule.
+
+    Args:
+        lr: learning rate of the optimizer; None takes the configuration's.
+        stop: the request to stop that the processes of a run share.
+
+    Raises ValueError where the options do not fit the model, the classes or the processes.
+    """
+    class_names = train_set.class_names
+    class_weights = read_class_weights(config.class_weights, class_names=class_names, labels=train_set.labels)
+    distillation = create_distillation(model, config, spec=spec, class_names=class_names, device=ranks.device)
+    ema = create_ema(model, config)
+    trained = model if distillation is None else distillation.trained
+    if config.fsdp:
+        shard(trained, model, ema=ema, options=config, ranks=ranks)
+    optimizer = create_optimizer(
+        model,
+        config,
+        lr=learning_rate(config, world_size=ranks.world_size) if lr is None else lr,
+        extra_params=distillation.parameters() if distillation is not None else (),
+    )
+    return TrainStep(
+        wrap_model(trained, config, ranks),
+        model,
+        optimizer=optimizer,
+        scheduler=None,
+        ema=ema,
+        mixup=create_mixup(config, num_classes=len(class_names)),
+        loss_fn=create_loss(config, class_weights=class_weights),
+        config=config,
+        ranks=ranks,
+        stop=stop or StopRequest(),
+        distillation=distillation,
+    )

@@ -1,0 +1,141 @@
+"""A learning rate sweep (Smith 2017, arXiv 1506.01186).
+
+The learning rate rises by one factor from step to step; the loss falls at first, fastest at the steepest point, and
+rises again where steps are too long. Nothing is kept of the weights.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from linvit.data.augment.build import resolve_input
+from linvit.data.loader import Batch, Loader
+from linvit.distributed import Ranks
+from linvit.training.batch_size import settle_batch_size
+from linvit.training.config import TrainConfig
+from linvit.training.randomness import seed_step
+from linvit.training.setup import build_step, build_train_loader, open_train_set, prepare_model, prepare_process
+from linvit.training.step import TrainStep
+
+# Weight of the past in the smoothed loss.
+SMOOTHING = 0.9
+SETTLING_STEPS = round(1 / (1 - SMOOTHING))
+# A smoothed loss of so many times the lowest ends the sweep.
+DIVERGED = 3.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Learning rates and, at each, the loss and its smoothed value."""
+
+    lr: list[float]
+    loss: list[float]
+    smoothed: list[float]
+
+    @property
+    def lowest(self) -> float:
+        """The learning rate where the smoothed loss is lowest."""
+        return self.lr[int(np.argmin(self.smoothed))]
+
+    @property
+    def steepest(self) -> float:
+        """The learning rate below that where the smoothed loss falls fastest over the logarithm of the rate.
+
+        Falls are taken over a tenth of the sweep, and not before the average has got over its first losses.
+        """
+        reach = max(len(self.lr) // 20, 1)
+        last = max(int(np.argmin(self.smoothed)), 1)
+        first = min(SETTLING_STEPS, last // 2)
+        falls = {
+            middle: self.smoothed[min(middle + reach, last)] - self.smoothed[max(middle - reach, first)]
+            for middle in range(first, last + 1)
+        }
+        return self.lr[min(falls, key=lambda middle: falls[middle])]
+
+    @property
+    def suggestion(self) -> float:
+        """A tenth of the rate where the loss is lowest: there it still falls, and training has room to vary."""
+        return self.lowest / 10
+
+
+def prepare(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]:
+    """The step and the loader that a training run of this configuration starts with, without schedule and average."""
+    config = config.model_copy(update={"model_ema": False, "cache": None})
+    prepare_process(config)
+    train_set = open_train_set(config)
+    model, _ = prepare_model(config, class_names=train_set.class_names, ranks=ranks)
+    spec = resolve_input(model, config)
+    config = settle_batch_size(config, model, train_set, spec=spec, ranks=ranks)
+    loader = build_train_loader(config, train_set, spec=spec, ranks=ranks)
+    # The sweep sets the rate of every step.
+    return build_step(config, model, train_set, spec=spec, ranks=ranks, lr=1.0), loader
+
+
+def sweep(
+    step: TrainStep,
+    loader: Loader,
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    start_lr: float,
+    end_lr: float,
+    num_steps: int,
+) -> Sweep:
+    """Train with a rising learning rate, until the last step or until the loss explodes."""
+    found = Sweep([], [], [])
+    mean, group_size = 0.0, config.grad_accum_steps
+    batches = _endless(loader)
+    step.start_epoch(0)
+    for number, lr in enumerate(np.geomspace(start_lr, end_lr, num_steps).tolist()):
+        for group in step.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        for part in range(group_size):
+            seed_step(config.seed, epoch=0, batch=number * group_size + part, rank=ranks.rank)
+            batch = next(batches)
+            step.backward(batch.images, batch.labels, group_size=group_size, closes_group=part == group_size - 1)
+        update = step.update()
+        if not math.isfinite(update.loss):
+            break
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * update.loss
+        found.lr.append(lr)
+        found.loss.append(update.loss)
+        # As in Adam: the average begins at nothing.
+        found.smoothed.append(mean / (1 - SMOOTHING ** (number + 1)))
+        if found.smoothed[-1] > DIVERGED * min(found.smoothed):
+            break
+    return found
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def draw(found: Sweep, *, title: str) -> Figure:
+    """The loss over the learning rate, with the steepest point and the suggestion."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(found.lr, found.loss, color="#bbbbbb", linewidth=1, label="loss")
+    axes.plot(found.lr, found.smoothed, color="#0072b2", linewidth=2, label="smoothed")
+    for name, lr, colour, marker in (
+        ("steepest", found.steepest, "#d55e00", "v"),
+        ("suggestion: lowest / 10", found.suggestion, "#009e73", "o"),
+    ):
+        height = float(np.interp(lr, found.lr, found.smoothed))
+        axes.plot([lr], [height], marker, color=colour, markersize=9, label=f"{name}, {lr:.1e}")
+    low, high = min(found.smoothed), found.smoothed[0]
+    # What comes after the explosion would squash the rest.
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
