@@ -1,9 +1,4 @@
-"""Many strings in little memory.
-
-The names under which a split is looked for.
-
-A labelled set of images, wherever they lie: what the loader reads from.
-"""
+"""What all image sources share: the interface `ImageSet`, the names of splits, and compact lists of strings."""
 
 import os
 from abc import ABC, abstractmethod
@@ -15,13 +10,89 @@ from torch.utils.data import Dataset
 
 from linvit.data.decode import decode_image
 
+_TRAIN_NAMES = ("train", "training")
+_VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
-class PackedStrings:
-    """A fixed list of strings as one block of bytes: millions cost little, also to copy to worker processes.
+
+class ImageSet(Dataset[tuple[np.ndarray, int]], ABC):
+    """Labelled images of one split in a fixed order, each of which can be read at any time.
+
+    A set is created once and copied to every worker process, so it should stay small however many images there are.
 
     Args:
-        block: the strings, one behind the other, as the system encodes paths.
-        ends: where each of them ends, int64.
+        root: folder or file that contains the images, for messages.
+        split: name of the split.
+        class_names: class name of every label.
+        labels: label of every image.
+        note: a remark about the labels to show the user; usually empty.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        split: str,
+        class_names: Sequence[str],
+        labels: Sequence[int] | np.ndarray,
+        note: str = "",
+    ) -> None:
+        self.root = root
+        self.split = split
+        self.class_names = list(class_names)
+        self.note = note
+        self._labels = np.asarray(labels, dtype=np.int64)
+
+    @abstractmethod
+    def path(self, index: int) -> Path:
+        """Where an image is stored, for messages and lists; not always a separate file."""
+
+    @abstractmethod
+    def read_bytes(self, index: int) -> bytes:
+        """The encoded image. Raises UnreadableImage, naming the image, if it cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """The image, (H, W, 3) uint8 RGB, and its label."""
+        return self.read(index), self.label(index)
+
+    def read(self, index: int) -> np.ndarray:
+        """The image, (H, W, 3) uint8 RGB. Raises UnreadableImage, naming the image, if it cannot be read."""
+        return decode_image(self.read_bytes(index), name=self.path(index))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path(index) for index in range(len(self))]
+
+    @property
+    def labels(self) -> list[int]:
+        labels: list[int] = self._labels.tolist()
+        return labels
+
+
+class NoSuchSplit(ValueError):
+    """The data does not have the requested split; the message lists the splits that it has."""
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """The requested name, then its synonyms: "train" and "training"; "val", "validation", "valid" and "test"."""
+    if split == "train":
+        return _TRAIN_NAMES
+    if split in ("val", "validation"):
+        return (split, *(name for name in _VALIDATION_NAMES if name != split))
+    return (split,)
+
+
+class PackedStrings:
+    """A fixed list of strings in one block of bytes, so millions take little memory and copy fast to worker processes.
+
+    Args:
+        block: the concatenated strings, encoded as the system encodes paths.
+        ends: end offset of each string in the block, int64.
     """
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:
@@ -42,80 +113,3 @@ class PackedStrings:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
-
-
-_TRAIN_NAMES = ("train", "training")
-_VALIDATION_NAMES = ("val", "validation", "valid", "test")
-
-
-class NoSuchSplit(ValueError):
-    """Data without the split that is asked for; its message names those that there are."""
-
-
-def split_names(split: str) -> tuple[str, ...]:
-    """The name asked for, then those that mean the same: "train" and "training"; "val", "validation" and so on."""
-    if split == "train":
-        return _TRAIN_NAMES
-    if split in ("val", "validation"):
-        return (split, *(name for name in _VALIDATION_NAMES if name != split))
-    return (split,)
-
-
-class ImageSet(Dataset[tuple[np.ndarray, int]], ABC):
-    """Images of one split in a fixed order, any of which can be read at any time.
-
-    Made once and copied to every worker process, so that what it holds should be small, whatever the number of images.
-
-    Args:
-        root: folder or file that the images lie in, for messages.
-        split: the split's name.
-        class_names: name of every label.
-        labels: label of every image.
-        note: what a user should be told about the labels; mostly nothing.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        split: str,
-        class_names: Sequence[str],
-        labels: Sequence[int] | np.ndarray,
-        note: str = "",
-    ) -> None:
-        self.root = root
-        self.split = split
-        self.class_names = list(class_names)
-        self.note = note
-        self._labels = np.asarray(labels, dtype=np.int64)
-
-    @abstractmethod
-    def path(self, index: int) -> Path:
-        """Where an image lies, for messages and lists; not always a file of its own."""
-
-    @abstractmethod
-    def read_bytes(self, index: int) -> bytes:
-        """The image's file as it is; UnreadableImage, naming it, where it cannot be read."""
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """The image, (H, W, 3) uint8 RGB, and its label."""
-        return self.read(index), self.label(index)
-
-    def read(self, index: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB; UnreadableImage, naming it, where it cannot be read."""
-        return decode_image(self.read_bytes(index), name=self.path(index))
-
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.path(index) for index in range(len(self))]
-
-    @property
-    def labels(self) -> list[int]:
-        labels: list[int] = self._labels.tolist()
-        return labels

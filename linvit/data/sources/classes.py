@@ -1,4 +1,4 @@
-"""Which classes a split has, what they are called and which label each has: the same rules for every source."""
+"""Class names and labels: which classes a split has and which label each gets, by the same rules for every source."""
 
 import os
 import re
@@ -12,17 +12,17 @@ from linvit.settings.fields import listed
 
 MissingClasses = Literal["refuse", "allow"]
 
-# Names the classes whose labels are numbers, a line each, from 0 on; lies in the folder of the data.
+# Names numeric labels: one class name per line, from label 0, in the data folder.
 CLASS_FILE = "classes.txt"
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Name of every label, and the label of everything that images were found to be labelled with."""
+    """The class name of every label, and the label of every name or number found with the images."""
 
     names: list[str]
     label_of: dict[str, int]
-    # What a user should know about where the names come from.
+    # Tells the user where the names come from; empty if that is obvious.
     note: str = ""
 
 
@@ -33,23 +33,24 @@ def number_classes(
     class_names: Sequence[str] | None,
     missing_classes: MissingClasses,
 ) -> Classes:
-    """Classes whose names are known: sorted as torchvision sorts them, or in the order of `class_names`.
+    """Assign labels to class names: in sorted order, as torchvision does, or in the order of `class_names`.
 
     Args:
-        found: the names that images are labelled with.
-        source: where, for messages.
-        class_names: labels are given by name from this list (from a run or another split), whatever is found.
-        missing_classes: whether classes of `class_names` may be without images.
+        found: class names of the images.
+        source: where they were found, for messages.
+        class_names: class names of a run or another split, in label order; the images must not have others.
+        missing_classes: whether classes of `class_names` may have no images.
 
     Raises:
-        ValueError: for a class that `class_names` does not have, or one that is missing.
+        ValueError: for a class that is not in `class_names`, or one without images.
     """
     names = sorted(found) if class_names is None else list(class_names)
     unknown = sorted(set(found) - set(names))
     if unknown:
+        are, them = ("is", "it") if len(unknown) == 1 else ("are", "them")
         raise ValueError(
-            f"{source}: {quoted(unknown)} is not among the {len(names)} known classes; "
-            "rename or remove it, or train on data that has the class"
+            f"{source}: {quoted(unknown)} {are} not among the {len(names)} known classes; "
+            f"rename or remove {them}, or train on data that includes {them}"
         )
     absent = sorted(set(names) - set(found))
     if absent and missing_classes == "refuse":
@@ -65,29 +66,36 @@ def number_labels(
     missing_classes: MissingClasses,
     class_file: Path,
 ) -> Classes:
-    """`number_classes` for labels that may also be whole numbers, which need names.
+    """`number_classes` for labels that may be names or whole numbers.
 
-    They are lines of `class_file`, if there is one, else places in `class_names`, both from 0 on. Without either, or
-    where `class_names` are numbers themselves, they are names as they stand.
+    Numbers are line numbers of `class_file` if that exists, else indices into `class_names`, both from 0. Without
+    either, or if `class_names` are numbers too, the numbers themselves are the class names.
+
+    Args:
+        class_file: text file with one class name per line; it need not exist.
+
+    Raises:
+        ValueError: for a negative number or one without a name, for a `class_file` that `read_class_map` refuses, and
+            as `number_classes` does.
     """
     if not all(re.fullmatch(r"-?[0-9]+", label) for label in found):
         return number_classes(found, source=source, class_names=class_names, missing_classes=missing_classes)
     numbers = sorted(found, key=int)
     if int(numbers[0]) < 0:
-        raise ValueError(f"{source}: label {numbers[0]} is no class; leave out the images that have no label")
+        raise ValueError(f"{source}: label {numbers[0]} is not a class; remove the images without a label")
     name_of = {number: number for number in numbers}
     note = ""
     if class_file.is_file():
         lines = read_class_map(class_file)
         name_of = _look_up(numbers, lines, source=source, names_from=str(class_file))
         class_names = lines if class_names is None else class_names
-        note = f"{source}: labels are numbers, named by {class_file}"
+        note = f"{source}: labels are numbers; {class_file} names them"
     elif class_names is None:
         class_names = numbers
-        note = f"{source}: labels are numbers, and so are the names of the classes; {class_file} could name them"
+        note = f"{source}: labels are numbers and serve as class names; write {class_file} to name the classes"
     elif not all(name.isdecimal() for name in class_names):
         name_of = _look_up(numbers, class_names, source=source, names_from="the list of classes")
-        note = f"{source}: labels are numbers, taken as places in the list of classes, from 0 on"
+        note = f"{source}: labels are numbers, read as indices into the list of classes, from 0"
     classes = number_classes(
         set(name_of.values()), source=source, class_names=class_names, missing_classes=missing_classes
     )
@@ -95,24 +103,27 @@ def number_labels(
 
 
 def read_class_map(path: str | os.PathLike[str]) -> list[str]:
-    """Reads a text file with one class name a line, in the order of the labels."""
+    """Read a text file with one class name per line, in label order.
+
+    Raises ValueError if the file cannot be read, is empty or repeats a name.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"class_map {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"class_map {path}: is not a UTF-8 text file with one class name a line") from error
+        raise ValueError(f"class_map {path}: is not UTF-8 text; write one class name per line in UTF-8") from error
     names = [line.strip() for line in lines if line.strip()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"class_map {path}: names {quoted(twice)} more than once")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"class_map {path}: lists {quoted(repeated)} more than once; give every class its own name")
     if not names:
-        raise ValueError(f"class_map {path}: is empty; write one class name a line")
+        raise ValueError(f"class_map {path}: is empty; write one class name per line")
     return names
 
 
 def quoted(names: Sequence[str]) -> str:
-    """The first names in quotes, and how many more there are."""
+    """The first five names in quotes, and how many more there are."""
     return listed([f"'{name}'" for name in names], most=5)
 
 
@@ -121,7 +132,7 @@ def _look_up(
 ) -> dict[str, str]:
     if int(numbers[-1]) >= len(names):
         raise ValueError(
-            f"{source}: label {numbers[-1]} has no name, since {names_from} has {len(names)}, for 0 to "
-            f"{len(names) - 1}; add the missing names or number the labels from 0 on"
+            f"{source}: label {numbers[-1]} has no name, because {names_from} has only {len(names)} (labels 0 to "
+            f"{len(names) - 1}); add the missing names or number the labels from 0"
         )
     return {number: names[int(number)] for number in numbers}

@@ -1,4 +1,4 @@
-"""Lists of images in CSV files: a line of `path,label` per image, and perhaps of which split it is."""
+"""Image lists in CSV files: one line per image with its path, its label and optionally its split."""
 
 import csv
 import os
@@ -18,7 +18,7 @@ class _Row(NamedTuple):
     line: int
     path: str
     label: str
-    # "" where the list has no such column.
+    # Empty if the list has no such column.
     split: str
 
 
@@ -29,16 +29,23 @@ def open_list(
     class_names: Sequence[str] | None = None,
     missing_classes: MissingClasses = "refuse",
 ) -> ImageFolder:
-    """Reads the images of a split from a list, in its order.
+    """Read the images of a split from a list, in the order of its lines.
 
-    Its first line names the columns: `path` (absolute, or relative to the list's folder), `label` (the class's name,
-    or a number: see `number_labels`) and perhaps `split`; without that column, the list is one split, of its own name.
+    The first line names the columns: `path` (absolute, or relative to the list's folder), `label` (a class name, or a
+    number: see `number_labels`) and optionally `split`. A list without that column is a single split, named after the
+    file.
+
+    Args:
+        file: the list.
+        split: name of the split, or of the file.
+        class_names: class names of a run or another split, in label order; the split must not have others.
+        missing_classes: whether the split may lack classes of `class_names`.
 
     Raises:
-        ValueError: naming the line, for a row that is not complete, an image that is listed twice or does not exist;
-            for a list that is no UTF-8 text or lacks columns or the split; and as `number_labels` does.
+        ValueError: naming the line, for an incomplete line and for an image that is listed twice or does not exist; for
+            a list that is not UTF-8 text or lacks a column or the split; and as `number_labels` does.
     """
-    rows = _in_split(file, _read_rows(file), split)
+    rows = _select_split(file, _read_rows(file), split)
     _refuse_repeats(file, rows)
     _refuse_missing(file, rows)
     classes = number_labels(
@@ -62,41 +69,41 @@ def _read_rows(file: Path) -> list[_Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, skipinitialspace=True, strict=True)
-            places = _find_columns(file, next(reader, []))
-            return [_read_row(file, reader.line_num, fields, places) for fields in reader if fields]
+            columns = _find_columns(file, next(reader, []))
+            return [_read_row(file, reader.line_num, fields, columns) for fields in reader if fields]
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); restore the list") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text; save the list as CSV in UTF-8") from error
     except csv.Error as error:
-        raise ValueError(f"{file}: line {reader.line_num}: is not CSV ({error})") from error
+        raise ValueError(f"{file}: line {reader.line_num}: is not valid CSV ({error}); correct the line") from error
 
 
 def _find_columns(file: Path, header: Sequence[str]) -> dict[str, int]:
-    """Where the columns stand by their names, of which `path` and `label` must be there."""
-    columns = {name.strip().lower(): place for place, name in enumerate(header)}
-    lacking = [name for name in ("path", "label") if name not in columns]
-    if lacking:
+    """Index of each column that is used; `path` and `label` are required."""
+    columns = {name.strip().lower(): index for index, name in enumerate(header)}
+    missing = [name for name in ("path", "label") if name not in columns]
+    if missing:
         raise ValueError(
-            f"{file}: no column {quoted(lacking)} in its first line ({','.join(header)[:80]}); "
-            "name the columns there, as in: path,label"
+            f"{file}: no column {quoted(missing)} in the first line ({','.join(header)[:80]}); "
+            "name the columns there, for example: path,label"
         )
     return {name: columns[name] for name in _COLUMNS if name in columns}
 
 
-def _read_row(file: Path, line: int, fields: Sequence[str], places: dict[str, int]) -> _Row:
-    if len(fields) <= max(places.values()):
-        raise ValueError(f"{file}: line {line}: has {len(fields)} fields, too few; write {','.join(places)}")
-    values = {name: fields[place].strip() for name, place in places.items()}
+def _read_row(file: Path, line: int, fields: Sequence[str], columns: dict[str, int]) -> _Row:
+    if len(fields) <= max(columns.values()):
+        raise ValueError(f"{file}: line {line}: has too few fields ({len(fields)}); write {','.join(columns)}")
+    values = {name: fields[index].strip() for name, index in columns.items()}
     for name, value in values.items():
         if not value:
             raise ValueError(f"{file}: line {line}: has no {name}; fill it in or remove the line")
     return _Row(line, values["path"], values["label"], values.get("split", ""))
 
 
-def _in_split(file: Path, rows: list[_Row], split: str) -> list[_Row]:
+def _select_split(file: Path, rows: list[_Row], split: str) -> list[_Row]:
     if not rows:
-        raise ValueError(f"{file}: lists no images; write a line for each below the names of the columns")
+        raise ValueError(f"{file}: lists no images; write one line per image below the column names")
     names = split_names(split)
     if split == file.name or (not rows[0].split and file.stem in names):
         return rows
@@ -104,8 +111,8 @@ def _in_split(file: Path, rows: list[_Row], split: str) -> list[_Row]:
     for name in names:
         if name in splits:
             return [row for row in rows if row.split == name]
-    there = f"it holds {quoted(splits)}" if splits else "give its folder, or give it a column 'split'"
-    raise NoSuchSplit(f"{file}: no split '{split}' (looked for {', '.join(names)}); {there}")
+    hint = f"found {quoted(splits)}" if splits else "give the folder of the list, or add a column 'split' to it"
+    raise NoSuchSplit(f"{file}: no split '{split}' (looked for {', '.join(names)}); {hint}")
 
 
 def _refuse_repeats(file: Path, rows: list[_Row]) -> None:
@@ -113,27 +120,27 @@ def _refuse_repeats(file: Path, rows: list[_Row]) -> None:
     for row in rows:
         first = lines.setdefault(row.path, row.line)
         if first != row.line:
-            raise ValueError(f"{file}: line {row.line}: lists {row.path} again, as line {first} does; remove one")
+            raise ValueError(f"{file}: line {row.line}: repeats {row.path} from line {first}; remove one of the lines")
 
 
 def _refuse_missing(file: Path, rows: list[_Row]) -> None:
-    # Each folder is listed once, which is far quicker than to ask for every file.
+    # Listing each folder once is far faster than checking every file.
     in_folder: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
         in_folder[os.path.dirname(row.path)].append(row)
     missing: list[_Row] = []
     for folder, members in in_folder.items():
         try:
-            there = set(os.listdir(file.parent / folder))
+            files = set(os.listdir(file.parent / folder))
         except OSError:
-            there = set()
-        # A name may also be found in another spelling, as on systems that ignore case.
+            files = set()
+        # Some file systems ignore case, so a name that is not listed may still exist.
         missing += [
-            row for row in members if os.path.basename(row.path) not in there and not (file.parent / row.path).is_file()
+            row for row in members if os.path.basename(row.path) not in files and not (file.parent / row.path).is_file()
         ]
     if missing:
         first = min(missing)
         more = f" ({len(missing):,} of {len(rows):,} images are missing)" if len(missing) > 1 else ""
         raise ValueError(
-            f"{file}: line {first.line}: no file {file.parent / first.path}{more}; restore it or remove the line"
+            f"{file}: line {first.line}: {file.parent / first.path} does not exist{more}; restore it or remove the line"
         )

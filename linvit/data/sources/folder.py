@@ -1,4 +1,4 @@
-"""ImageNet-style folders: one folder per split, in it one per class, in that the images at any depth."""
+"""ImageNet-style folders: SPLIT/CLASS/IMAGE, with images at any depth below their class folder."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,12 +10,12 @@ from linvit.data.sources.classes import MissingClasses, number_classes, quoted
 
 
 class ImageFolder(ImageSet):
-    """The images of one split, each a file of its own.
+    """The images of one split, each in a separate file.
 
     Args:
-        root: folder of the split; paths are relative to it.
-        split: the split's name.
-        class_names: name of every label.
+        root: folder that the paths are relative to.
+        split: name of the split.
+        class_names: class name of every label.
         relative_paths: path of every image, relative to `root`.
         labels: label of every image.
         note: see `ImageSet`.
@@ -50,25 +50,25 @@ def open_folder(
     class_names: Sequence[str] | None = None,
     missing_classes: MissingClasses = "refuse",
 ) -> ImageFolder:
-    """Finds the images and labels of a split, in the order of their class and path.
+    """Find the images and labels of a split, sorted by class and path.
 
-    "train" also finds "training"; "val" and "validation" find "val", "validation", "valid" or "test". Classes are the
-    folders in the split, sorted by name as torchvision sorts them; hidden files and folders are passed over.
+    "train" also finds "training"; "val" and "validation" find "val", "validation", "valid" or "test". The classes are
+    the folders in the split, sorted by name as torchvision sorts them; hidden files and folders are ignored.
 
     Args:
-        data_dir: folder that holds the splits.
+        data_dir: folder that contains the splits.
         split: name of the split.
-        class_names: labels are given by name from this list (from a run or another split), whatever the folder holds.
+        class_names: class names of a run or another split, in label order; the split must not have others.
         missing_classes: whether the split may lack classes of `class_names`.
 
     Raises:
-        ValueError: for a missing split, a split without images, an empty class folder, a class that `class_names`
-            does not have, or one that the split lacks.
+        ValueError: for a missing split, a split without images, an empty class folder, a folder or link that cannot be
+            read, a class that is not in `class_names`, or one that the split lacks.
     """
     root = _find_split(Path(data_dir), split)
     folders = class_folders(root)
     if not folders:
-        raise ValueError(f"{root}: holds no class folders; put each class's images into a folder of its name")
+        raise ValueError(f"{root}: holds no class folders; put the images of each class into a folder named after it")
     images = {name: sorted(_images_below(root, name)) for name in folders}
     empty = [name for name in folders if not images[name]]
     if len(empty) == len(folders):
@@ -87,21 +87,21 @@ def open_folder(
 
 
 def class_folders(root: Path) -> list[str]:
-    """The folders in a split's folder, sorted by name, but for hidden ones."""
+    """Names of the folders in `root`, sorted, without hidden ones."""
     return sorted(entry.name for entry in list_folder(root) if not entry.name.startswith(".") and is_folder(entry))
 
 
 def list_folder(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What lies in a folder; ValueError, naming it, where it cannot be read."""
+    """The entries of a folder. Raises ValueError, naming the folder, if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be read ({error.strerror}); allow reading it or leave it out") from error
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}); make it readable or remove it") from error
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; ValueError, naming it, for a link that leads to itself."""
+    """Whether an entry is a folder or a link to one. Raises ValueError, naming the entry, for a link to itself."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -110,30 +110,30 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _find_split(data_dir: Path, split: str) -> Path:
     if not data_dir.is_dir():
-        raise ValueError(f"{data_dir}: no such folder; give the folder that holds the splits (train, val)")
+        raise ValueError(f"{data_dir}: no such folder; give the folder that contains the splits (train, val)")
     names = split_names(split)
     for name in names:
         if (data_dir / name).is_dir():
             return data_dir / name
-    here = class_folders(data_dir)
-    found = f"it holds {quoted(here)}" if here else "it holds no folders"
+    folders = class_folders(data_dir)
+    found = f"found {quoted(folders)}" if folders else "found no folders"
     raise NoSuchSplit(f"{data_dir}: no split '{split}' (looked for {', '.join(names)}); {found}")
 
 
 def _images_below(root: Path, folder: str) -> Iterable[str]:
-    """Paths, relative to `root`, of the images in a folder of it at any depth."""
+    """Paths, relative to `root`, of the images at any depth in one of its folders."""
     for entry in list_folder(root / folder):
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
         if is_folder(entry):
-            if entry.is_symlink() and _leads_back(root / path):
-                raise ValueError(f"{root / path}: is a link that leads round in circles; remove it")
+            if entry.is_symlink() and _links_to_parent(root / path):
+                raise ValueError(f"{root / path}: links to a folder that contains it; remove the link")
             yield from _images_below(root, path)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
 
 
-def _leads_back(link: Path) -> bool:
-    """Whether a link to a folder leads to one that it lies in."""
+def _links_to_parent(link: Path) -> bool:
+    """Whether a link points to a folder that contains it."""
     return link.parent.resolve().is_relative_to(link.resolve())

@@ -1,4 +1,4 @@
-"""Image sets of Hugging Face's `datasets`: by their name on the hub, or in a folder or file."""
+"""Hugging Face data sets, read with the package `datasets`: by name from the hub, or from a folder or file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ from linvit.data.sources.base import ImageSet, NoSuchSplit, split_names
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, number_classes, number_labels, quoted
 from linvit.output.files import reason
 
-# What DATA begins with for such a set.
+# Marks DATA as a Hugging Face data set.
 PREFIX = "hf:"
-# Names of a plain column of labels; the second is that of WebDataset's on the hub.
+# Label columns without the feature ClassLabel; WebDatasets on the hub have the second.
 _LABEL_COLUMNS = ("label", "cls")
 
 
 class HubImages(ImageSet):
-    """The images of one split of a `datasets.Dataset`, in its order.
+    """The images of one split of a data set, in the order of its rows.
 
     Args:
-        root: how the set was written.
-        split: the split's name in it.
-        rows: the images as files, encoded: a column of `datasets.Image(decode=False)`.
-        column: that column.
-        class_names: name of every label.
+        root: the set as the user wrote it.
+        split: name of the split in the set.
+        rows: `datasets.Dataset` with a column of encoded images, `datasets.Image(decode=False)`.
+        column: name of that column.
+        class_names: class name of every label.
         labels: label of every image.
         note: see `ImageSet`.
     """
@@ -46,13 +46,13 @@ class HubImages(ImageSet):
         self._column = column
 
     def path(self, index: int) -> Path:
-        """The set, the split and the number of the row, from 0 on."""
+        """The set, the split and the number of the row, from 0."""
         return self.root / self.split / str(index)
 
     def read_bytes(self, index: int) -> bytes:
         image = self._rows[index][self._column]
         if image is None:
-            raise UnreadableImage(f"{self.path(index)}: is empty; fill or remove the row")
+            raise UnreadableImage(f"{self.path(index)}: is empty; add the image or remove the row")
         data: bytes | None = image["bytes"]
         return read_file(image["path"]) if data is None else data
 
@@ -64,28 +64,35 @@ def open_hub(
     class_names: Sequence[str] | None = None,
     missing_classes: MissingClasses = "refuse",
 ) -> HubImages:
-    """Opens a split of a set that is written as hf:NAME, hf:NAME:CONFIG, hf:FOLDER or hf:FILE.parquet.
+    """Open a split of a data set.
 
-    Images are the only column of images, or the one called `image`; labels the only `ClassLabel`, or the column
-    `label` or `cls`, of names or whole numbers (see `number_labels`).
+    The images are the only column with the feature `Image`, or the one of these named `image`. The labels are the only
+    column with the feature `ClassLabel`, or else the column `label` or `cls`, of names or whole numbers (see
+    `number_labels`).
+
+    Args:
+        data: hf:NAME, hf:NAME:CONFIG, hf:FOLDER or hf:FILE.parquet.
+        split: name of the split.
+        class_names: class names of a run or another split, in label order; the split must not have others.
+        missing_classes: whether the split may lack classes of `class_names`.
 
     Raises:
-        ValueError: where the package `datasets` is missing, the set cannot be loaded, has no such split or columns, or
-            rows without a label; and as `number_classes` does.
+        ValueError: if the package `datasets` is missing, the set cannot be loaded, lacks the split or a column, or has
+            rows without a label; and as `number_labels` does.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f'{data}: needs the package datasets: pip install "linvit[hf]"') from error
+        raise ValueError(f'{data}: needs the package datasets; install it with: pip install "linvit[hf]"') from error
     name, rows = _load(data, split)
     source = f"{data}/{name}"
-    images = _image_column(source, rows, _columns_of(rows, datasets.Image))
-    column = _label_column(source, rows, _columns_of(rows, datasets.ClassLabel))
+    images = _image_column(source, rows)
+    column = _label_column(source, rows)
     label = rows.features[column]
     codes = rows.select_columns([column])[:][column]
-    nameless = next((row for row, code in enumerate(codes) if code is None or code == -1), None)
-    if nameless is not None:
-        raise ValueError(f"{source}: row {nameless} has no label; give a split whose images are labelled")
+    unlabelled = next((row for row, code in enumerate(codes) if code is None or code == -1), None)
+    if unlabelled is not None:
+        raise ValueError(f"{source}: row {unlabelled} has no label; choose a split with labels")
     if isinstance(label, datasets.ClassLabel):
         names = [label.names[code] for code in codes]
         classes = number_classes(
@@ -112,7 +119,7 @@ def open_hub(
 
 
 def _load(data: str, split: str) -> tuple[str, Any]:
-    """The split's own name and its rows."""
+    """The name of the split in the set, and its rows."""
     name, config = _name_and_config(data.removeprefix(PREFIX))
     try:
         splits = _open_splits(Path(name), name, config)
@@ -120,15 +127,15 @@ def _load(data: str, split: str) -> tuple[str, Any]:
         if found is not None:
             return found, splits[found]()
     except Exception as error:
-        # The library lets through errors of the network, of Arrow and of its own.
+        # The package raises errors of the network, of Arrow and of its own classes.
         raise ValueError(f"{data}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
     raise NoSuchSplit(
-        f"{data}: no split '{split}' (looked for {', '.join(split_names(split))}); it holds {quoted(list(splits))}"
+        f"{data}: no split '{split}' (looked for {', '.join(split_names(split))}); found {quoted(list(splits))}"
     )
 
 
 def _open_splits(path: Path, name: str, config: str | None) -> dict[str, Callable[[], Any]]:
-    """The splits by name, and how each is loaded."""
+    """A function for each split that loads it."""
     import datasets
 
     if (path / "dataset_dict.json").is_file():
@@ -151,28 +158,49 @@ def _name_and_config(written: str) -> tuple[str, str | None]:
     return (written, None) if not colon or Path(written).exists() else (name, config)
 
 
-def _image_column(source: str, rows: Any, of_kind: Sequence[str]) -> str:
-    if len(of_kind) == 1 or "image" in of_kind:
-        return "image" if "image" in of_kind else of_kind[0]
-    found = f"has several: {quoted(of_kind)}" if of_kind else f"has {quoted(rows.column_names)}"
-    raise ValueError(f"{source}: needs one column with the feature Image, but {found}; cast it, or call it 'image'")
+def _image_column(source: str, rows: Any) -> str:
+    import datasets
+
+    candidates = _columns_with(rows, datasets.Image)
+    if "image" in candidates:
+        return "image"
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise ValueError(
+            f"{source}: has several columns with the feature Image ({quoted(candidates)}); rename one to 'image'"
+        )
+    raise ValueError(
+        f"{source}: has no column with the feature Image (columns: {quoted(rows.column_names)}); cast one to Image"
+    )
 
 
-def _label_column(source: str, rows: Any, of_kind: Sequence[str]) -> str:
-    if len(of_kind) == 1:
-        return of_kind[0]
+def _label_column(source: str, rows: Any) -> str:
+    import datasets
+
+    candidates = _columns_with(rows, datasets.ClassLabel)
+    if len(candidates) == 1:
+        return candidates[0]
     for name in _LABEL_COLUMNS:
         if name in rows.column_names:
             return name
-    found = f"has several: {quoted(of_kind)}" if of_kind else f"has {quoted(rows.column_names)}"
-    raise ValueError(f"{source}: needs one column with the feature ClassLabel, or 'label', but {found}; rename it")
+    if candidates:
+        raise ValueError(
+            f"{source}: has several columns with the feature ClassLabel ({quoted(candidates)}); rename one to 'label'"
+        )
+    raise ValueError(
+        f"{source}: has no column with the feature ClassLabel and none named 'label' or 'cls' (columns: "
+        f"{quoted(rows.column_names)}); rename the column of labels to 'label'"
+    )
 
 
-def _columns_of(rows: Any, kind: type) -> list[str]:
-    return [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+def _columns_with(rows: Any, feature: type) -> list[str]:
+    return [name for name, each in rows.features.items() if isinstance(each, feature)]
 
 
 def _as_label(source: str, column: str, value: Any) -> str:
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise ValueError(f"{source}: column '{column}' holds {value!r}, which is neither a name nor a whole number")
+        raise ValueError(
+            f"{source}: column '{column}' holds {value!r}, neither a name nor a whole number; convert the labels"
+        )
     return str(value)

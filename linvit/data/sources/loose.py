@@ -1,7 +1,4 @@
-"""Which images to predict on: files, folders, patterns, lists, and images that are in memory already.
-
-A sample of a folder's images, as a model takes them.
-"""
+"""Images without labels: find them by path, folder, pattern or list, sample them, and load them as model input."""
 
 import codecs
 import glob
@@ -25,19 +22,26 @@ from linvit.data.loader import normalize
 from linvit.data.sources.base import ImageSet, PackedStrings
 from linvit.data.sources.folder import is_folder, list_folder
 
-# A path or pattern, an image as (H, W, 3) uint8 RGB, or one of Pillow's.
+# A path or pattern, an image as (H, W, 3) uint8 RGB, or a Pillow image.
 Input: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image
+
+# Each thread of `load_batches` keeps a batch in memory until its turn.
+_MOST_THREADS = 8
 
 
 class LooseImages(ImageSet):
-    """Images without labels, each a file's path or (H, W, 3) uint8 RGB."""
+    """Images without labels.
+
+    Args:
+        images: the path of each image, or its pixels, (H, W, 3) uint8 RGB.
+    """
 
     def __init__(self, images: PackedStrings | Sequence[str | np.ndarray]) -> None:
         super().__init__(Path(), split="", class_names=(), labels=np.zeros(len(images), np.int64))
         self._images = images
 
     def name(self, index: int) -> str | None:
-        """The file's path as it was given; None for an image that comes from none."""
+        """The path as given; None for an image that was given as pixels."""
         image = self._images[index]
         return image if isinstance(image, str) else None
 
@@ -48,14 +52,14 @@ class LooseImages(ImageSet):
         image = self._images[index]
         if isinstance(image, str):
             return read_file(self.path(index))
-        # A PPM file, which holds the very pixels.
+        # As a PPM file, whose pixels are not compressed.
         return b"P6 %d %d 255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
 
 
 def find_images(inputs: Iterable[Input]) -> LooseImages:
-    """The images that the inputs stand for, in their order; a path that does not exist is one that cannot be read.
+    """All images that the inputs name or contain, in order; a path that does not exist counts as an unreadable image.
 
-    Raises ValueError for a folder without images, and for what is no image.
+    Raises ValueError for a folder without images and for an input that is not an image.
     """
     images: list[str | np.ndarray] = []
     for image in inputs:
@@ -67,19 +71,22 @@ def find_images(inputs: Iterable[Input]) -> LooseImages:
 
 
 def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
-    """The image files that a file, a folder or a pattern stands for.
+    """The image files that a file, folder or pattern refers to.
 
-    A folder stands for the files below it, at any depth, whose extension is an image's; hidden ones are passed over.
-    Within each folder names go by natural order (2.jpg before 10.jpg), folders in their place among the files. A
-    pattern, as `scans/**/*.png`, stands for the paths that match it, in the same order.
+    A folder yields the files below it, at any depth, with the extension of an image; hidden files and folders are
+    ignored. Files and folders together are in natural order (2.jpg before 10.jpg). A pattern such as `scans/**/*.png`
+    yields the paths that match it, in the same order.
 
     Args:
-        missing: whether what does not exist is an error or stands for itself.
+        path: file, folder or pattern.
+        missing: whether a path that does not exist is an error or is yielded as it is.
 
-    Raises ValueError for a folder without images.
+    Raises:
+        ValueError: for a folder without images or one that cannot be read, and with `missing="refuse"` for a path that
+            does not exist.
     """
     if os.path.isdir(path):
-        images = _images_below(path, ())
+        images = _images_below(path)
         first = next(images, None)
         if first is None:
             raise ValueError(f"{path}: holds no images (looked for {' '.join(EXTENSIONS)})")
@@ -91,13 +98,13 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
         raise ValueError(f"{path}: there is no such file or folder, and nothing matches it; correct the path")
     for match in matches or [path]:
         if os.path.isdir(match):
-            yield from _images_below(match, ())
+            yield from _images_below(match)
         else:
             yield match
 
 
 def read_list(lines: Iterable[bytes]) -> Iterator[str]:
-    """Paths of image files from a list with one a line; empty lines are passed over."""
+    """Paths of image files from a list with one path per line; empty lines are ignored."""
     for line in lines:
         path = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
         if path:
@@ -105,56 +112,23 @@ def read_list(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def natural_key(path: str) -> tuple[list[Any], str]:
-    """Sorts paths name by name, numbers in names by their value, the rest as text."""
-    return [[_numbers_apart(part) for part in os.path.splitext(name)] for name in path.split(os.sep)], path
-
-
-def _numbers_apart(text: str) -> list[str | int]:
-    # Text and numbers alternate, so that only like is compared with like.
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
-
-
-def _images_below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-    # A link to a folder above would lead round in circles.
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for entry in sorted(list_folder(folder), key=lambda entry: natural_key(entry.name)):
-        if entry.name.startswith("."):
-            continue
-        if is_folder(entry):
-            yield from _images_below(entry.path, (*above, real))
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield entry.path
-
-
-def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        # As files are read: upright, colours under an alpha channel kept.
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{kind} is no image: give a path, a PIL image or an array (height, width, 3) uint8 RGB")
-    return image
-
-
-# Batches being read at once; each takes memory until its turn comes.
-_MOST_THREADS = 8
+    """A sort key for paths that compares numbers in names by value and the rest as text."""
+    return [[_split_numbers(part) for part in os.path.splitext(name)] for name in path.split(os.sep)], path
 
 
 def sample_paths(folder: Path, *, count: int, seed: int) -> list[str]:
-    """`count` image files below a folder at any depth, drawn by `seed`, or all where there are fewer.
+    """A random sample of `count` image files below a folder, at any depth, in random order; all if there are fewer.
 
-    Raises ValueError where there is no such folder, or no image in it.
+    Raises ValueError if the folder does not exist or contains no images.
     """
     paths = list(expand(str(folder), missing="refuse"))
     return random.Random(seed).sample(paths, min(count, len(paths)))
 
 
 def load_images(paths: Sequence[str], spec: InputSpec) -> Tensor:
-    """The images as evaluation prepares them: (B, 3, height, width), normalised.
+    """The images, prepared and normalised as in evaluation: (B, 3, height, width).
 
-    Raises UnreadableImage, naming the first that cannot be read.
+    Raises UnreadableImage, naming the first image that cannot be read.
     """
     pipeline = build_eval_pipeline(spec)
     images = [torch.from_numpy(pipeline(image=read_image(path))["image"]) for path in paths]
@@ -162,7 +136,7 @@ def load_images(paths: Sequence[str], spec: InputSpec) -> Tensor:
 
 
 def load_batches(paths: Sequence[str], spec: InputSpec, *, batch_size: int) -> Iterator[Tensor]:
-    """`load_images` of so many at once, in order, read ahead by a few threads."""
+    """`load_images` in batches, in order; a few threads read ahead. Raises UnreadableImage as `load_images` does."""
     threads = min(os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[Tensor]] = deque()
@@ -172,3 +146,32 @@ def load_batches(paths: Sequence[str], spec: InputSpec, *, batch_size: int) -> I
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _split_numbers(text: str) -> list[str | int]:
+    # Text and numbers alternate, so a number is never compared with text.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def _images_below(folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    # A link to a parent folder would never end.
+    if real in parents:
+        return
+    for entry in sorted(list_folder(folder), key=lambda entry: natural_key(entry.name)):
+        if entry.name.startswith("."):
+            continue
+        if is_folder(entry):
+            yield from _images_below(entry.path, (*parents, real))
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield entry.path
+
+
+def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        # The same treatment as for files: upright, and the alpha channel dropped without blending.
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"{kind} is not an image: give a path, a PIL image or an array (height, width, 3) uint8 RGB")
+    return image

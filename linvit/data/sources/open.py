@@ -1,4 +1,4 @@
-"""The forms that data may have, and which of them lies where a user points: folders, lists, tars, hub sets."""
+"""Open a split of DATA in whichever form it has: class folders, CSV list, tars or Hugging Face data set."""
 
 import os
 import re
@@ -22,23 +22,22 @@ def open_images(
     class_names: Sequence[str] | None = None,
     missing_classes: MissingClasses = "refuse",
 ) -> ImageSet:
-    """Finds the images and labels of a split, whatever form they have.
+    """Find the images and labels of a split, whatever their form.
 
-    In a folder DATA a split is, the first that is there: the folder DATA/SPLIT with a folder per class or with tars,
-    the list DATA/SPLIT.csv, or the tars DATA/SPLIT.tar, DATA/SPLIT-000.tar or DATA/NAME-SPLIT-000.tar and so on. A
-    split may also be written as a file of DATA, or several: "list.csv", "part-{000..099}.tar", "part-*.tar". DATA
-    itself may be a list with a column `split`, or hf:NAME of a Hugging Face set. Names of splits are as for
-    `open_folder`.
+    In a folder DATA, the split is the first of these that exists: the folder DATA/SPLIT, with class folders or with
+    tars; the list DATA/SPLIT.csv; the tars DATA/SPLIT.tar, DATA/SPLIT-000.tar, DATA/NAME-SPLIT-000.tar and so on. A
+    split may also name files of DATA: "list.csv", "part-{000..099}.tar", "part-*.tar". DATA itself may be a list with
+    a column `split`, or hf:NAME for a Hugging Face data set. Splits have the same synonyms as in `open_folder`.
 
     Args:
         data: folder, list or hf:NAME.
         split: name of the split, or of its files in the folder.
-        class_names: labels are given by name from this list (from a run or another split), whatever is there.
+        class_names: class names of a run or another split, in label order; the split must not have others.
         missing_classes: whether the split may lack classes of `class_names`.
 
     Raises:
-        ValueError: naming the file and the mend, where there is no such split, or its images and labels are not as
-            they should be; see `open_folder`, `open_list`, `open_shards` and `open_hub`.
+        ValueError: naming the file and the fix, if the split does not exist or its images or labels are invalid; see
+            `open_folder`, `open_list`, `open_shards` and `open_hub`.
     """
     text = os.fspath(data)
     if text.startswith(PREFIX):
@@ -46,11 +45,11 @@ def open_images(
     root = Path(data)
     if root.is_file():
         if root.suffix.lower() != ".csv":
-            raise ValueError(f"{root}: is no CSV list; give the folder that it is in")
+            raise ValueError(f"{root}: is not a CSV list; give the folder that contains it")
         return open_list(root, split=split, class_names=class_names, missing_classes=missing_classes)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; give the folder that holds the splits (train, val)")
-    found = _find(root, split)
+        raise ValueError(f"{root}: no such folder; give the folder that contains the splits (train, val)")
+    found = _find_split(root, split)
     if isinstance(found, list):
         return open_shards(
             found,
@@ -64,33 +63,31 @@ def open_images(
     return open_folder(root, split=split, class_names=class_names, missing_classes=missing_classes)
 
 
-def _find(root: Path, split: str) -> Path | list[Path]:
-    """A split's folder or list, or its tars in the order of their names."""
+def _find_split(root: Path, split: str) -> Path | list[Path]:
+    """The folder or list of a split, or its tars sorted by name."""
     if split.lower().endswith((".csv", ".tar")):
         return _find_files(root, split)
     tars = _tars_in(root)
     for name in split_names(split):
         folder, listing = root / name, root / f"{name}.csv"
         if folder.is_dir():
-            return _tars_of(folder) or folder
+            return _tars_in_split(folder) or folder
         if listing.is_file():
             return listing
         if shards := [tar for tar in tars if _is_shard_of(name, tar)]:
             return shards
-    here = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-    found = f"it holds {quoted(here)}" if here else "it is empty"
+    entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+    found = f"found {quoted(entries)}" if entries else "the folder is empty"
     raise NoSuchSplit(f"{root}: no split '{split}' (looked for {', '.join(split_names(split))}); {found}")
 
 
-def _tars_of(folder: Path) -> list[Path]:
-    """The tars of a split's folder, unless it has folders, which are its classes then."""
+def _tars_in_split(folder: Path) -> list[Path]:
+    """The tars in the folder of a split; none if it contains folders, since those are the classes."""
     if class_folders(folder):
         return []
     compressed = sorted(path.name for path in folder.iterdir() if path.name.endswith(_COMPRESSED_TARS))
     if compressed:
-        raise ValueError(
-            f"{folder}: {quoted(compressed)} is compressed, so that no image can be read by itself; decompress it"
-        )
+        raise ValueError(f"{folder}: compressed tars do not allow random access; decompress {quoted(compressed)}")
     return _tars_in(folder)
 
 
@@ -101,21 +98,22 @@ def _tars_in(folder: Path) -> list[Path]:
 
 
 def _is_shard_of(split: str, tar: Path) -> bool:
-    # As in train.tar, train-000.tar, imagenet1k-train-0000.tar and train-00000-of-00100.tar.
+    # Matches train.tar, train-000.tar, imagenet1k-train-0000.tar and train-00000-of-00100.tar.
     return re.fullmatch(rf"(.*[-_.])?{re.escape(split)}([-_.]?\d+([-_.]of[-_.]\d+)?)?", tar.stem) is not None
 
 
 def _find_files(root: Path, pattern: str) -> Path | list[Path]:
     is_glob = any(sign in pattern for sign in "*?[")
-    paths = [path for name in _expand(pattern) for path in (sorted(root.glob(name)) if is_glob else [root / name])]
+    names = _expand_range(pattern)
+    paths = [path for name in names for path in (sorted(root.glob(name)) if is_glob else [root / name])]
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
-        raise ValueError(f"{root}: no file {quoted(missing or [pattern])}; name files of this folder")
+        raise ValueError(f"{root}: no file {quoted(missing or [pattern])}; name files in this folder")
     return paths[0] if pattern.lower().endswith(".csv") else paths
 
 
-def _expand(pattern: str) -> list[str]:
-    """The names that a range stands for, as in part-{000..099}.tar."""
+def _expand_range(pattern: str) -> list[str]:
+    """The names in a range such as part-{000..099}.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found is None:
         return [pattern]

@@ -1,4 +1,4 @@
-"""Images in tars: WebDataset shards, tars of class folders, a tar per class; read in any order."""
+"""Images in tars: WebDataset shards, tars of class folders or one tar per class, read in any order."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from linvit.data.sources.base import ImageSet
 from linvit.data.sources.classes import MissingClasses, number_labels
 from linvit.data.sources.tarindex import ShardIndex, index_shards
 
-# Shards that a process keeps open, well below the usual limit of 1,024 files.
-_MOST_OPEN = 256
+# Tars that a process keeps open, well below the usual limit of 1,024 files.
+_MAX_OPEN = 256
 
 
 class ImageShards(ImageSet):
-    """The images of one split in tars, in the order of these.
+    """The images of one split in tars, in the order of the tars.
 
     Args:
         root: folder of the tars.
-        split: the split's name.
+        split: name of the split.
         shards: the tars, relative to `root`.
-        index: the images in them.
-        class_names: name of every label.
+        index: where the images are in the tars.
+        class_names: class name of every label.
         labels: label of every image.
         note: see `ImageSet`.
     """
@@ -48,7 +48,7 @@ class ImageShards(ImageSet):
         self._index = index
 
     def path(self, index: int) -> Path:
-        """The image's shard and, as if that were a folder, its name in it."""
+        """The path of the tar followed by the name of the image in it."""
         return self._shard(index) / self._index.names[index]
 
     def read_bytes(self, index: int) -> bytes:
@@ -60,28 +60,11 @@ class ImageShards(ImageSet):
         except OSError as error:
             raise UnreadableImage(f"{self.path(index)}: cannot be read ({error.strerror}); restore the tar") from error
         if len(data) < size:
-            raise UnreadableImage(f"{self.path(index)}: the tar has become shorter; restore it")
+            raise UnreadableImage(f"{self.path(index)}: the tar is now shorter than when it was indexed; restore it")
         return data
 
     def _shard(self, index: int) -> Path:
         return self.root / self._shards[self._index.shards[index]]
-
-
-class _OpenFile:
-    """A file that is closed when nobody holds it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.file: BinaryIO = path.open("rb")
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
-
-
-@lru_cache(maxsize=_MOST_OPEN)
-def _open(path: Path, process: int, thread: int) -> _OpenFile:
-    """An open file for each process, since forked ones would share its position, and for each thread."""
-    return _OpenFile(path)
 
 
 def open_shards(
@@ -92,11 +75,19 @@ def open_shards(
     class_names: Sequence[str] | None = None,
     missing_classes: MissingClasses = "refuse",
 ) -> ImageShards:
-    """Finds the images and labels in tars, which lie in one folder.
+    """Find the images and labels of a split in tars.
 
-    An image's label is in the file NAME.cls or, under "label", NAME.json beside it in the tar; else it is the name of
-    the folder that it lies in there; else in NAME.txt; else the tar is that of a class, by its name, unless that ends
-    in a number. Labels may be whole numbers: see `number_labels`.
+    The label of an image is the first of these that exists: the text in NAME.cls beside it in the tar; the field
+    "label" of NAME.json beside it; the name of its folder in the tar; the text in NAME.txt beside it. If no image has
+    one, the name of each tar is the label of its images, unless it is the name of the split or ends in a number. Labels
+    may be whole numbers: see `number_labels`.
+
+    Args:
+        paths: the tars, all in one folder.
+        split: name of the split.
+        class_file: see `number_labels`.
+        class_names: class names of a run or another split, in label order; the split must not have others.
+        missing_classes: whether the split may lack classes of `class_names`.
 
     Raises:
         ValueError: for tars without images, an image without a label, and as `scan_tar` and `number_labels` do.
@@ -104,8 +95,8 @@ def open_shards(
     root = paths[0].parent
     index = index_shards(paths)
     if not len(index.names):
-        raise ValueError(f"{root}: no images in {len(paths)} tars of '{split}' (looked for {' '.join(EXTENSIONS)})")
-    labels, codes = _labelled(paths, index, split)
+        raise ValueError(f"{root}: no images in the {len(paths)} tars of '{split}' (looked for {' '.join(EXTENSIONS)})")
+    labels, codes = _find_labels(paths, index, split)
     classes = number_labels(
         labels, source=root, class_names=class_names, missing_classes=missing_classes, class_file=class_file
     )
@@ -120,18 +111,36 @@ def open_shards(
     )
 
 
-def _labelled(paths: Sequence[Path], index: ShardIndex, split: str) -> tuple[list[str], np.ndarray]:
-    """The labels, each once, and the place of every image's; those of the tars' names where no image has its own."""
+class _OpenFile:
+    """A file that is closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("rb")
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+@lru_cache(maxsize=_MAX_OPEN)
+def _open(path: Path, process: int, thread: int) -> _OpenFile:
+    """One open file per process and thread, since these would otherwise share its position."""
+    return _OpenFile(path)
+
+
+def _find_labels(paths: Sequence[Path], index: ShardIndex, split: str) -> tuple[list[str], np.ndarray]:
+    """The distinct labels, and the index of each image's label among them."""
     unlabelled = np.flatnonzero(index.codes < 0)
     if not len(unlabelled):
         return index.labels, index.codes
     stems = [path.stem for path in paths]
+    # The first unlabelled image of each tar.
     for image in unlabelled[np.unique(index.shards[unlabelled], return_index=True)[1]].tolist():
         shard = index.shards[image]
         if index.labels or stems[shard] == split or re.search(r"[-_.]\d+$", stems[shard]):
             raise ValueError(
-                f"{paths[shard] / index.names[image]}: has no label; put a file of its name with .cls (or .json) "
-                "beside it, or the image into a folder of its class's name"
+                f"{paths[shard] / index.names[image]}: has no label; add a file of the same name with the extension "
+                ".cls or .json beside it, or move the image into a folder named after its class"
             )
-    places, codes = np.unique(index.shards, return_inverse=True)
-    return [stems[shard] for shard in places.tolist()], codes
+    shards, codes = np.unique(index.shards, return_inverse=True)
+    return [stems[shard] for shard in shards.tolist()], codes

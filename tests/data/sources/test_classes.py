@@ -1,4 +1,4 @@
-"""Classes by name, and names for labels that are numbers."""
+"""Labels of named classes, and class names for numeric labels."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ def test_names_are_sorted_as_text_or_as_listed() -> None:
     assert classes.label_of == {"b": 0, "a": 1}
 
 
-def test_names_that_look_like_numbers_in_part_are_names(tmp_path: Path) -> None:
+def test_names_are_kept_if_only_some_look_like_numbers(tmp_path: Path) -> None:
     classes = numbered({"10", "9", "x"}, tmp_path)
     assert classes.names == ["10", "9", "x"]
     assert not classes.note
 
 
-def test_numbers_alone_are_names_in_their_order(tmp_path: Path) -> None:
+def test_numbers_alone_become_names_in_numeric_order(tmp_path: Path) -> None:
     classes = numbered({"10", "9", "0"}, tmp_path)
     assert classes.names == ["0", "9", "10"]
     assert classes.label_of == {"0": 0, "9": 1, "10": 2}
-    assert "labels are numbers, and so are the names" in classes.note
-    # So they go by name in the other split, too.
+    assert "labels are numbers and serve as class names" in classes.note
+    # The other split then uses them as names.
     other = numbered({"10", "9"}, tmp_path, class_names=classes.names, missing_classes="allow")
     assert other.label_of == {"9": 1, "10": 2}
 
@@ -42,7 +42,7 @@ def test_a_file_names_the_numbers(tmp_path: Path) -> None:
     assert classes.names == ["dog", "cat", "bird"]
     assert classes.label_of == {"0": 0, "1": 1, "2": 2}
     assert str(tmp_path / "classes.txt") in classes.note
-    # Under a model that orders them otherwise, labels go by these names.
+    # A model that orders the classes differently gets its own labels.
     other = numbered({"0", "2"}, tmp_path, class_names=["ant", "bird", "dog"], missing_classes="allow")
     assert other.label_of == {"0": 2, "2": 1}
     with pytest.raises(ValueError, match="no images of 'bird'"):
@@ -52,17 +52,18 @@ def test_a_file_names_the_numbers(tmp_path: Path) -> None:
 def test_a_list_of_classes_gives_numbers_their_names(tmp_path: Path) -> None:
     classes = numbered({"0", "1"}, tmp_path, class_names=["dog", "cat"])
     assert classes.label_of == {"0": 0, "1": 1}
-    assert "taken as places" in classes.note
+    assert "read as indices" in classes.note
 
 
 @pytest.mark.parametrize(
     ("found", "names", "words"),
     [
-        ({"0", "2"}, ["dog", "cat"], "DATA: label 2 has no name, since the list of classes has 2, for 0 to 1"),
-        ({"-1", "0"}, None, "DATA: label -1 is no class"),
+        ({"0", "2"}, ["dog", "cat"], r"DATA: label 2 has no name, because .* has only 2 \(labels 0 to 1\);"),
+        ({"-1", "0"}, None, "DATA: label -1 is not a class"),
         ({"0", "3"}, ["0", "1"], "'3' is not among the 2 known classes"),
         ({"0"}, ["0", "1"], "no images of '1'; every split needs"),
-        ({"a", "d"}, ["a"], "'d' is not among the 1 known classes; rename or remove"),
+        ({"a", "d"}, ["a"], "'d' is not among the 1 known classes; rename or remove it, or train"),
+        ({"a", "d", "e"}, ["a"], "'d', 'e' are not among the 1 known classes; rename or remove them"),
         ({"a"}, ["a", "b"], "no images of 'b'"),
     ],
 )
@@ -76,7 +77,7 @@ def test_class_map(tmp_path: Path) -> None:
     file.write_text("dog\n\ncat \nbird\n")
     assert read_class_map(file) == ["dog", "cat", "bird"]
     file.write_text("dog\ncat\ndog\n")
-    with pytest.raises(ValueError, match="names 'dog' more than once"):
+    with pytest.raises(ValueError, match="lists 'dog' more than once"):
         read_class_map(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):

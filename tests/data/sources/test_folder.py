@@ -13,7 +13,7 @@ MakeFolder = Callable[..., Path]
 
 def test_images_labels_and_names(make_folder: MakeFolder) -> None:
     folder = open_folder(make_folder({"train": {"b": 2, "a": 1, "C": 1}}), split="train")
-    # As torchvision sorts: capitals first.
+    # As in torchvision, capitals come first.
     assert folder.class_names == ["C", "a", "b"]
     assert folder.labels == [0, 1, 2, 2]
     assert [str(path.relative_to(folder.root)) for path in folder.paths] == [
@@ -46,16 +46,16 @@ def test_splits_are_found(there: str, asked: str, make_folder: MakeFolder) -> No
     assert open_folder(make_folder({there: {"a": 1}}), split=asked).root.name == there
 
 
-def test_the_split_asked_for_comes_first(make_folder: MakeFolder) -> None:
+def test_the_requested_name_comes_before_its_synonyms(make_folder: MakeFolder) -> None:
     data = make_folder({name: {"a": 1} for name in ("test", "validation", "val")})
     assert open_folder(data, split="validation").root.name == "validation"
     assert open_folder(data, split="val").root.name == "val"
     assert open_folder(data, split="test").root.name == "test"
 
 
-def test_nested_images_count_hidden_and_other_files_do_not(make_folder: MakeFolder) -> None:
+def test_nested_images_are_found_and_hidden_or_other_files_are_not(make_folder: MakeFolder) -> None:
     data = make_folder({"train": {"a": 1, "a/deep/er": 2, ".ipynb_checkpoints": 1, "a/.thumbs": 1}})
-    (data / "train" / "a" / "notes.txt").write_text("no image")
+    (data / "train" / "a" / "notes.txt").write_text("not an image")
     (data / "train" / "a" / "._000.png").write_bytes(b"a resource fork")
     (data / "train" / "stray.png").write_bytes(b"of no class")
     folder = open_folder(data, split="train")
@@ -63,21 +63,21 @@ def test_nested_images_count_hidden_and_other_files_do_not(make_folder: MakeFold
     assert [path.name for path in folder.paths] == ["000.png", "000.png", "001.png"]
 
 
-def test_upper_case_extensions_count(make_folder: MakeFolder) -> None:
+def test_upper_case_extensions_are_found(make_folder: MakeFolder) -> None:
     data = make_folder({"train": {"a": 1}}, suffix=".JPG")
     assert len(open_folder(data, split="train")) == 1
 
 
-def test_labels_go_by_name(make_folder: MakeFolder) -> None:
+def test_labels_follow_given_class_names(make_folder: MakeFolder) -> None:
     data = make_folder({"train": {"a": 1, "b": 1, "c": 1}, "val": {"c": 1, "b": 2}})
     names = open_folder(data, split="train").class_names
     folder = open_folder(data, split="val", class_names=names, missing_classes="allow")
-    # timm's reader would call b 0 and c 1 here.
+    # timm's reader would give b label 0 and c label 1.
     assert folder.labels == [1, 1, 2]
     assert folder.class_names == names
 
 
-def test_other_orders_of_the_names(make_folder: MakeFolder) -> None:
+def test_class_names_may_be_in_any_order(make_folder: MakeFolder) -> None:
     folder = open_folder(make_folder({"val": {"a": 1, "b": 1}}), split="val", class_names=["b", "a"])
     assert folder.labels == [1, 0]
 
@@ -89,7 +89,7 @@ def test_other_orders_of_the_names(make_folder: MakeFolder) -> None:
             {"train": {"a": 1}},
             "val",
             None,
-            r"no split 'val' \(looked for val, validation, valid, test\); it holds 'train'",
+            r"no split 'val' \(looked for val, validation, valid, test\); found 'train'",
         ),
         ({"a": {"x": 1}}, "train", None, "no split 'train'"),
         ({"train": {"a": 0}}, "train", None, "holds no images in its class folders"),
@@ -134,10 +134,10 @@ def test_pickles_are_small() -> None:
     assert folder.path(0).name == "n01440764_00000.JPEG"
 
 
-def test_a_link_in_circles_is_refused(make_folder: MakeFolder) -> None:
+def test_a_link_to_a_parent_or_to_itself_is_refused(make_folder: MakeFolder) -> None:
     data = make_folder({"train": {"a": 1, "b": 1}})
     (data / "train/b/loop").symlink_to(data / "train", target_is_directory=True)
-    with pytest.raises(ValueError, match="train/b/loop: is a link that leads round in circles; remove it"):
+    with pytest.raises(ValueError, match="train/b/loop: links to a folder that contains it; remove the link"):
         open_folder(data, split="train")
     (data / "train/b/loop").unlink()
     (data / "train/b/itself").symlink_to("itself")

@@ -1,14 +1,16 @@
-"""What lies where in a tar, and every way in which a tar can be wrong."""
+"""The index of the images in tars, its cached copy, and the faults a tar may have."""
 
 import gzip
 import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tars import write_tar
 
-from linvit.data.sources.tarindex import Member, scan_tar
+from linvit.data.sources import tarindex
+from linvit.data.sources.tarindex import Member, ShardIndex, index_shards, scan_tar
 
 IMAGE = b"the bytes of an image" * 40
 
@@ -18,7 +20,7 @@ def labels_in(path: Path) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_images_lie_where_the_index_says(kind: int, tmp_path: Path) -> None:
+def test_offsets_and_sizes_match_the_tar(kind: int, tmp_path: Path) -> None:
     long = f"{'folder/' * 20}n01/{'0' * 60}.JPEG" if kind == tarfile.USTAR_FORMAT else f"n01/{'ü' * 200}.JPEG"
     files = {"b/1.png": b"one", long: IMAGE, "b/0.jpg": b"", "b/2.webp": IMAGE[:700]}
     path = write_tar(tmp_path / "x.tar", files, format=kind)
@@ -40,11 +42,11 @@ def test_images_lie_where_the_index_says(kind: int, tmp_path: Path) -> None:
         ({"n01/7.jpg": IMAGE}, "n01"),
         ({"./train/n01/7.jpg": IMAGE}, "n01"),
         ({"7.jpg": IMAGE}, None),
-        # The first that counts.
+        # Several labels: the first kind wins.
         ({"n01/7.jpg": IMAGE, "n01/7.cls": b"3", "n01/7.json": b'{"label": 4}'}, "3"),
         ({"n01/7.jpg": IMAGE, "n01/7.json": b'{"label": 4}'}, "4"),
         ({"n01/7.jpg": IMAGE, "n01/7.txt": b"a caption"}, "n01"),
-        # What is about something else.
+        # Files that are not labels.
         ({"n01/7.jpg": IMAGE, "n01/7.json": b'{"width": 4}'}, "n01"),
         ({"7.jpg": IMAGE, "7.txt": b"a caption\nof two lines"}, None),
         ({"7.jpg": IMAGE, "7.txt": b"a long caption" * 40}, None),
@@ -56,7 +58,7 @@ def test_labels(files: dict[str, bytes], label: str | None, tmp_path: Path) -> N
     assert member.label == label
 
 
-def test_what_is_no_image_of_its_own_is_passed_over(tmp_path: Path) -> None:
+def test_masks_hidden_and_other_files_are_ignored(tmp_path: Path) -> None:
     files = {
         "7.mask.png": b"mask",
         "7.jpg": IMAGE,
@@ -83,9 +85,9 @@ def test_an_empty_tar_has_no_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"n/7.jpg": IMAGE, "n/7.jpg#2": IMAGE}, r"x\.tar/n/7\.jpg: is there twice"),
-        ({"7.jpg": IMAGE, "7.png": IMAGE, "7.cls": b"1"}, r"x\.tar/7\.png: has the label file of 7\.jpg, too"),
-        ({"7.heic": IMAGE, "7.cls": b"1"}, r"x\.tar/7\.cls: is the label of no image"),
+        ({"n/7.jpg": IMAGE, "n/7.jpg#2": IMAGE}, r"x\.tar/n/7\.jpg: occurs twice"),
+        ({"7.jpg": IMAGE, "7.png": IMAGE, "7.cls": b"1"}, r"x\.tar/7\.png: shares a label file with 7\.jpg"),
+        ({"7.heic": IMAGE, "7.cls": b"1"}, r"x\.tar/7\.cls: has no image beside it"),
         ({"7.jpg": IMAGE, "7.json": b"{"}, r"x\.tar/7\.json: is not a JSON object"),
         ({"7.jpg": IMAGE, "7.json": b"[1]"}, r"x\.tar/7\.json: is not a JSON object"),
         ({"7.jpg": IMAGE, "7.cls": b"\xff\xfe"}, r"x\.tar/7\.cls: is not text; write the label"),
@@ -115,14 +117,14 @@ def test_compressed_tars_are_refused(tmp_path: Path) -> None:
         scan_tar(path)
 
 
-def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_tar_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {f"n/{number}.jpg": IMAGE for number in range(3)})
     data = path.read_bytes()
-    # Three headers with two blocks each, then zeros.
+    # Three images, each a header and two blocks of data, then zeros.
     end = 3 * (512 + 1024)
     for size in (0, 100, 512, 700, 512 + 1024, 512 + 1024 + 300, end - 100, end, end + 511):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or no tar"):
+        with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or not a tar"):
             scan_tar(path)
     path.write_bytes(data[: end + 512])
     assert len(scan_tar(path)) == 3
@@ -132,24 +134,24 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_header_is_refused(place: int, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {f"n/{number}.jpg": IMAGE for number in range(3)})
     data = bytearray(path.read_bytes())
-    # In the second of three, which tarfile itself takes for the end.
+    # In the second header, which tarfile would take for the end.
     data[512 + 1024 + place] ^= 0x10
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or no tar \(neither a header nor the end"):
+    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or not a tar \(neither a header nor the end"):
         scan_tar(path)
 
 
-def test_tars_joined_with_cat_are_refused(tmp_path: Path) -> None:
+def test_concatenated_tars_are_refused(tmp_path: Path) -> None:
     first = write_tar(tmp_path / "x.tar", {"n/1.jpg": IMAGE})
     second = write_tar(tmp_path / "y.tar", {"n/2.jpg": IMAGE})
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or no tar"):
+    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or not a tar"):
         scan_tar(first)
 
 
-def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+def test_other_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(IMAGE * 20)
-    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or no tar"):
+    with pytest.raises(ValueError, match=r"x\.tar: is truncated, damaged or not a tar"):
         scan_tar(tmp_path / "x.tar")
     with pytest.raises(ValueError, match=r"y\.tar: cannot be read \(No such file"):
         scan_tar(tmp_path / "y.tar")
@@ -157,3 +159,80 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
 
 def test_members_are_tuples_of_plain_values(tmp_path: Path) -> None:
     assert scan_tar(write_tar(tmp_path / "x.tar", {"n/7.jpg": IMAGE})) == [Member("n/7.jpg", 512, len(IMAGE), "n")]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tarindex, "_MIN_CACHED", 3)
+    return [
+        write_tar(tmp_path / "a.tar", {"x/1.jpg": b"one", "y/2.jpg": b"three"}),
+        write_tar(tmp_path / "b.tar", {"y/1.jpg": b"two", "3.jpg": b"four"}),
+    ]
+
+
+def as_lists(index: ShardIndex) -> list:
+    return [list(index.names), *(getattr(index, name).tolist() for name in ("shards", "offsets", "sizes", "codes"))]
+
+
+def cached_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "linvit" / "shards").glob("*"))
+
+
+def test_images_of_all_shards(shards: list[Path]) -> None:
+    index = index_shards(shards)
+    names = ["x/1.jpg", "y/2.jpg", "y/1.jpg", "3.jpg"]
+    assert as_lists(index) == [names, [0, 0, 1, 1], [512, 1536, 512, 1536], [3, 5, 3, 4], [0, 1, 1, -1]]
+    assert index.labels == ["x", "y"]
+
+
+def test_a_cached_index_is_used_instead_of_the_tars(
+    shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_shards(shards)
+    assert len(cached_files(tmp_path)) == 1
+    monkeypatch.setattr(tarindex, "scan_tar", lambda path: pytest.fail(f"{path} is read again"))
+    again = index_shards(shards)
+    assert as_lists(again) == as_lists(index)
+    assert again.labels == index.labels
+    assert [getattr(again, name).dtype for name in ("shards", "codes")] == [np.int32, np.int32]
+
+
+@pytest.mark.parametrize("change", ["size", "time", "damage", "version", "order"])
+def test_a_cached_index_of_other_tars_is_not_used(
+    change: str, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_shards(shards)
+    (cached,) = cached_files(tmp_path)
+    # The same size with other labels.
+    state = shards[0].stat()
+    write_tar(shards[0], {"z/1.jpg": b"one", "y/2.jpg": b"three"})
+    os.utime(shards[0], ns=(state.st_atime_ns, state.st_mtime_ns + (change == "time")))
+    if change == "size":
+        write_tar(shards[0], {f"z/{number}.jpg": b"one" for number in range(40)})
+        os.utime(shards[0], ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif change == "damage":
+        cached.write_bytes(cached.read_bytes()[:-200])
+    elif change == "version":
+        monkeypatch.setattr(tarindex, "_VERSION", 2)
+    elif change == "order":
+        shards.reverse()
+    assert "z" in index_shards(shards).labels
+
+
+def test_the_index_of_a_small_set_is_not_cached(
+    shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tarindex, "_MIN_CACHED", 5)
+    index_shards(shards)
+    assert not cached_files(tmp_path)
+
+
+def test_an_index_that_cannot_be_cached_is_still_used(shards: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert len(index_shards(shards).names) == 4
+
+
+def test_a_missing_shard_is_named(shards: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"c\.tar: cannot be read"):
+        index_shards([*shards, shards[0].with_name("c.tar")])

@@ -1,4 +1,4 @@
-"""Which images folders, patterns, lists and arrays stand for, and in which order."""
+"""Images found by folder, pattern and list, and their order; images given as arrays."""
 
 import os
 from pathlib import Path
@@ -36,12 +36,12 @@ def test_a_folder_is_searched_at_any_depth_in_natural_order(folder: Path) -> Non
     assert found(folder) == ["9.png", "10.png", "a/deep/er/x.webp", "a/img2.jpg", "a/img12.JPG"]
 
 
-def test_a_link_back_to_a_folder_above_ends(folder: Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed(folder: Path) -> None:
     (folder / "a/deep/up").symlink_to(folder)
     assert len(found(folder)) == 5
 
 
-def test_a_pattern_gives_the_order_of_the_folder(folder: Path) -> None:
+def test_a_pattern_keeps_the_order_of_the_folder(folder: Path) -> None:
     assert found(folder, "**/*.[jpw]*") == ["9.png", "10.png", "a/deep/er/x.webp", "a/img2.jpg"]
     assert found(folder, "*") == ["9.png", "10.png", "a/deep/er/x.webp", "a/img2.jpg", "a/img12.JPG", "t.txt"]
 
@@ -51,7 +51,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(folder: Path) -> No
     assert found(folder, "[19].png") == ["[19].png"]
 
 
-def test_what_does_not_exist_is_refused_or_kept(folder: Path) -> None:
+def test_a_missing_path_is_refused_or_kept(folder: Path) -> None:
     for name in ("tpyo.png", "*.gif"):
         with pytest.raises(ValueError, match="there is no such file or folder, and nothing matches it"):
             found(folder, name)
@@ -71,7 +71,7 @@ def test_numbers_sort_by_value() -> None:
     ]
 
 
-def test_a_list_has_a_path_a_line(tmp_path: Path) -> None:
+def test_a_list_has_one_path_per_line(tmp_path: Path) -> None:
     lines = [b"\xef\xbb\xbffirst one.png\r\n", b"\n", b" second.png \n", b"\xff.png"]
     assert list(read_list(lines)) == ["first one.png", " second.png ", os.fsdecode(b"\xff.png")]
 
@@ -93,11 +93,11 @@ def test_arrays_and_pillow_images_are_the_pixels_of_their_files(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4, 3), np.float32), r"float32 \(4, 4, 3\) is no image"),
-        (np.zeros((3, 4, 4), np.uint8), r"uint8 \(3, 4, 4\) is no image"),
-        (7, "int is no image: give a path, a PIL image or an array"),
+        (np.zeros((4, 4, 3), np.float32), r"float32 \(4, 4, 3\) is not an image"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8 \(3, 4, 4\) is not an image"),
+        (7, "int is not an image: give a path, a PIL image or an array"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object, words: str) -> None:
+def test_other_inputs_are_refused(image: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         find_images([image])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""Lists of images in CSV files."""
+"""Image lists in CSV files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def write(data: Path, text: str, name: str = "train.csv") -> Path:
     return file
 
 
-def test_images_come_in_the_order_of_the_list(data: Path) -> None:
+def test_images_keep_the_order_of_the_list(data: Path) -> None:
     file = write(data, f"path,label\nimages/b/001.png,dog\n{data}/images/a/000.png,cat\nimages/b/000.png,dog\n")
     images = open_list(file, split="train")
     assert images.class_names == ["cat", "dog"]
@@ -30,7 +30,7 @@ def test_images_come_in_the_order_of_the_list(data: Path) -> None:
     assert images[0][0].shape == (40, 52, 3)
 
 
-def test_columns_may_come_in_any_order_quoted_and_with_others(data: Path) -> None:
+def test_columns_may_be_quoted_and_in_any_order_among_others(data: Path) -> None:
     file = write(data, '\ufeffsize, Label , path\r\n3, "a, b",  images/a/000.png\r\n\r\n4,c,"images/a/001.png"\r\n')
     images = open_list(file, split="train")
     assert images.class_names == ["a, b", "c"]
@@ -42,7 +42,7 @@ def test_a_column_names_the_splits(data: Path) -> None:
     file = write(data, text, "all.csv")
     train = open_list(file, split="train")
     assert [path.name for path in train.paths] == ["000.png", "001.png"]
-    # "val" finds "valid"; labels go by the names of the training images.
+    # "val" finds "valid"; labels follow the classes of the training images.
     val = open_list(file, split="val", class_names=train.class_names, missing_classes="allow")
     assert val.labels == [1]
 
@@ -50,7 +50,7 @@ def test_a_column_names_the_splits(data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "split"), [("train.csv", "train"), ("valid.csv", "val"), ("x.csv", "x"), ("x.csv", "x.csv")]
 )
-def test_a_list_without_that_column_is_the_split_of_its_name(name: str, split: str, data: Path) -> None:
+def test_a_list_without_that_column_is_the_split_it_is_named_after(name: str, split: str, data: Path) -> None:
     assert len(open_list(write(data, "path,label\nimages/a/000.png,a\n", name), split=split)) == 1
 
 
@@ -68,17 +68,20 @@ HEAD = "path,label\nimages/a/000.png,a\n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HEAD + "images/a/none.png,a\n", r"line 3: no file .*images/a/none\.png; restore it"),
-        (HEAD + "gone/x.png,a\ngone/y.png,a\n", r"line 3: no file .*x\.png \(2 of 3 images are missing\)"),
-        (HEAD + "images/a/000.png,b\n", r"line 3: lists images/a/000\.png again, as line 2 does"),
-        (HEAD + "images/a/001.png\n", "line 3: has 1 fields, too few; write path,label"),
+        (HEAD + "images/a/none.png,a\n", r"line 3: .*images/a/none\.png does not exist; restore it"),
+        (
+            HEAD + "gone/x.png,a\ngone/y.png,a\n",
+            r"line 3: .*x\.png does not exist \(2 of 3 images are missing\); restore",
+        ),
+        (HEAD + "images/a/000.png,b\n", r"line 3: repeats images/a/000\.png from line 2; remove one"),
+        (HEAD + "images/a/001.png\n", r"line 3: has too few fields \(1\); write path,label"),
         (HEAD + "images/a/001.png,\n", "line 3: has no label; fill it in"),
         (HEAD + ",a\n", "line 3: has no path"),
-        (HEAD + '\n"images/a/001.png",a\n"images/b/000.png"x,a\n', "line 5: is not CSV"),
-        ("file;label\nx;a\n", r"no column 'path', 'label' in its first line \(file;label\)"),
+        (HEAD + '\n"images/a/001.png",a\n"images/b/000.png"x,a\n', "line 5: is not valid CSV"),
+        ("file;label\nx;a\n", r"no column 'path', 'label' in the first line \(file;label\)"),
         ("", r"no column 'path', 'label'"),
         ("path,label\n", "lists no images"),
-        ("path,label,split\nimages/a/000.png,a,test2\n", r"no split 'train' \(looked for .*\); it holds 'test2'"),
+        ("path,label,split\nimages/a/000.png,a,test2\n", r"no split 'train' \(looked for .*\); found 'test2'"),
     ],
 )
 def test_faults_are_named_with_their_line(text: str, words: str, data: Path) -> None:
@@ -87,10 +90,10 @@ def test_faults_are_named_with_their_line(text: str, words: str, data: Path) -> 
     assert "train.csv" in str(caught.value)
 
 
-def test_a_list_of_another_name_needs_to_say_its_split(data: Path) -> None:
+def test_a_list_with_another_name_needs_the_column(data: Path) -> None:
     file = write(data, "path,label\nimages/a/000.png,a\n", "photos.csv")
     with pytest.raises(
-        ValueError, match=r"photos\.csv: no split 'train' .*; give its folder, or give it a column 'split'"
+        ValueError, match=r"photos\.csv: no split 'train' .*; give the folder of the list, or add a column 'split'"
     ):
         open_list(file, split="train")
 
@@ -102,7 +105,7 @@ def test_other_encodings_are_refused(data: Path) -> None:
         open_list(file, split="train")
 
 
-def test_classes_are_checked_as_those_of_folders(data: Path) -> None:
+def test_classes_are_checked(data: Path) -> None:
     file = write(data, HEAD)
     with pytest.raises(ValueError, match="'a' is not among the 1 known classes"):
         open_list(file, split="train", class_names=["x"])

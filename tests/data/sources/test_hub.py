@@ -1,4 +1,4 @@
-"""Sets of Hugging Face's `datasets`, where that is installed."""
+"""Hugging Face data sets, if the package `datasets` is installed."""
 
 import sys
 from pathlib import Path
@@ -12,9 +12,11 @@ from linvit.data.decode import UnreadableImage
 from linvit.data.sources.hub import open_hub
 
 
-def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r'hf:some/set: needs the package datasets: pip install "linvit\[hf\]"'):
+    with pytest.raises(
+        ValueError, match=r'hf:some/set: needs the package datasets; install it with: pip install "linvit\[hf\]"'
+    ):
         open_hub("hf:some/set", split="train")
 
 
@@ -29,7 +31,7 @@ def png(grey: int) -> bytes:
 
 
 def rows(datasets: Any, labels: list, feature: Any, **names: str) -> Any:
-    """A set of images, each of the grey that its number is."""
+    """A data set of grey images; the row number is the grey value."""
     image, label = names.get("image", "image"), names.get("label", "label")
     images = [{"bytes": png(number), "path": f"{number}.png"} for number in range(len(labels))]
     features = datasets.Features({image: datasets.Image(), label: feature})
@@ -53,7 +55,7 @@ def test_images_and_classes(datasets: Any, tmp_path: Path) -> None:
     assert open_hub(data, split="val", class_names=["cat", "dog"]).labels == [0, 1, 0]
 
 
-def test_rows_keep_the_order_they_were_given(datasets: Any, tmp_path: Path) -> None:
+def test_rows_keep_their_order(datasets: Any, tmp_path: Path) -> None:
     shuffled = rows(datasets, list("abcdef"), datasets.Value("string")).select([4, 1, 5])
     images = open_hub(saved(datasets, tmp_path / "set", train=shuffled), split="train")
     assert images.class_names == ["b", "e", "f"]
@@ -76,11 +78,11 @@ def test_parquet_files_and_folders_of_them(datasets: Any, tmp_path: Path) -> Non
         images = open_hub(data, split="train")
         assert images.labels == [0, 1]
         assert images.read_bytes(1) == png(1)
-        with pytest.raises(ValueError, match=r"no split 'val' \(looked for .*\); it holds 'train'"):
+        with pytest.raises(ValueError, match=r"no split 'val' \(looked for .*\); found 'train'"):
             open_hub(data, split="val")
 
 
-def test_images_that_lie_elsewhere_and_missing_ones(datasets: Any, tmp_path: Path) -> None:
+def test_images_in_separate_files_and_missing_images(datasets: Any, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png(7))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     images = [str(tmp_path / "1.png"), None]
@@ -99,9 +101,12 @@ def test_faults_are_named(datasets: Any, tmp_path: Path) -> None:
         [
             (rows(datasets, [0, -1], names), "row 1 has no label"),
             (rows(datasets, ["a", None], datasets.Value("string")), "row 1 has no label"),
-            (rows(datasets, [0.5, 1.0], datasets.Value("float32")), "column 'label' holds 0.5, which is neither"),
-            (good.remove_columns("image"), "one column with the feature Image, but has 'label'"),
-            (good.remove_columns("label"), "feature ClassLabel, or 'label', but has 'image'"),
+            (rows(datasets, [0.5, 1.0], datasets.Value("float32")), "column 'label' holds 0.5, neither a name"),
+            (good.remove_columns("image"), r"no column with the feature Image \(columns: 'label'\); cast one"),
+            (
+                good.remove_columns("label"),
+                r"no column with the feature ClassLabel and none named 'label' or 'cls' \(columns: 'image'\)",
+            ),
             (good.select([0]), "no images of 'b'"),
         ]
     ):

@@ -1,4 +1,4 @@
-"""Images in tars, read in any order, by any process."""
+"""Images in tars, read in any order and by any process."""
 
 import multiprocessing
 import pickle
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tars import write_tar
 
-from linvit.data import shards
 from linvit.data.decode import UnreadableImage
+from linvit.data.sources import tar
 from linvit.data.sources.base import PackedStrings
 from linvit.data.sources.tar import ImageShards, open_shards
 from linvit.data.sources.tarindex import ShardIndex
@@ -24,7 +24,7 @@ def opened(paths: list[Path], **settings: Any) -> ImageShards:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> list[Path]:
-    """Three tars with twenty files each, which hold their own numbers."""
+    """Three tars of twenty files each, which contain their own numbers."""
     return [
         write_tar(
             tmp_path / f"train-{shard}.tar",
@@ -51,7 +51,7 @@ def test_every_image_is_read_from_its_place(tars: list[Path]) -> None:
 
 
 def test_more_tars_than_may_be_open(tars: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_open", shards.lru_cache(maxsize=1)(shards._open.__wrapped__))
+    monkeypatch.setattr(tar, "_open", tar.lru_cache(maxsize=1)(tar._open.__wrapped__))
     images = opened(tars)
     for index in (0, 20, 40, 1, 21, 41):
         assert images.read_bytes(index) == expected(index)
@@ -64,7 +64,7 @@ def read_all(images: ImageShards, order: list[int]) -> bool:
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_parallel_readers_do_not_disturb_each_other(kind: str, tars: list[Path]) -> None:
     images = opened(tars)
-    # Opened before the processes are forked, which then have the same file open.
+    # The file is open before the processes are forked, so they inherit it.
     assert images.read_bytes(5) == expected(5)
     generator = np.random.default_rng(0)
     orders = [generator.permutation(60).tolist() * 30 for _ in range(4)]
@@ -73,21 +73,21 @@ def test_parallel_readers_do_not_disturb_each_other(kind: str, tars: list[Path])
         assert all(pool.map(read_all, [images] * 4, orders))
 
 
-def test_what_cannot_be_read_is_named_as_shard_and_member(tars: list[Path], tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_by_tar_and_member(tars: list[Path], tmp_path: Path) -> None:
     images = opened(tars)
     data = tars[0].read_bytes()
     tars[0].write_bytes(data[:2000])
     assert images.read_bytes(0) == expected(0)
-    with pytest.raises(UnreadableImage, match=r"train-0\.tar/n1/19\.jpg: the tar has become shorter"):
+    with pytest.raises(UnreadableImage, match=r"train-0\.tar/n1/19\.jpg: the tar is now shorter"):
         images.read_bytes(19)
-    with pytest.raises(UnreadableImage, match=r"train-1\.tar/n0/04\.jpg: is truncated, damaged or no image"):
+    with pytest.raises(UnreadableImage, match=r"train-1\.tar/n0/04\.jpg: is truncated, damaged or"):
         images.read(24)
     tars[2].unlink()
     with pytest.raises(UnreadableImage, match=r"train-2\.tar/n0/00\.jpg: cannot be read"):
         images.read_bytes(40)
 
 
-def test_a_tar_per_class_names_it(tmp_path: Path) -> None:
+def test_one_tar_per_class(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / f"{name}.tar", {"1.jpg": b"x", "./2.jpg": b"y"}) for name in ("n01", "n02")]
     images = opened(paths)
     assert images.class_names == ["n01", "n02"]
@@ -104,11 +104,13 @@ def test_a_tar_per_class_names_it(tmp_path: Path) -> None:
     ],
 )
 def test_an_image_without_a_label_is_named(name: str, files: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{name}/1\.jpg: has no label; put a file of its name with \.cls"):
+    with pytest.raises(
+        ValueError, match=rf"{name}/1\.jpg: has no label; add a file of the same name with the extension \.cls"
+    ):
         opened([write_tar(tmp_path / name, files)])
 
 
-def test_numbers_are_names_or_are_named(tmp_path: Path) -> None:
+def test_numeric_labels(tmp_path: Path) -> None:
     files = {f"{number}.{kind}": b"%d" % number for number in (2, 10, 0) for kind in ("jpg", "cls")}
     path = write_tar(tmp_path / "train.tar", files)
     images = opened([path])
@@ -120,7 +122,7 @@ def test_numbers_are_names_or_are_named(tmp_path: Path) -> None:
     assert named.labels == [1, 0, 2]
 
 
-def test_classes_are_checked_as_those_of_folders(tars: list[Path]) -> None:
+def test_classes_are_checked_as_in_other_sources(tars: list[Path]) -> None:
     with pytest.raises(ValueError, match="'n0' is not among the 1 known classes"):
         opened(tars, class_names=["n1"])
     with pytest.raises(ValueError, match="no images of 'n2'"):
@@ -129,11 +131,11 @@ def test_classes_are_checked_as_those_of_folders(tars: list[Path]) -> None:
 
 
 def test_tars_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no images in 1 tars of 'train'"):
+    with pytest.raises(ValueError, match="no images in the 1 tars of 'train'"):
         opened([write_tar(tmp_path / "x.tar", {"a/readme.md": b"x"})])
 
 
-def test_pickles_are_small() -> None:
+def test_pickled_shards_are_small() -> None:
     count = 20_000
     images = ImageShards(
         Path("/data"),

@@ -1,4 +1,4 @@
-"""One set of images as folders, lists, tars and a Hugging Face set: found alike, and the same batches."""
+"""The same images as folders, lists, tars and a Hugging Face set give the same batches."""
 
 import os
 import tarfile
@@ -27,7 +27,7 @@ COUNTS = {"train": {"ant": 5, "bee": 6}, "val": {"ant": 2, "bee": 1}}
 
 
 def as_shards(folder: Path, target: Path) -> Path:
-    """WebDataset's shards of five images, labels as numbers, and the names of these."""
+    """WebDataset shards of five images with numeric labels, and a file that names these."""
     for split in COUNTS:
         images = open_folder(folder, split=split)
         for first in range(0, len(images), 5):
@@ -118,7 +118,7 @@ def test_batches_are_the_same_bit_for_bit(other_form: Any, folder: Path) -> None
     assert len(expected) == 3
     for workers in (0, 2):
         assert same(batches(images, workers=workers), expected)
-    # As after a run was resumed within the epoch.
+    # As in a run that was resumed within the epoch.
     assert same(batches(images, workers=0, first=1), expected[1:])
 
 
@@ -132,16 +132,16 @@ def test_evaluation_sees_the_same_images(other_form: Any, folder: Path) -> None:
     assert all(torch.equal(one.images, other.images) for one, other in zip(*loaders))
 
 
-def test_classes_are_checked_alike(other_form: Any) -> None:
+def test_classes_and_splits_are_checked_the_same_way(other_form: Any) -> None:
     with pytest.raises(ValueError, match="'bee' is not among the 2 known classes"):
         open_images(other_form, split="val", class_names=["ant", "cat"])
     with pytest.raises(ValueError, match="no images of 'cat'; every split needs"):
         open_images(other_form, split="val", class_names=["ant", "bee", "cat"])
-    with pytest.raises(ValueError, match=r"no split 'holdout' \(looked for holdout\); it holds"):
+    with pytest.raises(ValueError, match=r"no split 'holdout' \(looked for holdout\); found '"):
         open_images(other_form, split="holdout")
 
 
-def test_a_broken_image_in_a_tar_is_left_out_and_named(folder: Path) -> None:
+def test_a_damaged_image_in_a_tar_is_skipped_and_named(folder: Path) -> None:
     shards = as_shards(folder, folder / "other")
     tar = shards / "animals-train-0000.tar"
     data = tar.read_bytes()
@@ -173,7 +173,7 @@ def test_a_broken_image_in_a_tar_is_left_out_and_named(folder: Path) -> None:
         (["part-08.tar"], "part-08.tar"),
     ],
 )
-def test_tars_of_a_split_are_found(names: list[str], split: str, tmp_path: Path) -> None:
+def test_the_tars_of_a_split_are_found(names: list[str], split: str, tmp_path: Path) -> None:
     for number, name in enumerate(names):
         write_tar(tmp_path / name, {f"a/{number}.jpg": b"x", f"b/{number}.jpg": b"y"})
     for other in ("x-trained-0.tar", "constrain-1.tar", "test/0.tar", ".train-5.tar", "other.tar"):
@@ -197,7 +197,7 @@ def test_folders_come_before_lists_and_lists_before_tars(folder: Path) -> None:
     assert open_images(folder, split="train").class_names == ["c"]
 
 
-def test_a_file_may_be_the_split(folder: Path) -> None:
+def test_a_split_may_name_a_file(folder: Path) -> None:
     (folder / "some.csv").write_text("path,label\ntrain/ant/000.png,cat\n")
     assert open_images(folder, split="some.csv").class_names == ["cat"]
 
@@ -206,9 +206,9 @@ def test_a_file_may_be_the_split(folder: Path) -> None:
     ("name", "split", "words"),
     [
         ("nowhere", "train", "nowhere: no such folder"),
-        ("photo.jpg", "train", r"photo\.jpg: is no CSV list"),
-        ("empty", "train", r"empty: no split 'train' .*; it is empty"),
-        ("packed", "train", r"packed/train: '0\.tar\.gz' is compressed.*decompress it"),
+        ("photo.jpg", "train", r"photo\.jpg: is not a CSV list"),
+        ("empty", "train", r"empty: no split 'train' .*; the folder is empty"),
+        ("packed", "train", r"packed/train: compressed tars .*; decompress '0\.tar\.gz'"),
         ("packed", "part-{0..1}.tar", r"packed: no file 'part-0\.tar', 'part-1\.tar'"),
         ("packed", "part-*.tar", r"packed: no file 'part-\*\.tar'"),
         ("packed", "list.csv", r"packed: no file 'list\.csv'"),
