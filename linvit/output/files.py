@@ -1,6 +1,6 @@
-"""Writing files so that a crash or a full disk leaves the old file or the new one, never half of one.
+"""Write files so that a crash or a full disk leaves either the old file or the new one, never half a file.
 
-What is not whole yet, or on its way out, has a hidden name until it is: `.NAME.part` or `.NAME.gone`.
+Files and folders have the hidden name `.NAME.part` while they are written, and `.NAME.gone` while they are deleted.
 """
 
 import errno
@@ -17,9 +17,9 @@ _LEFTOVERS = (".*.part", ".*.gone")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write` fill a temporary file, flush it to the disk and rename it to `path`.
+    """Call `write` on a temporary file, flush the file to disk and rename it to `path`.
 
-    Raises OSError, naming the file and the mend, where it cannot be written; `path` is then as it was.
+    Raises OSError, naming the file and the fix, if it cannot be written; `path` is then unchanged.
     """
     scratch = scratch_of(path)
     try:
@@ -37,17 +37,17 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_file` for text, in UTF-8."""
+    """Write UTF-8 text with `write_file`."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """`write_file` for JSON; a number that is not finite becomes null, since JSON has no NaN."""
+    """Write JSON with `write_file`; numbers that are not finite become null, since JSON has no NaN."""
     write_text(path, json_text(value, indent=indent))
 
 
 def json_text(value: Any, *, indent: int | None = 2) -> str:
-    """`value` as strict JSON and a line break; a number that is not finite becomes null."""
+    """`value` as strict JSON with a final line break; numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
 
 
@@ -62,9 +62,9 @@ def _finite(value: Any) -> Any:
 
 
 def replace_files(scratch: Path, folder: Path) -> None:
-    """Move the files of `scratch` over those of `folder`, each whole, in the order of their names from the last.
+    """Move the files of `scratch` over those of `folder`, each atomically, in reverse order of their names.
 
-    A folder cannot be renamed over another; this way `folder` is never absent and holds whole files throughout.
+    A folder cannot be renamed over another one. This way `folder` always exists and contains complete files.
     """
     files = sorted(scratch.iterdir(), reverse=True)
     for file in files:
@@ -78,9 +78,9 @@ def replace_files(scratch: Path, folder: Path) -> None:
 
 
 def write_verified(path: Path, data: bytes | memoryview) -> str:
-    """Write a new file, flush it to the disk and read it back; returns its SHA-256 in hexadecimal.
+    """Write a new file, flush it to disk and read it back; returns its SHA-256 in hexadecimal.
 
-    Raises OSError where it cannot be written, or where other bytes come back.
+    Raises OSError if the file exists, cannot be written, or reads back differently.
     """
     digest = hashlib.sha256(data).hexdigest()
     with path.open("xb") as file:
@@ -88,10 +88,10 @@ def write_verified(path: Path, data: bytes | memoryview) -> str:
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
-            # Forget what is cached, so that it is the disk that is read.
+            # Drop the file from the page cache, so that it is read from the disk.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if sha256_of(path) != digest:
-        raise OSError(errno.EIO, "what was read back is not what was written")
+        raise OSError(errno.EIO, "the data read back differ from the data written")
     return digest
 
 
@@ -102,7 +102,7 @@ def sha256_of(path: Path) -> str:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder so that a crash on the way leaves nothing under its name."""
+    """Delete a folder; it loses its name first, so that a crash never leaves half of it under that name."""
     doomed = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -110,12 +110,12 @@ def delete_folder(folder: Path) -> None:
 
 
 def scratch_of(path: Path) -> Path:
-    """Where a file or folder is written until it is whole."""
+    """The temporary path at which a file or folder is written."""
     return path.with_name(f".{path.name}.part")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that were killed have left half written, or half deleted, in `folder`."""
+    """Delete the files and folders that killed processes left half written or half deleted in `folder`."""
     for pattern in _LEFTOVERS:
         for path in folder.glob(pattern):
             if path.is_dir():
@@ -125,21 +125,22 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:
-    """`error` as one sentence that names the file and the mend."""
+    """`error` as one sentence that names the file and the fix."""
     why = error.strerror or reason(error)
     return OSError(
-        f"cannot write {path}: {why[:1].lower()}{why[1:]}; make room or choose another --output (what was "
-        "written before is kept)"
+        f"cannot write {path}: {why[:1].lower()}{why[1:]}; make room or choose another --output (files "
+        "written earlier are kept)"
     )
 
 
 def reason(error: Exception) -> str:
-    """An error's first line, or its kind where it says nothing."""
+    """The first line of an error's message, or the error's class if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last, where the system can open a folder."""
+    """Flush the entries of a folder to disk, so that renames in it survive a crash."""
+    # Windows cannot open a folder.
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

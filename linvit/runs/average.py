@@ -1,4 +1,4 @@
-"""`linvit average`: the mean of several weights of one model."""
+"""`linvit average`: average the weights of several checkpoints or runs of one model."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ SUMMARY = "average the weights of checkpoints or runs"
 
 
 class AverageOptions(BaseModel):
-    """Which weights to average, and where to."""
+    """Which weights to average and where to write the result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: tuple[str, ...] = Field(
         min_length=1,
-        description="one run (the checkpoints that end its epochs), or several runs (the best of each), folders with "
-        "config.json and weights, or checkpoints",
+        description="one run, whose checkpoints at the ends of epochs are averaged; or several runs (the best weights "
+        "of each), folders with config.json and weights, or checkpoints",
     )
-    output: Path = Field(description="folder that the average is written to, as local-dir:FOLDER")
-    newest: int | None = Field(None, ge=1, description="of one run, so many of its newest checkpoints (default: all)")
-    use_ema: bool = Field(False, description="average the moving averages of checkpoints that have one")
+    output: Path = Field(description="folder to write the average to; timm loads it as local-dir:FOLDER")
+    newest: int | None = Field(None, ge=1, description="average only the newest N checkpoints of a run (default: all)")
+    use_ema: bool = Field(False, description="average the EMA weights of checkpoints that have them")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Average, and return the exit status."""
+    """Average weights and write a folder that timm loads as `local-dir:`; returns the exit status.
+
+    Raises ValueError if the sources are not weights of one model with the same classes, and OSError if the folder
+    cannot be written.
+    """
     options = parse_options(
         AverageOptions,
         argv,
@@ -44,21 +48,12 @@ def main(argv: Sequence[str]) -> int:
         positionals={"sources": "SOURCE"},
         spellings={"output": ["-o", "--output"]},
     )
-    return average_command(options)
-
-
-def average_command(options: AverageOptions) -> int:
-    """`linvit average`: average, and write a folder that timm loads as `local-dir:`; returns the exit status.
-
-    Raises ValueError where the sources are not weights of one model for one set of classes, OSError where the folder
-    cannot be written.
-    """
     from linvit.data.augment.build import resolve_input
     from linvit.data.options import InputOptions
     from linvit.runs.folder import load_classifier, save_classifier
     from linvit.runs.weights import load_exactly
 
-    paths = _find(options)
+    paths = _find_weights(options)
     if options.output.exists():
         raise ValueError(f"--output {options.output} exists already: choose another folder")
     averaged, files = average(paths, use_ema=options.use_ema)
@@ -75,15 +70,15 @@ def average_command(options: AverageOptions) -> int:
         spec=resolve_input(classifier.model, InputOptions(**settings)),
         about={"version": __version__, "average_of": files},
     )
-    print(f"{options.output}: the average of {len(files)} weights")
+    print(f"{options.output}: average of {len(files)} sets of weights")
     return 0
 
 
 def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, Tensor], list[str]]:
-    """The mean of several state dicts, summed in float64, and the files that they are in.
+    """The mean of several state dicts, summed in float64, and the files they were read from.
 
-    Whole numbers, such as counts of batch norms, are the last one's. Raises ValueError where names, shapes or classes
-    differ.
+    Integer tensors, such as the counters of batch norms, are taken from the last one. Raises ValueError if names,
+    shapes or classes differ.
     """
     import torch
 
@@ -92,12 +87,12 @@ def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, 
     first: SavedWeights | None = None
     sums: dict[str, Tensor] = {}
     files = []
-    # One after the other, since all at once may not fit into memory.
+    # One at a time, since all of them may not fit in memory.
     for path in paths:
         saved = read_weights(path, use_ema=use_ema)
         files.append(str(saved.path))
         first = first or saved
-        _check_like(saved, first)
+        _check_same_model(saved, first)
         for name, tensor in saved.state_dict.items():
             if tensor.is_floating_point():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
@@ -111,27 +106,27 @@ def average(paths: Sequence[Path], *, use_ema: bool = False) -> tuple[dict[str, 
     return means, files
 
 
-def _find(options: AverageOptions) -> list[Path]:
+def _find_weights(options: AverageOptions) -> list[Path]:
     from linvit.runs.checkpoint import list_checkpoints
     from linvit.runs.folder import RunFolder
 
     paths = [Path(source) for source in options.sources]
     if len(paths) > 1:
         if options.newest is not None:
-            raise ValueError("--newest is for the checkpoints of one run: give one run, or leave it out")
+            raise ValueError("--newest selects checkpoints of one run: give a single run, or leave --newest out")
         return paths
     run = RunFolder(paths[0])
     if not run.args.is_file():
-        raise ValueError(f"{paths[0]} is no run's folder, and one file has no average: give a run or several weights")
-    # Those inside an epoch are there to go on from; the one before the first epoch has not learnt yet.
+        raise ValueError(f"{paths[0]} is not the folder of a run: give a run, or several weights to average")
+    # Checkpoints within an epoch exist only for resuming, and the one before the first epoch is untrained.
     ends = [path for path in list_checkpoints(run.checkpoints) if path.name.endswith("-000000")]
     ends = [path for path in ends if path.name != "state-0000-000000"]
     if not ends:
-        raise ValueError(f"{paths[0]}: the run has no checkpoints of whole epochs yet")
+        raise ValueError(f"{paths[0]} has no checkpoint at the end of an epoch yet: let the run finish an epoch")
     return ends[-(options.newest or len(ends)) :]
 
 
-def _check_like(saved: SavedWeights, first: SavedWeights) -> None:
+def _check_same_model(saved: SavedWeights, first: SavedWeights) -> None:
     from linvit.runs.weights import compact
 
     differing = first.state_dict.keys() ^ saved.state_dict.keys()
@@ -139,6 +134,6 @@ def _check_like(saved: SavedWeights, first: SavedWeights) -> None:
         raise ValueError(f"{saved.path} and {first.path} are not of one model: only one has {compact(differing)}")
     reshaped = {name for name, tensor in saved.state_dict.items() if tensor.shape != first.state_dict[name].shape}
     if reshaped:
-        raise ValueError(f"{saved.path} and {first.path} are not of one model: {compact(reshaped)} differ in shape")
+        raise ValueError(f"{saved.path} and {first.path} are not of one model: shapes differ for {compact(reshaped)}")
     if saved.class_names != first.class_names:
-        raise ValueError(f"{saved.path} and {first.path} are of other classes, whose weights have no average")
+        raise ValueError(f"{saved.path} and {first.path} have different classes: average weights for the same classes")

@@ -1,12 +1,13 @@
-"""Training checkpoints on disk: each a folder that is whole or not there.
+"""Training checkpoints on disk: folders that are either complete or absent.
 
-state-EEEE-BBBBBB/     epoch and batch that training goes on with
+state-EEEE-BBBBBB/     the epoch and batch at which training resumes
     model.safetensors  the weights
-    ema.safetensors    their moving average, where the run keeps one
-    training.pt        all the rest: plain values and tensors
+    ema.safetensors    their moving average, if the run keeps one
+    training.pt        everything else: plain values and tensors
     manifest.json      format, version, epoch, batch; size and SHA-256 of each file
 
-Nothing in it is code: torch.load(weights_only=True) reads `training.pt`, and makes only tensors and plain values.
+A checkpoint contains no code: `training.pt` is read by torch.load(weights_only=True), which creates only tensors and
+plain values.
 """
 
 import io
@@ -23,12 +24,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from linvit.output.files import cannot_write, delete_folder, reason, scratch_of, sha256_of, sync_folder, write_verified
+from linvit.output.files import (
+    cannot_write,
+    delete_folder,
+    json_text,
+    reason,
+    scratch_of,
+    sha256_of,
+    sync_folder,
+    write_verified,
+)
 from linvit.version import __version__
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-# Under the keys where timm's checkpoints have them.
+# The keys are those of timm's checkpoints.
 _WEIGHTS = {"state_dict": "model.safetensors", "state_dict_ema": "ema.safetensors"}
 _REST = "training.pt"
 _NAME = re.compile(r"state-(\d+)-(\d+)")
@@ -39,27 +49,21 @@ def checkpoint_name(epoch: int, batch: int) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint's folder, or what is left of one."""
+    """Whether a path is the folder of a checkpoint, complete or damaged."""
     return path.is_dir() and (_NAME.fullmatch(path.name) is not None or (path / MANIFEST).is_file())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the oldest first."""
+    """The checkpoints in a folder, complete or damaged, from oldest to newest."""
     return sorted((path for path in folder.glob("state-*") if _NAME.fullmatch(path.name)), key=_position)
 
 
-def _position(path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), int(match[2])
-
-
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Put a training state (see `linvit.training.state`) into a folder of checkpoints; returns its path.
+    """Write a training state (see `linvit.training.state`) into a folder of checkpoints; returns the checkpoint's path.
 
-    Every file is flushed to the disk, read back and compared, the manifest last; only then does the checkpoint get its
-    name. One of the same point of the run that is there and whole is left as it is. Raises OSError, with nothing left
-    behind, where it cannot be written.
+    Every file is flushed to disk, read back and compared, the manifest last; only then does the checkpoint get its
+    name. An intact checkpoint of the same epoch and batch is kept; a damaged one is retired. Raises OSError, and leaves
+    nothing behind, if the checkpoint cannot be written.
     """
     progress = state["progress"]
     path = folder / checkpoint_name(progress["epoch"], progress["batch"])
@@ -68,7 +72,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
             verify_checkpoint(path)
             return path
         except ValueError:
-            set_aside(path)
+            _retire(path)
     scratch = scratch_of(path)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -100,18 +104,18 @@ def _write_files(folder: Path, state: Mapping[str, Any]) -> None:
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()
         },
     }
-    write_verified(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_verified(folder / MANIFEST, json_text(manifest).encode())
 
 
 def write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> str:
-    """`write_verified` for weights, as safetensors; returns the SHA-256."""
-    # safetensors refuses the strides that channels-last training leaves.
+    """Write weights as safetensors with `write_verified`; returns the SHA-256."""
+    # safetensors refuses the strides of channels-last weights.
     weights = {name: tensor.contiguous() for name, tensor in state_dict.items()}
     return write_verified(path, save(weights, metadata={"format": "pt"}))
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise ValueError, naming the file, where a checkpoint is not whole, damaged or of another format."""
+    """Raise ValueError, naming the file, if a checkpoint is incomplete, damaged or of another format."""
     damaged = f"{path} cannot be used as a training checkpoint: "
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -134,11 +138,11 @@ def verify_checkpoint(path: Path) -> None:
         if actual != size:
             raise ValueError(f"{damaged}{name} has {actual:,} bytes, not {size:,}")
         if not is_same:
-            raise ValueError(f"{damaged}{name} is damaged (its SHA-256 is not the manifest's)")
+            raise ValueError(f"{damaged}{name} is damaged (its SHA-256 differs from the manifest)")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The training state in a checkpoint, verified first, tensors on the CPU; ValueError where it cannot be used."""
+    """Verify a checkpoint and read its training state, with tensors on the CPU; raises ValueError if it is unusable."""
     verify_checkpoint(path)
     try:
         state: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=True)
@@ -150,25 +154,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(folder: Path, *, keep: int, milestones: Sequence[int]) -> None:
-    """Delete all but the newest `keep` checkpoints; those that end epochs in `milestones` stay."""
-    kept_for_good = {checkpoint_name(epoch + 1, 0) for epoch in milestones}
-    for old in [path for path in list_checkpoints(folder) if path.name not in kept_for_good][:-keep]:
+    """Delete all but the newest `keep` checkpoints and those at the end of the epochs in `milestones`."""
+    milestone_names = {checkpoint_name(epoch + 1, 0) for epoch in milestones}
+    for old in [path for path in list_checkpoints(folder) if path.name not in milestone_names][:-keep]:
         delete_folder(old)
 
 
-def set_aside_later(folder: Path, *, epoch: int, batch: int) -> list[Path]:
-    """Rename the checkpoints of a later point of the run, so that they no longer count; returns where they are now.
+def retire_later(folder: Path, *, epoch: int, batch: int) -> list[Path]:
+    """Retire the checkpoints after this epoch and batch by renaming them to `aside-…`; returns their new paths.
 
-    A run that goes on from an earlier one makes others in their place: neither `--resume` nor pruning must take these,
-    damaged or of another course, for the newest.
+    A run that resumes from an earlier checkpoint writes these again, perhaps with other contents. Until then, neither
+    `--resume` nor pruning may take the old ones for the newest.
     """
-    return [set_aside(path) for path in list_checkpoints(folder) if _position(path) > (epoch, batch)]
+    return [_retire(path) for path in list_checkpoints(folder) if _position(path) > (epoch, batch)]
 
 
-def set_aside(path: Path) -> Path:
-    """Give a checkpoint another name, under which it no longer counts; returns the new path."""
+def _retire(path: Path) -> Path:
+    """Rename a checkpoint so that `list_checkpoints` no longer finds it; returns the new path."""
     number = 0
-    while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
+    while (retired := path.with_name(f"aside-{number}-{path.name}")).exists():
         number += 1
-    path.rename(aside)
-    return aside
+    path.rename(retired)
+    return retired
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """Epoch and batch of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])

@@ -1,15 +1,13 @@
-"""One process at a time writes into a run's folder.
+"""The folder of a run: its paths, its lock, and saving and loading the classifiers in it.
 
-A run's folder: where things lie in it, how classifiers are put there and taken out again.
-
-args.yaml      the resolved configuration; training from it alone repeats the run
-summary.csv    a row per epoch
-best/ last/    config.json and model.safetensors, for `timm.create_model("local-dir:RUN/best", pretrained=True)`
-checkpoints/   training states, to go on from (`linvit.runs.checkpoint`)
-README.md      model card
-bad_images.txt images that could not be read and were left out, where there are any
-.lock          held by the process that trains in the folder
-logs/          what processes besides the first have to say
+args.yaml       the resolved configuration; training from it alone repeats the run
+summary.csv     one row per epoch
+best/ last/     config.json and model.safetensors, for `timm.create_model("local-dir:RUN/best", pretrained=True)`
+checkpoints/    training states to resume from (`linvit.runs.checkpoint`)
+README.md       model card
+bad_images.txt  images that could not be read and were skipped, if there are any
+.lock           locked by the process that trains in the folder
+logs/           messages of the processes other than the first
 """
 
 import os
@@ -34,34 +32,9 @@ from linvit.settings.yaml import read_settings
 LOCK = ".lock"
 
 
-def lock_run(folder: Path) -> IO[bytes] | None:
-    """Claim a run's folder until the file returned is closed or the process ends, however it ends.
-
-    None where the system has no such locks. Raises ValueError where another process has it.
-    """
-    if os.name != "posix":
-        return None
-    import fcntl
-
-    file = (folder / LOCK).open("ab")
-    try:
-        # Not `flock`: workers that outlive a killed process for a while would go on holding it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"{folder}: another process is training in it; wait for it or stop it, or choose another --experiment"
-        ) from None
-    except OSError:
-        # A file system without locks.
-        file.close()
-        return None
-    return file
-
-
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths in a run's folder."""
+    """The paths in the folder of a run."""
 
     path: Path
 
@@ -98,6 +71,31 @@ class RunFolder:
         return self.path / "README.md"
 
 
+def lock_run(folder: Path) -> IO[bytes] | None:
+    """Lock the folder of a run until the returned file is closed or the process ends, even if it is killed.
+
+    Returns None on systems without such locks. Raises ValueError if another process holds the lock.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    file = (folder / LOCK).open("ab")
+    try:
+        # Not `flock`: workers inherit such a lock and would hold it for as long as they outlive a killed process.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{folder}: another process is training in it; wait for it, stop it or choose another --experiment"
+        ) from None
+    except OSError:
+        # The file system has no locks.
+        file.close()
+        return None
+    return file
+
+
 def save_classifier(
     folder: Path,
     model: TimmModel,
@@ -107,16 +105,26 @@ def save_classifier(
     spec: InputSpec,
     about: dict[str, Any],
 ) -> None:
-    """Put a model, its class names and its input into a timm `local-dir:` folder, in place of what was there.
+    """Write a model, its class names and its preprocessing to a folder that timm loads as `local-dir:`.
 
-    The weights are the model's own, or those in `state_dict` in place of them. `about` is kept in config.json under
-    "linvit". Each file is replaced whole, the weights before config.json. Raises OSError, with what was there before
-    kept, where the files cannot be written.
+    Existing files are replaced one by one and atomically, the weights before config.json.
+
+    Args:
+        folder: the folder; its parent must exist.
+        model: the model, whose architecture and arguments go to config.json.
+        state_dict: weights to save instead of the model's own.
+        class_names: class name of every label.
+        spec: the preprocessing.
+        about: saved in config.json under "linvit".
+
+    Raises:
+        OSError: if the files cannot be written; the existing files are kept.
     """
     scratch = scratch_of(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
+        # timm's `save_for_hf` neither takes a state dict nor makes channels-last weights contiguous for safetensors.
         write_weights(scratch / "model.safetensors", state_dict or model.state_dict())
         save_config_for_hf(
             model,
@@ -139,13 +147,17 @@ def save_classifier(
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model in evaluation mode, and the names of its classes; None where nothing tells them."""
+    """A model in evaluation mode with its class names.
+
+    Attributes:
+        class_names: class name of every label; None if unknown.
+        weights: where the weights come from, a file or a timm name.
+        settings: settings of the run that trained the model, as in args.yaml; empty if unknown.
+    """
 
     model: TimmModel
     class_names: list[str] | None
-    # Where the weights come from: a file, or a timm name.
     weights: str
-    # The settings of the run that trained it, as in args.yaml; empty where they are not at hand.
     settings: dict[str, Any]
 
 
@@ -158,17 +170,18 @@ def load_classifier(
     model_kwargs: dict[str, Any] | None = None,
     use_ema: bool = False,
 ) -> Classifier:
-    """The classifier in a run's folder, a `local-dir:` folder or a checkpoint, or timm's pretrained one of a name.
+    """Load a classifier from a run, a `local-dir:` folder or a checkpoint, or a pretrained one from timm by name.
 
     Args:
-        source: path or name.
-        weights: which weights of a run's folder.
-        img_size: (height, width) to adapt the model to; default its own.
-        model_name: model of a checkpoint that does not say it.
+        source: path or timm model name.
+        weights: which weights of a run to load.
+        img_size: (height, width) to adapt the model to; by default the model's own.
+        model_name: model of a checkpoint that does not name it.
         model_kwargs: further arguments of the model.
-        use_ema: take the averaged weights of a checkpoint that has both.
+        use_ema: load the EMA weights of a checkpoint that has both.
 
-    Raises ValueError where `source` is none of these, or its weights do not fit.
+    Raises:
+        ValueError: if `source` is none of these, or its weights do not fit the model.
     """
     path = Path(source)
     arguments = {"img_size": img_size, **(model_kwargs or {})}
@@ -177,7 +190,7 @@ def load_classifier(
     if path.exists():
         return _from_file(read_weights(path, use_ema=use_ema), model_name, arguments)
     if "/" in source and ":" not in source:
-        raise ValueError(f"{source}: there is no such file or folder, and it is no timm model name")
+        raise ValueError(f"{source}: there is no such file or folder, and it is not a timm model name")
     model = create_model(source, pretrained=True, **arguments)
     subset = infer_imagenet_subset(model)
     names = model.pretrained_cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else None)
@@ -189,7 +202,7 @@ def _from_folder(path: Path, weights: str, arguments: dict[str, Any]) -> Classif
     is_run = run.args.is_file()
     folder = path / weights if is_run else path
     if is_run and not folder.is_dir():
-        raise ValueError(f"{path} is a run without {weights}/ weights yet: let it finish an epoch")
+        raise ValueError(f"{path} is a run without {weights}/ weights yet: let the run finish an epoch")
     file = weights_file(folder)
     model = create_model(f"local-dir:{folder}", pretrained=True, **arguments)
     settings = read_settings(run.args) if is_run else {}
@@ -199,7 +212,7 @@ def _from_folder(path: Path, weights: str, arguments: dict[str, Any]) -> Classif
 def _from_file(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> Classifier:
     name = model_name or saved.architecture
     if name is None:
-        raise ValueError(f"{saved.path} does not say which model it is of: give --model NAME")
+        raise ValueError(f"{saved.path} does not name its model: give --model NAME")
     given = {key: value for key, value in arguments.items() if value is not None}
     model = create_model(name, **{"num_classes": _num_classes(saved, name)} | saved.model_args | given)
     new = fit_weights(model, saved)

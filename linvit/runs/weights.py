@@ -1,4 +1,4 @@
-"""Weights from elsewhere: read from a run, a folder or a file, and fitted to a model of another size or class count."""
+"""Read weights from a run, folder or file, and fit them to a model with another image size or other classes."""
 
 import argparse
 import json
@@ -20,30 +20,43 @@ from linvit.model.build import TimmModel
 from linvit.output.files import reason
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
 
+# In order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-# Of parameters whose shapes do not fit; where the width is another, that is nearly all of them.
-MOST_SHAPES_NAMED = 3
+# If a model has another width, nearly all its parameters differ in shape.
+MAX_SHAPES_LISTED = 3
 
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A state dict and what its file says about it; None where it says nothing."""
+    """A state dict and what its file records about the model; None for what it does not record.
+
+    Attributes:
+        path: the file or checkpoint.
+        img_size: (height, width) of the model's input.
+        architecture: timm name of the model.
+        model_args: arguments of the model.
+        settings: settings of the run that saved the weights, as in args.yaml.
+    """
 
     path: Path
     state_dict: dict[str, Tensor]
     img_size: tuple[int, int] | None = None
     class_names: list[str] | None = None
-    # In a training state of ours: the model's name and arguments, and the settings of the run.
+    # Only checkpoints written by linvit provide the following.
     architecture: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
-    """The weights in a run's folder (its best), a folder with config.json, one of a run's checkpoints, or a file.
+    """Read the weights of a run (the best), a folder with config.json, a checkpoint or a file, with tensors on the CPU.
 
-    A file is .safetensors, .pth, .pt or .bin.
-    `use_ema` takes the averaged weights of a training checkpoint that has both. Raises ValueError where there are none.
+    Args:
+        source: the run, folder or checkpoint, or a .safetensors, .pth, .pt or .bin file.
+        use_ema: read the EMA weights of a training checkpoint that has both.
+
+    Raises:
+        ValueError: if there are no weights, or they cannot be read.
     """
     folder = source / "best" if (source / "best").is_dir() else source
     if folder.is_dir() and not is_checkpoint(folder):
@@ -70,7 +83,7 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights in a folder that timm takes as `local-dir:`; ValueError where it is none."""
+    """The weights file in a folder that timm loads as `local-dir:`; raises ValueError for any other folder."""
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither a run nor a folder with config.json and {WEIGHT_FILES[0]}")
@@ -94,7 +107,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        # timm's training checkpoints hold their arguments as a Namespace.
+        # timm's training checkpoints contain their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
@@ -102,23 +115,28 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def fit_weights(model: TimmModel, saved: SavedWeights, *, class_names: Sequence[str] | None = None) -> list[str]:
-    """Load weights of a model of another image size, patch size or class count; returns the parameters that stay new.
+    """Load weights of a model that may have another image size, patch size or classes.
 
-    Sizes are adapted by the model's own `checkpoint_filter_fn`. The classifier is new where the number of classes, or
-    their names, differ; E and F are new where a plain ViT's weights have none. Raises ValueError, naming the
-    parameters, where anything else is missing, left over or of another shape.
+    The model's own `checkpoint_filter_fn` adapts sizes. The classifier keeps its new weights if the number of classes
+    or their names differ; E and F keep theirs if the weights are of a plain ViT, which has neither.
+
+    Returns:
+        The names of the parameters that keep their new weights.
+
+    Raises:
+        ValueError: naming the parameters, if others are missing, unexpected or of another shape.
     """
     state_dict = dict(saved.state_dict)
     own = model.state_dict()
     classifier = classifier_parameters(model)
-    if _is_other_classifier(saved, own, classifier, class_names):
+    if _has_other_classes(saved, own, classifier, class_names):
         for name in classifier:
             state_dict.pop(name, None)
     if saved.img_size is not None:
-        # Where timm's filter looks for the grid that the weights come from.
+        # timm's filter looks there for the grid of the weights.
         model.pretrained_model_args = {"img_size": saved.img_size}
     fitted = _checkpoint_filter(model)(dict(state_dict), model)
-    # What the file does not hold and the filter filled in with the model's own is new.
+    # New parameters are those that the file lacks and the filter took from the model itself.
     filled = [name for name in fitted if name not in state_dict and name in own and _same(fitted[name], own[name])]
     headless = [name for name in classifier if name not in fitted]
     load_exactly(model, {**fitted, **{name: own[name] for name in headless}}, path=saved.path)
@@ -126,31 +144,38 @@ def fit_weights(model: TimmModel, saved: SavedWeights, *, class_names: Sequence[
 
 
 def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path) -> None:
-    """Load weights that must fit as they are; ValueError, naming every parameter that does not."""
+    """Load weights without adapting them; raises ValueError, naming the parameters, if they do not fit the model."""
     own = model.state_dict()
-    lacking = own.keys() - state_dict.keys()
-    besides = state_dict.keys() - own.keys()
+    missing = own.keys() - state_dict.keys()
+    unexpected = state_dict.keys() - own.keys()
     reshaped = sorted(name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape)
-    more = len(reshaped) - MOST_SHAPES_NAMED
+    more = len(reshaped) - MAX_SHAPES_LISTED
     problems = [
-        *([f"lacks {compact(lacking)}"] if lacking else []),
-        *([f"has {compact(besides)} besides"] if besides else []),
+        *([f"it lacks {compact(missing)}"] if missing else []),
+        *([f"it has unexpected parameters {compact(unexpected)}"] if unexpected else []),
         *(
-            f"has {name} of {_shape(state_dict[name])}, not {_shape(own[name])}"
-            for name in reshaped[:MOST_SHAPES_NAMED]
+            f"the shape of {name} is {_shape(state_dict[name])}, not {_shape(own[name])}"
+            for name in reshaped[:MAX_SHAPES_LISTED]
         ),
-        *([f"has {more} others of other shapes"] if more > 0 else []),
+        *([f"{more} more shapes differ"] if more > 0 else []),
     ]
     if problems:
         raise ValueError(
-            f"{path} does not fit {_architecture(model)}: it {'; '.join(problems)}. Choose the model, and the model "
-            "arguments, that it was made with"
+            f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}. Choose the model and the model "
+            "arguments that the weights were saved with"
         )
     model.load_state_dict(state_dict)
 
 
+def classifier_parameters(model: TimmModel) -> list[str]:
+    """Names of the parameters of the model's classifier."""
+    modules = model.pretrained_cfg["classifier"] or ()
+    modules = (modules,) if isinstance(modules, str) else modules
+    return [name for name in model.state_dict() if name.rpartition(".")[0] in modules]
+
+
 def compact(names: Sequence[str] | set[str]) -> str:
-    """Parameter names in short: those that differ in their layer's number alone share an entry, blocks.0-3,5.norm."""
+    """Parameter names on one line, with the numbers of layers merged, such as blocks.0-3,5.norm1.weight."""
     numbers: dict[str, list[int | None]] = {}
     for name in names:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -172,7 +197,7 @@ def _ranges(layers: list[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _is_other_classifier(
+def _has_other_classes(
     saved: SavedWeights, own: dict[str, Tensor], classifier: list[str], class_names: Sequence[str] | None
 ) -> bool:
     if saved.class_names is not None and class_names is not None and list(class_names) != list(saved.class_names):
@@ -182,15 +207,8 @@ def _is_other_classifier(
     )
 
 
-def classifier_parameters(model: TimmModel) -> list[str]:
-    """Names of the parameters of the model's classifier."""
-    modules = model.pretrained_cfg["classifier"] or ()
-    modules = (modules,) if isinstance(modules, str) else modules
-    return [name for name in model.state_dict() if name.rpartition(".")[0] in modules]
-
-
 def _checkpoint_filter(model: TimmModel) -> Callable[[dict[str, Tensor], TimmModel], dict[str, Tensor]]:
-    """timm keeps a model's filter beside its entry point, under this name."""
+    """The `checkpoint_filter_fn` of the module that defines the model, which is where timm keeps it."""
     module = sys.modules[model_entrypoint(_architecture(model)).__module__]
     return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
 

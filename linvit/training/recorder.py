@@ -9,7 +9,7 @@ from linvit.data.loader import Loader
 from linvit.data.sources.base import ImageSet
 from linvit.distributed import StopRequest, on_primary
 from linvit.output.files import remove_leftovers
-from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, set_aside_later, write_checkpoint
+from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, retire_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
@@ -176,7 +176,7 @@ class Recorder:
         self.run.checkpoints.mkdir(exist_ok=True)
         for folder in (self.run.path, self.run.checkpoints):
             remove_leftovers(folder)
-        for path in set_aside_later(self.run.checkpoints, epoch=progress.epoch, batch=progress.batch):
+        for path in retire_later(self.run.checkpoints, epoch=progress.epoch, batch=progress.batch):
             say(f"set aside, being later than where the run goes on: {path}")
         self.track = open_trackers(
             config, self.run.path, first_batch=progress.epoch * len(self.loader) + progress.batch

@@ -138,7 +138,7 @@ def test_plain_weights_need_the_models_name(
 ) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(load_file(run / "last/model.safetensors"), weights)
-    with pytest.raises(ValueError, match=r"weights.safetensors does not say which model it is of: give --model NAME"):
+    with pytest.raises(ValueError, match=r"weights.safetensors does not name its model: give --model NAME"):
         evaluated(weights, data, tmp_path)
     config = json.loads((run / "last/config.json").read_text())
     preparation = {"crop_pct": 0.7, "mean": (0.1, 0.2, 0.3), "std": (0.3,) * 3, "interpolation": "bilinear"}
@@ -208,7 +208,7 @@ def test_a_timm_name_knows_imagenets_classes(tmp_path: Path, monkeypatch: pytest
     ("source", "sentence"),
     [
         ("linvit_mini_patch4_46", "unknown model 'linvit_mini_patch4_46'; did you mean 'linvit_mini_patch4_64'?"),
-        ("runs/nothing", "runs/nothing: there is no such file or folder, and it is no timm model name"),
+        ("runs/nothing", "runs/nothing: there is no such file or folder, and it is not a timm model name"),
         (".", "is neither a run nor a folder with config.json"),
     ],
 )

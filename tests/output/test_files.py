@@ -1,3 +1,5 @@
+"""Files are written completely or not at all, and read back where that is promised."""
+
 import errno
 import os
 from pathlib import Path
@@ -12,7 +14,7 @@ def fail_when_full(*args: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_new_file_is_there_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_new_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
     write_text(path, "new ×")
@@ -20,7 +22,9 @@ def test_the_new_file_is_there_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
     monkeypatch.setattr(os, "fsync", fail_when_full)
@@ -50,7 +54,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     fsync = os.fsync
 
@@ -90,8 +94,8 @@ def test_a_folders_files_are_replaced_weights_first(tmp_path: Path, monkeypatch:
     assert not scratch.exists()
 
 
-def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of the three letters, from the standard itself (FIPS 180-2, appendix B.1).
+def test_written_data_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The digest of these three letters is in FIPS 180-2, appendix B.1.
     assert write_verified(tmp_path / "file", b"abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
     assert (tmp_path / "file").read_bytes() == b"abc"
     with pytest.raises(FileExistsError):
@@ -103,7 +107,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
         os.ftruncate(handle, 2)
 
     monkeypatch.setattr(os, "fsync", cut)
-    with pytest.raises(OSError, match="what was read back is not what was written"):
+    with pytest.raises(OSError, match="the data read back differ from the data written"):
         write_verified(tmp_path / "other", b"abc")
 
 
@@ -120,12 +124,12 @@ def test_a_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: p
     seen: list[bool] = []
     monkeypatch.setattr(os, "unlink", watched)
     delete_folder(tmp_path / "folder")
-    # What an earlier, killed deletion left goes first.
+    # The remains of a deletion that was killed are removed first.
     assert seen == [True, False]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
     for name in (".a.part", "b.part", ".hidden", "c"):
         (tmp_path / name).touch()
     for name in (".d.gone", ".e.part", "f"):

@@ -164,7 +164,7 @@ def test_wrong_usage_is_found_before_the_model_is_loaded(
 
 def test_a_source_that_is_none_is_failed_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict("runs/nothing", data / "val") == 1
-    assert "runs/nothing: there is no such file or folder, and it is no timm model name" in capsys.readouterr().err
+    assert "runs/nothing: there is no such file or folder, and it is not a timm model name" in capsys.readouterr().err
 
 
 def test_an_error_while_predicting_leaves_the_old_table(

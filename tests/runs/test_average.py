@@ -1,4 +1,4 @@
-"""`linvit average`: the mean of weights that belong together, as timm loads it."""
+"""`linvit average`: the mean of weights of one model, in a folder that timm loads."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def assert_mean(averaged: Path, files: list[Path]) -> None:
         assert torch.equal(tensor, expected), name
 
 
-def test_the_checkpoints_that_end_the_epochs_of_a_run(runs: Path, data: Path, tmp_path: Path) -> None:
+def test_the_epochs_of_a_run_are_averaged(runs: Path, data: Path, tmp_path: Path) -> None:
     assert main(["average", str(runs / "first"), "-o", str(tmp_path / "all")]) == 0
     ends = [runs / f"first/checkpoints/state-000{epoch}-000000" for epoch in (1, 2, 3)]
     assert_mean(tmp_path / "all", ends)
@@ -46,13 +46,13 @@ def test_the_checkpoints_that_end_the_epochs_of_a_run(runs: Path, data: Path, tm
     assert_mean(tmp_path / "ema", [end / "ema.safetensors" for end in ends])
 
 
-def test_the_best_of_several_runs_and_files(runs: Path, data: Path, tmp_path: Path) -> None:
+def test_several_runs_and_folders_are_averaged(runs: Path, data: Path, tmp_path: Path) -> None:
     sources = [runs / "first", runs / "second", runs / "second/last"]
     assert main(["average", *map(str, sources), "-o", str(tmp_path / "average")]) == 0
     assert_mean(tmp_path / "average", [runs / "first/best", runs / "second/best", runs / "second/last"])
 
 
-def test_timm_and_eval_take_the_average(runs: Path, data: Path, tmp_path: Path) -> None:
+def test_timm_and_eval_load_the_average(runs: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "average"
     assert main(["average", str(runs / "first"), "-o", str(folder)]) == 0
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -62,7 +62,7 @@ def test_timm_and_eval_take_the_average(runs: Path, data: Path, tmp_path: Path) 
 
 
 def test_sums_are_in_double_precision(tmp_path: Path) -> None:
-    # In single precision the small ones would vanish beside the large one.
+    # In single precision the small values would vanish next to the large one.
     for number, value in enumerate([2.0**25, 1.0, 1.0, 1.0]):
         torch.save(
             {"state_dict": {"w": torch.full((2,), value), "n": torch.tensor(number)}}, tmp_path / f"{number}.pth"
@@ -70,7 +70,7 @@ def test_sums_are_in_double_precision(tmp_path: Path) -> None:
     means, files = average([tmp_path / f"{number}.pth" for number in range(4)])
     assert means["w"].dtype == torch.float32
     assert means["w"].tolist() == [2.0**23 + 1] * 2
-    # Counts are the last one's.
+    # Integers are taken from the last one.
     assert means["n"].item() == 3
     assert len(files) == 4
 
@@ -79,7 +79,7 @@ def test_sums_are_in_double_precision(tmp_path: Path) -> None:
     ("other", "words"),
     [
         ({"w": torch.zeros(2), "b": torch.zeros(1)}, "are not of one model: only one has b"),
-        ({"w": torch.zeros(3)}, "are not of one model: w differ in shape"),
+        ({"w": torch.zeros(3)}, "are not of one model: shapes differ for w"),
     ],
 )
 def test_weights_of_other_models_are_refused(other: dict, words: str, tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_weights_of_other_models_are_refused(other: dict, words: str, tmp_path: 
         average([tmp_path / "a.pth", tmp_path / "b.pth"])
 
 
-def test_mistakes_are_told(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_images(tmp_path / "other", classes=("blue", "green", "grey"))
     assert train(other, tmp_path, "other-run", epochs=1) == 0
     first, output = str(runs / "first"), ["-o", str(tmp_path / "average")]
     for argv, words in (
-        ([first, str(tmp_path / "other-run"), *output], "are of other classes"),
-        ([str(runs / "first/best"), *output], "is no run's folder, and one file has no average"),
-        ([first, str(runs / "second"), "--newest", "1", *output], "--newest is for the checkpoints of one run"),
+        ([first, str(tmp_path / "other-run"), *output], "have different classes"),
+        ([str(runs / "first/best"), *output], "is not the folder of a run: give a run, or several weights"),
+        ([first, str(runs / "second"), "--newest", "1", *output], "--newest selects checkpoints of one run"),
         ([first, "-o", str(tmp_path)], "exists already"),
         ([first], "--output is missing"),
         (output, "SOURCE"),

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, whatever happens while they are written, read or deleted."""
+"""Checkpoints on disk: complete or absent, whatever happens while they are written, read or deleted."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import assert_same
 
-from linvit import checkpoint
+from linvit.runs import checkpoint
 from linvit.runs.checkpoint import (
     is_checkpoint,
     list_checkpoints,
     prune_checkpoints,
     read_checkpoint,
-    set_aside_later,
+    retire_later,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_a_written_checkpoint_reads_back(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(3, 12))
     assert path == tmp_path / "state-0003-000012"
     assert names(path) == FILES
@@ -52,18 +52,18 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
         name: (path / name).stat().st_size for name in FILES if name != "manifest.json"
     }
-    # For others than linvit, too.
+    # The files can be read without linvit.
     assert load_file(path / "model.safetensors")["planes"].tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert torch.load(path / "training.pt", weights_only=True)["progress"]["batch"] == 12
 
 
-def test_without_an_average_there_is_no_file_of_it(tmp_path: Path) -> None:
+def test_without_ema_there_is_no_ema_file(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(1) | {"state_dict_ema": None})
     assert names(path) == [name for name in FILES if name != "ema.safetensors"]
     assert read_checkpoint(path)["state_dict_ema"] is None
 
 
-def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
+def test_a_checkpoint_gets_its_name_after_all_files_are_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
@@ -86,7 +86,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
-def test_damage_to_any_file_is_found_and_named(name: str, how: str, tmp_path: Path) -> None:
+def test_damage_to_any_file_is_named(name: str, how: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(1))
     data = bytearray((path / name).read_bytes())
     if how == "gone":
@@ -103,7 +103,7 @@ def test_damage_to_any_file_is_found_and_named(name: str, how: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": 3, "format": 2}', '{"files": {"../weights": {}}, "format": 2}'])
-def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_refused(text: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(1))
     (path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
@@ -124,7 +124,7 @@ class Poison:
 
 
 def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither torch's zip nor a bare pickle, even where the manifest vouches for it."""
+    """Neither in torch's zip nor as a bare pickle, even if the manifest has its hash."""
     monkeypatch.chdir(tmp_path)
     for poison in (
         lambda path: torch.save({"progress": Poison()}, path),
@@ -145,7 +145,7 @@ def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """The system itself refuses to write more, as on a full disk."""
+    """Make the system refuse to write larger files, as on a full disk."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -157,7 +157,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
-def test_no_room_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_only_the_old_checkpoints(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, state_at(1))
     with (
         file_size_limit(100_000),
@@ -170,7 +170,7 @@ def test_no_room_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == ["state-0001-000000", "state-0002-000000"]
 
 
-def test_a_disk_that_gives_back_something_else_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_read_back_differently_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
 
     def rotting(handle: int) -> None:
@@ -179,12 +179,12 @@ def test_a_disk_that_gives_back_something_else_is_an_error(tmp_path: Path, monke
             os.pwrite(handle, b"?", 40)
 
     monkeypatch.setattr(os, "fsync", rotting)
-    with pytest.raises(OSError, match="what was read back is not what was written"):
+    with pytest.raises(OSError, match="the data read back differ from the data written"):
         write_checkpoint(tmp_path, state_at(1))
     assert names(tmp_path) == []
 
 
-def test_one_of_the_same_point_is_kept_if_it_is_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_batch_is_kept_if_intact(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(1))
     inode = path.stat().st_ino
     assert write_checkpoint(tmp_path, state_at(1)).stat().st_ino == inode
@@ -194,7 +194,7 @@ def test_one_of_the_same_point_is_kept_if_it_is_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["aside-0-state-0001-000000", "state-0001-000000"]
 
 
-def test_a_half_written_folder_of_a_killed_run_is_written_anew(tmp_path: Path) -> None:
+def test_a_half_written_folder_of_a_killed_run_is_written_again(tmp_path: Path) -> None:
     (tmp_path / ".state-0001-000000.part").mkdir()
     (tmp_path / ".state-0001-000000.part/model.safetensors").write_bytes(b"half")
     assert list_checkpoints(tmp_path) == []
@@ -215,17 +215,15 @@ def test_checkpoints_are_in_the_order_of_the_run(tmp_path: Path) -> None:
     ]
 
 
-def test_old_ones_go_but_milestones_stay(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_milestones(tmp_path: Path) -> None:
     for epoch in range(1, 6):
         write_checkpoint(tmp_path, state_at(epoch))
     prune_checkpoints(tmp_path, keep=2, milestones=[1])
-    # Epoch 1, counted from 0, ends with the second one.
+    # Epoch 1, counted from 0, ends at state-0002-000000.
     assert names(tmp_path) == ["state-0002-000000", "state-0004-000000", "state-0005-000000"]
 
 
-def test_pruning_that_is_killed_leaves_nothing_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_pruning_leaves_no_half_deleted_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch in (1, 2):
         write_checkpoint(tmp_path, state_at(epoch))
 
@@ -239,19 +237,19 @@ def test_pruning_that_is_killed_leaves_nothing_that_looks_whole(
     assert ".state-0001-000000.gone" in names(tmp_path)
 
 
-def test_later_ones_are_set_aside(tmp_path: Path) -> None:
+def test_later_checkpoints_are_retired(tmp_path: Path) -> None:
     for epoch, batch in ((1, 0), (1, 4), (2, 0)):
         write_checkpoint(tmp_path, state_at(epoch, batch))
-    assert [path.name for path in set_aside_later(tmp_path, epoch=1, batch=0)] == [
+    assert [path.name for path in retire_later(tmp_path, epoch=1, batch=0)] == [
         "aside-0-state-0001-000004",
         "aside-0-state-0002-000000",
     ]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["state-0001-000000"]
     write_checkpoint(tmp_path, state_at(2))
-    assert [path.name for path in set_aside_later(tmp_path, epoch=1, batch=0)] == ["aside-1-state-0002-000000"]
+    assert [path.name for path in retire_later(tmp_path, epoch=1, batch=0)] == ["aside-1-state-0002-000000"]
 
 
-def test_what_is_a_checkpoint(tmp_path: Path) -> None:
+def test_folders_that_are_checkpoints(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, state_at(1))
     assert is_checkpoint(path)
     assert is_checkpoint(path.rename(tmp_path / "kept"))

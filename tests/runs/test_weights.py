@@ -1,3 +1,5 @@
+"""Weights from folders and files, fitted to models of other sizes and classes."""
+
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def saved_file(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def test_a_vit_gives_a_linformer_all_but_its_projections(tmp_path: Path) -> None:
+def test_vit_weights_cover_all_of_a_linformer_but_its_projections(tmp_path: Path) -> None:
     source = vit()
     model = linformer(projection="linear", share="headwise")
     new = fit_weights(model, read_weights(saved_file(source, tmp_path / "vit.safetensors")))
@@ -43,7 +45,7 @@ def test_another_size_and_class_count_are_adapted(tmp_path: Path) -> None:
     timm.models.save_for_hf(source, tmp_path / "vit", safe_serialization=True)
     new = fit_weights(model, read_weights(tmp_path / "vit"))
     assert new == ["head.bias", "head.weight"]
-    # What timm makes of the same folder: the source's grid is not square, and the folder says so.
+    # timm loads the same folder, whose config.json has the size of the source's non-square grid.
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True, img_size=64, num_classes=7)
     for name, weight in by_timm.state_dict().items():
         if not name.startswith("head"):
@@ -59,7 +61,7 @@ def test_a_linformer_is_resized_as_by_set_input_size(tmp_path: Path) -> None:
         torch.testing.assert_close(model.state_dict()[name], weight)
 
 
-def test_a_classifier_of_other_classes_is_new_even_where_it_would_fit(tmp_path: Path) -> None:
+def test_a_classifier_of_other_classes_is_new_even_if_it_would_fit(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     timm.models.save_for_hf(vit(), tmp_path / "vit", safe_serialization=True, model_config={"label_names": names})
     saved = read_weights(tmp_path / "vit")
@@ -68,7 +70,7 @@ def test_a_classifier_of_other_classes_is_new_even_where_it_would_fit(tmp_path: 
     assert fit_weights(vit(), saved, class_names=names[::-1]) == ["head.bias", "head.weight"]
 
 
-def test_whatever_else_does_not_fit_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_other_mismatches_are_named(tmp_path: Path) -> None:
     path = saved_file(vit(), tmp_path / "vit.safetensors")
     deeper = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "depth": 4}, num_classes=5)
     with pytest.raises(
@@ -76,18 +78,18 @@ def test_whatever_else_does_not_fit_is_an_error_that_names_it(tmp_path: Path) ->
     ):
         fit_weights(deeper, read_weights(path))
     shallower = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "depth": 2}, num_classes=5)
-    with pytest.raises(ValueError, match=r"it has blocks\.2\.attn.* besides"):
+    with pytest.raises(ValueError, match=r"it has unexpected parameters blocks\.2\.attn"):
         fit_weights(shallower, read_weights(path))
     wider = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "embed_dim": 64}, num_classes=5)
     with pytest.raises(
-        ValueError, match=r"has blocks\.0\.attn\.proj\.bias of 32, not 64; .*has \d+ others of other shapes"
+        ValueError, match=r"the shape of blocks\.0\.attn\.proj\.bias is 32, not 64; .*; \d+ more shapes differ"
     ):
         fit_weights(wider, read_weights(path))
 
 
 def test_a_linformers_own_projections_must_fit(tmp_path: Path) -> None:
     path = saved_file(linformer(projection="linear"), tmp_path / "linear.safetensors")
-    with pytest.raises(ValueError, match=r"has blocks\.0-2\.attn\.key_projection\.weight besides"):
+    with pytest.raises(ValueError, match=r"has unexpected parameters blocks\.0-2\.attn\.key_projection\.weight"):
         fit_weights(linformer(projection="separable"), read_weights(path))
 
 
@@ -97,7 +99,7 @@ def test_load_exactly_adapts_nothing(tmp_path: Path) -> None:
     model = vit()
     load_exactly(model, saved.state_dict, path=saved.path)
     assert torch.equal(model.head.weight, source.head.weight)
-    with pytest.raises(ValueError, match=r"has pos_embed of 1×17×32, not 1×65×32"):
+    with pytest.raises(ValueError, match=r"the shape of pos_embed is 1×17×32, not 1×65×32"):
         load_exactly(vit(img_size=64), saved.state_dict, path=saved.path)
 
 
@@ -121,14 +123,14 @@ def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
         read_weights(tmp_path / name)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.pth: there is no such file or folder"):
         read_weights(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match=r"is neither a run nor a folder with config.json"):
         read_weights(tmp_path)
 
 
-def test_names_are_listed_in_short() -> None:
+def test_layer_numbers_are_merged() -> None:
     names = ["head.bias", *(f"blocks.{layer}.norm1.weight" for layer in (0, 1, 2, 5, 11)), "blocks.3.attn.proj.bias"]
     assert compact(names) == "blocks.3.attn.proj.bias, blocks.0-2,5,11.norm1.weight, head.bias"
     assert compact([]) == ""

@@ -1,0 +1,108 @@
+"""The folder of a run: saved classifiers that timm loads, and the lock that keeps a second process out."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from tiny_runs import make_images, train
+
+from linvit.data.augment.build import InputSpec
+from linvit.runs.folder import lock_run, save_classifier
+
+SPEC = InputSpec(
+    size=(48, 64), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.7, crop_mode="squash"
+)
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX file locks")
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from linvit.runs.folder import lock_run
+lock = lock_run(Path(sys.argv[1]))
+# The child outlives its parent, as a data loader's worker may.
+if os.fork():
+    print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def linformer(**arguments: Any) -> Any:
+    return timm.create_model("linvit_mini_patch4_64", img_size=(48, 64), num_classes=2, **arguments)
+
+
+def save(folder: Path, model: Any, **about: Any) -> None:
+    save_classifier(folder, model, class_names=["cat", "dog"], spec=SPEC, about=about)
+
+
+def test_timm_loads_what_was_saved(tmp_path: Path) -> None:
+    # safetensors refuses these strides.
+    model = linformer(k=8, drop_path_rate=0.3).to(memory_format=torch.channels_last)
+    save(tmp_path / "best", model, epoch=3)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
+    images = torch.randn(2, 3, 48, 64)
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
+    found = timm.data.resolve_model_data_config(loaded)
+    assert found == {
+        "input_size": (3, 48, 64),
+        "interpolation": "bilinear",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "crop_pct": 0.7,
+        "crop_mode": "squash",
+    }
+    config = json.loads((tmp_path / "best/config.json").read_text())
+    assert config["label_names"] == ["cat", "dog"]
+    assert config["linvit"] == {"epoch": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_full_disk_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = linformer(), linformer()
+    save(tmp_path / "best", old, epoch=1)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*best: no space left on device; make room"):
+        save(tmp_path / "best", new, epoch=2)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
+    assert torch.equal(loaded.head.weight, old.head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@posix
+def test_a_second_process_is_refused_until_the_first_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data", train=4, val=1)
+    settings = {"epochs": 1, "batch_size": 4}
+    assert train(data, tmp_path / "out", **settings) == 0
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out/run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        capsys.readouterr()
+        before = sorted((tmp_path / "out/run").rglob("*"))
+        assert train(data, tmp_path / "out", resume="auto", **settings | {"epochs": 2}) == 1
+        assert "out/run: another process is training in it; wait for it, stop it" in capsys.readouterr().err
+        assert sorted((tmp_path / "out/run").rglob("*")) == before
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        assert train(data, tmp_path / "out", resume="auto", **settings | {"epochs": 2}) == 0
+        os.killpg(other.pid, signal.SIGKILL)
+
+
+@posix
+def test_a_process_may_lock_its_own_folder_again(tmp_path: Path) -> None:
+    first = lock_run(tmp_path)
+    assert first is not None
+    first.close()
+    assert lock_run(tmp_path) is not None
