@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from linvit import models
+from linvit.model import registry
 from linvit.settings.flags import UsageError
 from linvit.training.config import TrainConfig, parse
 
@@ -144,4 +144,4 @@ def test_files_exist():
 
 def test_model_names_are_registered():
     for name in set(re.findall(r"linvit_(?:tiny|small|base|large|mini)_patch\d+_\d+", README)):
-        assert name in models.default_cfgs
+        assert name in registry.default_cfgs
