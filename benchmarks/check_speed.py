@@ -20,10 +20,9 @@ import cv2
 import numpy as np
 from provenance import provenance
 
-from linvit.check.command import check
+from linvit.check.command import CheckOptions, check
 from linvit.check.listing import open_source
-from linvit.check.options import CheckOptions
-from linvit.check.run import Pool, usable_cores
+from linvit.check.pool import Pool, usable_cores
 
 # Images of each size: enough of them that starting processes does not count.
 SIZES = {"224x224": 8000, "500x375": 5000, "2048x1536": 200}

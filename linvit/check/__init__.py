@@ -1,1 +1,1 @@
-"""`linvit check`: what is wrong with a folder of images, and what training would do with it. Nothing is modified."""
+"""`linvit check`: find problems in a folder of images, and how training would handle them, without modifying it."""

@@ -1,28 +1,64 @@
-"""`linvit check`."""
+"""`linvit check`: its options and what it runs."""
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linvit.check.options import CheckOptions
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from linvit.check.faults import FAULTS
+from linvit.settings.fields import unknown
 from linvit.settings.flags import check_files, parse_options
 
 if TYPE_CHECKING:
     from linvit.check.listing import Listing
-    from linvit.check.run import Source
+    from linvit.check.reader import Source
 
-SUMMARY = "find what is wrong with a folder of images"
-# Columns of the table where stdout is a file or a pipe.
+SUMMARY = "find problems in a folder of images"
+# Width of the table in columns when stdout is a file or a pipe.
 PAGE_WIDTH = 120
 
 
+class CheckOptions(BaseModel):
+    """Which images to check, and how strictly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path = Field(
+        description="folder of images: DATA/SPLIT/CLASS/IMAGE with any split names, DATA/CLASS/IMAGE, or DATA/IMAGE"
+    )
+    allow: tuple[str, ...] = Field((), description="faults to report as notes, which do not fail the check")
+    near_duplicates: bool = Field(
+        True, description="also look for files that show the same image, for example resized or recompressed"
+    )
+    max_pixels: int = Field(
+        178_956_970,
+        gt=0,
+        description="report images with more pixels instead of decoding them (default: Pillow's limit, 179 million)",
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that read images; 0 uses the main process (default: one per usable core)"
+    )
+    json_file: Path | None = Field(None, description="write all findings to this JSON file")
+    html_file: Path | None = Field(None, description="write an HTML report with thumbnails to this file")
+
+    @field_validator("allow")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FAULTS:
+                raise ValueError(unknown("fault", name, FAULTS))
+        return names
+
+
 def main(argv: Sequence[str]) -> int:
-    """Check, and return the exit status."""
+    """Run the command and return its exit status."""
     options = parse_options(
         CheckOptions,
         argv,
         prog="linvit check",
-        description="Find what is wrong with a folder of images, and say what training would do with it.",
+        description="Find problems in a folder of images, and report how training would handle them.",
         positionals={"data_dir": "DATA"},
         spellings={"json_file": ["--json"], "html_file": ["--html"], "workers": ["-j", "--workers"]},
     )
@@ -30,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_command(options: CheckOptions) -> int:
-    """Check the images, show and write what was found; the exit status is 1 where there are faults.
+    """Check the images, and print and write the report. Returns 1 if there are faults, otherwise 0.
 
-    Raises ValueError where there are no images.
+    Raises ValueError if there are no images.
     """
     from linvit.check.listing import open_source
     from linvit.check.page import render_page
@@ -52,35 +88,36 @@ def check_command(options: CheckOptions) -> int:
 
 
 def check(options: CheckOptions, listing: "Listing", source: "Source") -> dict[str, Any]:
-    """The report on a listing; see `build_report`."""
+    """Check the images of a listing; returns the report (see `build_report`)."""
     import numpy as np
 
-    from linvit.check.classes import check_classes, drawn_for_colours, training_split
-    from linvit.check.duplicates import find_copies, find_near_copies, name_groups
+    from linvit.check.duplicates import find_duplicates, find_near_duplicates, group_findings
+    from linvit.check.pool import Pool, ProgressBar, usable_cores
+    from linvit.check.reader import Reader, read_all
     from linvit.check.report import build_report, try_training
-    from linvit.check.run import Pool, ProgressBar, Reader, read_all, usable_cores
+    from linvit.check.splits import check_classes, sample_for_colours, training_split
 
     workers = usable_cores() if options.workers is None else options.workers
     paths = [image.path for image in listing.images]
     started = time.perf_counter()
-    trained_on = training_split(listing)
-    coloured = drawn_for_colours(np.array([image.split == trained_on for image in listing.images]))
+    train_split = training_split(listing)
+    colour_sample = sample_for_colours(np.array([image.split == train_split for image in listing.images]))
     with ProgressBar() as progress, Pool(workers, Reader(source, max_pixels=options.max_pixels)) as pool:
-        measurements, findings = read_all(pool, paths, coloured, progress.stage("images", len(paths)).advance)
-        copies = find_copies(measurements)
-        findings += name_groups(copies, listing.images)
-        near = None
+        measurements, findings = read_all(pool, paths, colour_sample, progress.stage("images", len(paths)).advance)
+        duplicates = find_duplicates(measurements)
+        findings += group_findings(duplicates, listing.images)
+        near_duplicates = None
         if options.near_duplicates:
-            near = find_near_copies(measurements, copies, paths, pool, progress.stage)
-            findings += name_groups(near.groups, listing.images, prefix="near_")
+            near_duplicates = find_near_duplicates(measurements, duplicates, paths, pool, progress.stage)
+            findings += group_findings(near_duplicates.groups, listing.images, prefix="near_")
     return build_report(
         options.data_dir,
         listing,
         measurements,
         [*listing.findings, *check_classes(listing), *findings],
-        coloured=coloured,
-        training=try_training(options.data_dir),
-        near_copies=near,
+        colour_sample=colour_sample,
+        training_error=try_training(options.data_dir),
+        near_duplicates=near_duplicates,
         allow=options.allow,
         seconds=time.perf_counter() - started,
         workers=workers,

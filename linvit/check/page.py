@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from linvit.check.inspect import DecoderMessages
 from linvit.check.listing import ImageEntry, Listing
-from linvit.check.report import contents, describe_images
-from linvit.check.run import Source
+from linvit.check.reader import Source
+from linvit.check.report import describe_images, describe_splits, describe_training
 from linvit.data.decode import UnreadableImage, decode_image
 from linvit.output.terminal import printable
 
@@ -39,7 +39,10 @@ def render_page(report: dict[str, Any], listing: Listing, source: Source) -> str
     with DecoderMessages():
         findings = [_finding(code, entry, thumbnails) for code, entry in report["findings"].items()]
     return templates.get_template("page.html.j2").render(
-        report=report, summary=_summary(report), findings=findings, charts=_charts(report)
+        report=report,
+        summary=[describe_splits(report), *describe_images(report), *describe_training(report)],
+        findings=findings,
+        charts=_charts(report),
     )
 
 
@@ -70,13 +73,6 @@ class _Thumbnails:
         return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
-def _summary(report: dict[str, Any]) -> list[str]:
-    lines = [contents(report), *describe_images(report)]
-    if report["layout"] in ("splits", "lists"):
-        lines.append(f"training {'refuses: ' if report['training'] != 'would start' else ''}{report['training']}")
-    return lines
-
-
 def _finding(code: str, entry: dict[str, Any], thumbnails: _Thumbnails) -> dict[str, Any]:
     cases = [_case(case, thumbnails) for case in entry["cases"][:_CASES]]
     return {
@@ -93,9 +89,9 @@ def _finding(code: str, entry: dict[str, Any], thumbnails: _Thumbnails) -> dict[
 def _uses(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """What each command does with the finding; commands that do the same share a row."""
     names: dict[str, list[str]] = {}
-    for name in ("training", "evaluation", "prediction", "mend"):
+    for name in ("training", "evaluation", "prediction"):
         names.setdefault(entry[name], []).append(name)
-    return [(", ".join(alike), text) for text, alike in names.items()]
+    return [*((", ".join(alike), text) for text, alike in names.items()), ("fix", entry["mend"])]
 
 
 def _case(case: dict[str, Any], thumbnails: _Thumbnails) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def _charts(report: dict[str, Any]) -> list[dict[str, Any]]:
         name = split or "images"
         classes = sorted(entry["classes"].items(), key=lambda item: -item[1])
         if classes:
-            title = f"{name}: images of each class"
+            title = f"{name}: images per class"
             if len(classes) > _CLASSES:
                 half = _CLASSES // 2
                 title += f" (the {half} largest and smallest of {len(classes):,})"

@@ -1,9 +1,4 @@
-"""Whether training would start on DATA, found by opening it as training does.
-
-Everything that a check found, in the form that the JSON file has.
-
-A report as a table for the terminal.
-"""
+"""The report of a check: everything found, as written to the JSON file and printed on the terminal."""
 
 import os
 import platform
@@ -16,18 +11,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from linvit.check.classes import describe_sizes, mean_and_std, training_split
-from linvit.check.duplicates import NearCopies
+from linvit.check.duplicates import NearDuplicates
 from linvit.check.faults import FAULTS, Finding
 from linvit.check.listing import Listing
-from linvit.check.run import Measurements
+from linvit.check.reader import Measurements
+from linvit.check.splits import describe_sizes, mean_and_std, training_split
 from linvit.data.sources.open import open_images
-from linvit.output.terminal import printable
+from linvit.output.terminal import printable, table
 from linvit.version import __version__
+
+# Cases of each finding in the table.
+_EXAMPLES = 2
+_WOULD_START = "would start"
 
 
 def try_training(data: str | os.PathLike[str]) -> str:
-    """What training says when it opens its splits, "" where it finds nothing wrong."""
+    """The error that training would raise when it opens its splits; "" if there is none."""
     try:
         classes = open_images(data, split="train").class_names
         open_images(data, split="val", class_names=classes)
@@ -42,19 +41,19 @@ def build_report(
     measurements: Measurements,
     findings: Sequence[Finding],
     *,
-    coloured: np.ndarray,
-    training: str,
-    near_copies: NearCopies | None,
+    colour_sample: np.ndarray,
+    training_error: str,
+    near_duplicates: NearDuplicates | None,
     allow: Sequence[str],
     seconds: float,
     workers: int,
 ) -> dict[str, Any]:
-    """The report: `findings` by their code, faults first, each with what becomes of it and all its cases.
+    """The report as a dict, with the findings grouped by code, faults first.
 
     Args:
-        coloured: which images of the training split were decoded whole, (N,) bool.
-        training: what training says against the data, if anything.
-        near_copies: how near duplicates were looked for, if they were.
+        colour_sample: images that the colours are computed from, (N,) bool; all of them were decoded at full size.
+        training_error: the error of `try_training`.
+        near_duplicates: None if they were not looked for.
         allow: codes of faults that count as notes.
     """
     split_of = np.array([image.split for image in listing.images])
@@ -74,10 +73,10 @@ def build_report(
         "num_images": num_images,
         "num_bytes": int(measurements.num_bytes.sum()),
         "num_faults": sum(entry["count"] for entry in described.values() if entry["severity"] == "fault"),
-        "training": training or "would start",
+        "training": training_error or _WOULD_START,
         "splits": splits,
-        "colours": {"split": training_split(listing), **mean_and_std(measurements, coloured)},
-        "near_duplicates": near_copies.describe() if near_copies is not None else None,
+        "colours": {"split": training_split(listing), **mean_and_std(measurements, colour_sample)},
+        "near_duplicates": near_duplicates.describe() if near_duplicates is not None else None,
         "findings": described,
         "seconds": round(seconds, 3),
         "images_per_second": round(num_images / seconds, 1),
@@ -90,63 +89,76 @@ def _by_code(findings: Sequence[Finding], allow: Sequence[str]) -> dict[str, Any
     cases: dict[str, list[dict[str, Any]]] = {code: [] for code in FAULTS}
     for finding in findings:
         cases[finding.code].append({"path": finding.path, "detail": finding.detail, "others": list(finding.others)})
-    described = {
-        code: {
-            **FAULTS[code]._asdict(),
-            "severity": "note" if code in allow else FAULTS[code].severity,
-            "count": len(found),
-            "cases": sorted(found, key=lambda case: case["path"]),
-        }
-        for code, found in cases.items()
-        if found
+    entries = {code: _entry(code, found, allow) for code, found in cases.items() if found}
+    return dict(sorted(entries.items(), key=lambda item: item[1]["severity"] != "fault"))
+
+
+def _entry(code: str, cases: list[dict[str, Any]], allow: Sequence[str]) -> dict[str, Any]:
+    fault = FAULTS[code]
+    return {
+        "severity": "note" if code in allow else fault.severity,
+        "effect": fault.effect,
+        "what": fault.what,
+        "training": fault.training,
+        # The file format keeps its first name for the fix.
+        "mend": fault.fix,
+        "evaluation": fault.evaluation,
+        "prediction": fault.prediction,
+        "count": len(cases),
+        "cases": sorted(cases, key=lambda case: case["path"]),
     }
-    return dict(sorted(described.items(), key=lambda item: item[1]["severity"] != "fault"))
-
-
-_EXAMPLES = 2
 
 
 def show_report(console: Console, report: dict[str, Any]) -> None:
-    """Print what DATA holds, what is wrong with it and what becomes of that, and how the images are."""
-    console.print(f"{printable(report['data'])}: {contents(report)}", markup=False, soft_wrap=True)
+    """Print the contents of DATA, a table of findings, and the sizes and colours of the images."""
+    _print_line(console, f"{printable(report['data'])}: {describe_splits(report)}")
     if report["findings"]:
-        console.print(_table(report["findings"]))
-    if report["training"] != "would start" and report["layout"] in ("splits", "lists"):
-        console.print(f"training refuses: {printable(report['training'])}", markup=False, soft_wrap=True)
+        console.print(_findings_table(report["findings"]))
+    if report["training"] != _WOULD_START:
+        for line in describe_training(report):
+            _print_line(console, line)
     near = report["near_duplicates"]
     if near and near["compared_pairs"] < near["candidate_pairs"]:
-        console.print(
-            f"many images look alike: of {near['candidate_pairs']:,} such pairs the nearest {near['compared_pairs']:,} "
-            "were compared",
-            highlight=False,
+        _print_line(
+            console,
+            f"many images look alike: compared only the {near['compared_pairs']:,} most similar of "
+            f"{near['candidate_pairs']:,} pairs",
         )
     for line in describe_images(report):
-        console.print(line, markup=False, soft_wrap=True)
-    faults, notes = (_count(report, severity) for severity in ("fault", "note"))
-    counts = [
-        f"{count or 'no'} {what}{'' if count == 1 else 's'}" for count, what in ((faults, "fault"), (notes, "note"))
-    ]
-    kinds = f"kinds found: {', '.join(counts)}"
-    console.print(
-        f"{kinds}; {report['num_images']:,} images in {report['seconds']:.1f} s, "
-        f"{report['images_per_second']:,.0f} a second",
-        highlight=False,
+        _print_line(console, line)
+    faults, notes = (
+        _num_kinds(severity, sum(entry["severity"] == severity for entry in report["findings"].values()))
+        for severity in ("fault", "note")
+    )
+    _print_line(
+        console,
+        f"found {faults} and {notes} in {report['num_images']:,} images ({report['seconds']:.1f} s, "
+        f"{report['images_per_second']:,.0f} images/s)",
     )
 
 
-def contents(report: dict[str, Any]) -> str:
-    """How many images and classes each split has, in a line."""
+def describe_splits(report: dict[str, Any]) -> str:
+    """The number of images and classes of each split, in one line."""
     parts = []
     for split, entry in report["splits"].items():
         images = f"{entry['num_images']:,} images"
         classes = len(entry["classes"])
-        of_classes = f" of {classes:,} class{'es' if classes != 1 else ''}" if classes else ""
-        parts.append(f"{printable(split)} {images}{of_classes}".strip())
+        in_classes = f" in {classes:,} class{'es' if classes != 1 else ''}" if classes else ""
+        parts.append(f"{printable(split)} {images}{in_classes}".strip())
     return ", ".join(parts)
 
 
+def describe_training(report: dict[str, Any]) -> list[str]:
+    """Whether training would start, if DATA has the splits that it needs, as at most one line."""
+    if report["layout"] not in ("splits", "lists"):
+        return []
+    if report["training"] == _WOULD_START:
+        return ["training would start"]
+    return [f"training would not start: {printable(report['training'])}"]
+
+
 def describe_images(report: dict[str, Any]) -> list[str]:
-    """Lines on the sizes of the images of each split, and on the colours of the one that is trained on."""
+    """Lines about the image sizes of each split, and about the colours of the training split."""
     lines = []
     for split, entry in report["splits"].items():
         sizes = entry["sizes"]
@@ -164,29 +176,31 @@ def describe_images(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(findings: dict[str, Any]) -> Table:
-    table = Table("finding", "count", "what it is → what training does; the mend", "examples", show_lines=True)
-    table.columns[1].justify = "right"
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _num_kinds(severity: str, count: int) -> str:
+    return f"{count} kind{'s' if count != 1 else ''} of {severity}" if count else f"no {severity}s"
+
+
+def _findings_table(findings: dict[str, Any]) -> Table:
+    columns = ("finding", "count", "description", "examples")
+    made = table(columns, text={columns[0], *columns[2:]})
+    made.show_lines = True
     for code, entry in findings.items():
         style = "bold red" if entry["severity"] == "fault" else "cyan"
-        table.add_row(
+        made.add_row(
             f"[{style}]{code}[/]\n[dim]{entry['severity']}[/]",
             f"{entry['count']:,}",
-            escape(f"{entry['what']} → {entry['training']}; {entry['mend']}"),
-            escape("\n".join(_examples(entry["cases"]))),
+            escape(f"{entry['what']}\ntraining {entry['training']}\nfix: {entry['mend']}"),
+            escape("\n".join(map(_example, entry["cases"][:_EXAMPLES]))),
         )
-    return table
+    return made
 
 
-def _examples(cases: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for case in cases[:_EXAMPLES]:
-        others = f" = {printable(case['others'][0])}" if case["others"] else ""
-        more = f" and {len(case['others']) - 1} more" if len(case["others"]) > 1 else ""
-        detail = f" ({printable(case['detail'])})" if case["detail"] else ""
-        lines.append(f"{printable(case['path'])}{others}{more}{detail}")
-    return lines
-
-
-def _count(report: dict[str, Any], severity: str) -> int:
-    return sum(entry["severity"] == severity for entry in report["findings"].values())
+def _example(case: dict[str, Any]) -> str:
+    other = f" = {printable(case['others'][0])}" if case["others"] else ""
+    more = f" and {len(case['others']) - 1} more" if len(case["others"]) > 1 else ""
+    detail = f" ({printable(case['detail'])})" if case["detail"] else ""
+    return f"{printable(case['path'])}{other}{more}{detail}"

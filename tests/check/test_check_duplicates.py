@@ -1,18 +1,18 @@
-"""Copies are found whatever was done to them; pictures of the same kind of thing are none."""
+"""Copies are found however they were changed; similar images are not reported as copies."""
 
 import io
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from checks import checked, places
-from corpus import build_clean, encoded, picture, write
+from checks import checked, paths_by_code
+from corpus import build_clean, encoded, random_image, write
+from jpegs import encode, photo
 from PIL import Image, ImageEnhance
 
-from linvit.check.duplicates import likeness
-from linvit.check.perceptual import FARTHEST, close_pairs, distance, hash_thumbnails
+from linvit.check import splits
+from linvit.check.duplicates import similarity
 
 
 def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -33,7 +33,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("many")
     for number in range(40):
-        write(data / f"a/{number}.bmp", encoded(picture(number, height=180, width=240), "BMP"))
+        write(data / f"a/{number}.bmp", encoded(random_image(number, height=180, width=240), "BMP"))
     return data
 
 
@@ -44,22 +44,22 @@ def test_changed_copies_are_found(change: str, many: Path, tmp_path: Path) -> No
     for number in range(20):
         image = CHANGES[change](Image.open(many / f"a/{number}.bmp"))
         write(tmp_path / f"data/val/a/{number}.bmp", encoded(image, "BMP"))
-    found = places(checked(tmp_path / "data", tmp_path))
+    found = paths_by_code(checked(tmp_path / "data", tmp_path))
     assert found.pop("link_outside") == ["train"]
     assert list(found) == ["near_duplicate_across_splits"]
     assert len(found["near_duplicate_across_splits"]) == 20
 
 
-def test_different_pictures_are_no_copies(many: Path, tmp_path: Path) -> None:
+def test_different_images_are_not_copies(many: Path, tmp_path: Path) -> None:
     assert checked(many, tmp_path)["findings"] == {}
 
 
-def test_look_alikes_raise_the_bar(tmp_path: Path) -> None:
-    # One pattern with a little of their own, as parts before one camera have.
+def test_look_alikes_raise_the_threshold(tmp_path: Path) -> None:
+    # A shared pattern with small differences, like parts photographed by a fixed camera.
     data = tmp_path / "data"
-    base = np.asarray(picture(0, height=120, width=120)).astype(np.float32)
+    base = np.asarray(random_image(0, height=120, width=120)).astype(np.float32)
     for number in range(40):
-        own = np.asarray(picture(100 + number, height=120, width=120)).astype(np.float32) - 128
+        own = np.asarray(random_image(100 + number, height=120, width=120)).astype(np.float32) - 128
         image = Image.fromarray(np.clip(base + 0.3 * own, 0, 255).astype(np.uint8))
         write(data / f"a/{number}.png", encoded(image, "PNG"))
         if number == 7:
@@ -80,7 +80,7 @@ def test_flat_images_are_not_alike(tmp_path: Path) -> None:
     assert checked(tmp_path / "data", tmp_path)["findings"] == {}
 
 
-def test_groups_are_told_once_with_all_their_members(tmp_path: Path) -> None:
+def test_a_group_is_reported_once_with_all_its_members(tmp_path: Path) -> None:
     data = build_clean(tmp_path / "data")
     for name in ("train/ant/copy.jpg", "train/bee/copy.jpg", "val/bee/copy.jpg"):
         write(data / name, (data / "train/ant/0.jpg").read_bytes())
@@ -91,46 +91,27 @@ def test_groups_are_told_once_with_all_their_members(tmp_path: Path) -> None:
     assert findings == {}
 
 
-def test_near_duplicates_can_be_left_out(tmp_path: Path) -> None:
+def test_copies_are_found_if_only_one_is_decoded_at_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in (("train", 2), ("val", 1)):
+        for index in range(count):
+            path = tmp_path / f"data/{split}/a/{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(photo(270, 410)))
+    monkeypatch.setattr(splits, "_MAX_COLOUR_IMAGES", 1)
+    case = checked(tmp_path / "data", tmp_path)["findings"]["duplicate_across_splits"]["cases"][0]
+    assert [case["path"], *case["others"]] == ["train/a/0.jpg", "train/a/1.jpg", "val/a/0.jpg"]
+
+
+def test_the_search_for_near_duplicates_can_be_disabled(tmp_path: Path) -> None:
     data = build_clean(tmp_path / "data")
     write(data / "val/ant/again.png", encoded(Image.open(data / "train/ant/0.jpg"), "PNG"))
     report = checked(data, tmp_path, near_duplicates=False)
     assert (report["findings"], report["near_duplicates"]) == ({}, None)
 
 
-def test_close_pairs_are_all_pairs_within_six_bits() -> None:
-    rng = np.random.default_rng(0)
-    count = 1600
-    hashes = rng.integers(0, 1 << 63, count, dtype=np.uint64)
-    # Every second one is the one before it with up to six of its bits changed.
-    for place in range(1, count, 2):
-        changed = sum(1 << int(bit) for bit in rng.choice(63, place % 7, replace=False))
-        hashes[place] = hashes[place - 1] ^ np.uint64(changed)
-    # As numbers with the first bit first, of which the last one is always 0.
-    hashes = (hashes << np.uint64(1)).byteswap()
-    distances = np.stack([distance(hashes, np.full(count, value)) for value in hashes])
-    a, b = np.nonzero(np.triu(distances <= FARTHEST, 1))
-    found = close_pairs(hashes)
-    assert set(map(tuple, found.tolist())) == set(zip(a.tolist(), b.tolist()))
-    assert len(found) >= count // 2
-    assert (np.diff(distances[found[:, 0], found[:, 1]].astype(int)) >= 0).all()
-
-
-def test_distance_counts_bits() -> None:
-    a, b = np.array([0, 7], np.uint64), np.array([(1 << 63) + 1, 7], np.uint64)
-    assert distance(a, b).tolist() == [2, 0]
-
-
-def test_hashes_do_not_depend_on_brightness_and_contrast() -> None:
-    thumbnails = np.stack([cv2.resize(np.asarray(picture(n).convert("L")), (32, 32)) for n in range(20)])
-    other = (thumbnails * 0.5 + 60).astype(np.uint8)
-    assert distance(hash_thumbnails(thumbnails), hash_thumbnails(other)).max() <= 4
-    assert len(set(hash_thumbnails(thumbnails).tolist())) == 20
-
-
-def test_likeness_is_of_details() -> None:
-    image = np.asarray(picture(0, height=120, width=160))
-    assert likeness(image, image) == pytest.approx(1, abs=1e-4)
-    assert likeness(image, np.clip(image.astype(int) + 40, 0, 255).astype(np.uint8)) > 0.9
-    assert abs(likeness(image, np.asarray(picture(1, height=120, width=160)))) < 0.2
-    assert likeness(image, np.zeros_like(image)) == 0
+def test_similarity_is_that_of_details() -> None:
+    image = np.asarray(random_image(0, height=120, width=160))
+    assert similarity(image, image) == pytest.approx(1, abs=1e-4)
+    assert similarity(image, np.clip(image.astype(int) + 40, 0, 255).astype(np.uint8)) > 0.9
+    assert abs(similarity(image, np.asarray(random_image(1, height=120, width=160)))) < 0.2
+    assert similarity(image, np.zeros_like(image)) == 0

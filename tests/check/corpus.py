@@ -1,4 +1,4 @@
-"""A small image folder without faults, and every fault of `linvit check` to put into it. All of it is generated."""
+"""A small generated image folder without faults, and every fault of `linvit check` to add to it."""
 
 import io
 import os
@@ -15,29 +15,29 @@ COUNTS = {"train": 4, "val": 2}
 
 
 def build_clean(folder: Path) -> Path:
-    """DATA/SPLIT/CLASS/*.jpg, different pictures of 64 x 48, in which nothing is wrong."""
+    """Write DATA/SPLIT/CLASS/*.jpg: different images of 64 x 48 without any fault."""
     seed = 0
     for split, count in COUNTS.items():
         for name in CLASSES:
             for number in range(count):
-                write(folder / split / name / f"{number}.jpg", encoded(picture(seed)))
+                write(folder / split / name / f"{number}.jpg", encoded(random_image(seed)))
                 seed += 1
     return folder
 
 
 def build_fault(folder: Path, code: str) -> list[str]:
-    """Put one fault into a clean folder; returns the paths, relative to it, that it should be found at."""
+    """Add one fault to a clean folder; returns the paths, relative to the folder, that the check should report."""
     return FAULTY[code](folder)
 
 
 def build_corpus(folder: Path) -> dict[str, list[str]]:
-    """A folder with every fault at once; the paths by the fault's code."""
+    """Write a folder with every fault at once; returns the paths by the code of the fault."""
     build_clean(folder)
     return {code: build_fault(folder, code) for code in FAULTY}
 
 
-def picture(seed: int, *, height: int = 48, width: int = 64) -> Image.Image:
-    """A picture that is like no other: blurred noise, coarse and fine."""
+def random_image(seed: int, *, height: int = 48, width: int = 64) -> Image.Image:
+    """An image unlike any other: blurred noise, coarse and fine."""
     rng = np.random.default_rng(seed)
     values = np.zeros((height, width, 3), np.float32)
     for sigma, weight in ((12.0, 700.0), (4.0, 250.0), (1.0, 40.0)):
@@ -75,24 +75,24 @@ def _folder(folder: Path) -> list[str]:
 def _turned(seed: int, form: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(picture(seed), form, exif=exif)
+    return encoded(random_image(seed), form, exif=exif)
 
 
 def _damaged() -> bytes:
-    """A JPEG whose data ends in the middle, though its end mark is there."""
-    data = encoded(picture(101, height=96, width=128))
+    """A JPEG whose data ends in the middle, but that has its end marker."""
+    data = encoded(random_image(101, height=96, width=128))
     return data[: len(data) // 2] + b"\xff\xd9"
 
 
 def _overwritten() -> bytes:
-    """A JPEG of which a piece in the middle is another's, so that something is left over at its end."""
-    data = encoded(picture(99, height=96, width=128))
+    """A JPEG with a piece of another JPEG in the middle, which leaves extra bytes at its end."""
+    data = encoded(random_image(99, height=96, width=128))
     middle = len(data) // 2
-    return data[:middle] + encoded(picture(98))[-402:-2] + data[middle + 40 :]
+    return data[:middle] + encoded(random_image(98))[-402:-2] + data[middle + 40 :]
 
 
 def _frames(seed: int, form: str) -> bytes:
-    return encoded(picture(seed), form, save_all=True, append_images=[picture(103), picture(104)])
+    return encoded(random_image(seed), form, save_all=True, append_images=[random_image(103), random_image(104)])
 
 
 def _flipped(data: bytes) -> bytes:
@@ -101,17 +101,17 @@ def _flipped(data: bytes) -> bytes:
 
 
 def _bomb() -> bytes:
-    # 200 million pixels in 25 kB; nothing but a decoder that goes ahead unpacks them.
+    # 200 million pixels in 25 kB, which only a decoder without a limit unpacks.
     return encoded(Image.new("1", (20_000, 10_000)), "PNG")
 
 
 def _sixteen_bits(seed: int, form: str) -> bytes:
-    grey = np.asarray(picture(seed).convert("L")).astype(np.uint16)
+    grey = np.asarray(random_image(seed).convert("L")).astype(np.uint16)
     return encoded(Image.fromarray(grey * 257), form)
 
 
 def _sixteen_bit_colours() -> bytes:
-    pixels = np.asarray(picture(105)).astype(np.uint16) * 257
+    pixels = np.asarray(random_image(105)).astype(np.uint16) * 257
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
@@ -133,14 +133,14 @@ def _near_copy(source: str, target: str, **settings: Any) -> Callable[[Path], li
 
 
 def _unreadable(folder: Path) -> list[str]:
-    # Permission cannot be taken from root; a link that leads nowhere can be opened by nobody.
+    # Root can read any file, but not a broken link.
     os.symlink("nowhere.jpg", folder / "train/ant/lost.jpg")
     return ["train/ant/lost.jpg"]
 
 
 def _link_outside(folder: Path) -> list[str]:
     outside = folder.with_name(f"{folder.name}-outside")
-    write(outside / "far.jpg", encoded(picture(106)))
+    write(outside / "far.jpg", encoded(random_image(106)))
     os.symlink(outside / "far.jpg", folder / "train/ant/far.jpg")
     return ["train/ant/far.jpg"]
 
@@ -152,24 +152,24 @@ def _link_loop(folder: Path) -> list[str]:
 
 
 def _one_split(folder: Path) -> list[str]:
-    write(folder / "train/cat/0.jpg", encoded(picture(107)))
+    write(folder / "train/cat/0.jpg", encoded(random_image(107)))
     return ["train/cat"]
 
 
 def _class_case(folder: Path) -> list[str]:
     for number, split in enumerate(COUNTS):
-        write(folder / split / "Bee/0.jpg", encoded(picture(108 + number)))
+        write(folder / split / "Bee/0.jpg", encoded(random_image(108 + number)))
     return ["train/Bee"]
 
 
 def _imbalance(folder: Path) -> list[str]:
     for number in range(60):
-        write(folder / f"train/ant/many{number}.jpg", encoded(picture(1000 + number, height=20, width=24)))
+        write(folder / f"train/ant/many{number}.jpg", encoded(random_image(1000 + number, height=20, width=24)))
     return ["train"]
 
 
 def _palette() -> Image.Image:
-    return picture(110).convert("P", palette=Image.Palette.ADAPTIVE)
+    return random_image(110).convert("P", palette=Image.Palette.ADAPTIVE)
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
@@ -177,26 +177,26 @@ def _with_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
-# An unlisted folder needs a user without rights, and is tested by itself.
+# `unreadable_folder` is missing: a folder that root cannot list cannot be built.
 FAULTY: dict[str, Callable[[Path], list[str]]] = {
     "empty_file": _files({"train/ant/empty.jpg": b"", "val/bee/empty.png": b""}),
     "truncated": _files(
         {
-            f"train/ant/cut.{form.lower()}": encoded(picture(120 + number), form)[:-400]
+            f"train/ant/cut.{form.lower()}": encoded(random_image(120 + number), form)[:-400]
             for number, form in enumerate(("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP"))
         }
     ),
-    "undecodable": _files({"train/ant/flipped.png": _flipped(encoded(picture(130), "PNG"))}),
-    "not_an_image": _files({"train/ant/text.jpg": b"This is no image.\n" * 20, "val/bee/zeros.png": bytes(2000)}),
+    "undecodable": _files({"train/ant/flipped.png": _flipped(encoded(random_image(130), "PNG"))}),
+    "not_an_image": _files({"train/ant/text.jpg": b"This is not an image.\n" * 20, "val/bee/zeros.png": bytes(2000)}),
     "unreadable_file": _unreadable,
     "damaged": _files({"train/ant/damaged.jpg": _damaged(), "val/ant/overwritten.jpg": _overwritten()}),
     "decompression_bomb": _files({"train/ant/bomb.png": _bomb()}),
-    "tiny": _files({"train/ant/tiny.png": encoded(picture(131, height=5, width=40), "PNG")}),
-    "extreme_aspect": _files({"train/ant/strip.jpg": encoded(picture(132, height=20, width=320))}),
+    "tiny": _files({"train/ant/tiny.png": encoded(random_image(131, height=5, width=40), "PNG")}),
+    "extreme_aspect": _files({"train/ant/strip.jpg": encoded(random_image(132, height=20, width=320))}),
     "ignored_image": _files(
-        {"train/ant/photo.jfif": encoded(picture(133)), "train/bee/photo.gif": encoded(picture(134), "GIF")}
+        {"train/ant/photo.jfif": encoded(random_image(133)), "train/bee/photo.gif": encoded(random_image(134), "GIF")}
     ),
-    "loose_image": _files({"train/loose.jpg": encoded(picture(135)), "loose.jpg": encoded(picture(136))}),
+    "loose_image": _files({"train/loose.jpg": encoded(random_image(135)), "loose.jpg": encoded(random_image(136))}),
     "empty_class": _folder,
     "class_in_one_split": _one_split,
     "class_case": _class_case,
@@ -207,8 +207,8 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
     "near_duplicate_across_splits": _near_copy("train/bee/0.jpg", "val/bee/train_0.jpg", quality=70),
     "duplicate": _copy("train/bee/1.jpg", "train/bee/copy_of_1.jpg"),
     "near_duplicate": _near_copy("train/bee/2.jpg", "train/bee/like_2.webp", quality=80),
-    "wrong_extension": _files({"train/ant/really_png.jpg": encoded(picture(140), "PNG")}),
-    "cmyk": _files({"train/ant/cmyk.jpg": encoded(picture(141).convert("CMYK"))}),
+    "wrong_extension": _files({"train/ant/really_png.jpg": encoded(random_image(140), "PNG")}),
+    "cmyk": _files({"train/ant/cmyk.jpg": encoded(random_image(141).convert("CMYK"))}),
     "sixteen_bit": _files(
         {
             "train/ant/deep.png": _sixteen_bits(139, "PNG"),
@@ -216,7 +216,7 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
             "train/bee/deep_colours.png": _sixteen_bit_colours(),
         }
     ),
-    "alpha": _files({"train/ant/alpha.png": encoded(_with_alpha(picture(142)), "PNG")}),
+    "alpha": _files({"train/ant/alpha.png": encoded(_with_alpha(random_image(142)), "PNG")}),
     "palette": _files({"train/ant/palette.png": encoded(_palette(), "PNG")}),
     "animated": _files(
         {
@@ -233,17 +233,17 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
     "blank": _files({"train/ant/black.png": encoded(Image.new("RGB", (64, 48)), "PNG")}),
     "hidden": _files(
         {
-            "train/.ipynb_checkpoints/0.jpg": encoded(picture(150)),
-            "train/ant/.thumbs/0.jpg": encoded(picture(151)),
+            "train/.ipynb_checkpoints/0.jpg": encoded(random_image(150)),
+            "train/ant/.thumbs/0.jpg": encoded(random_image(151)),
             "val/bee/._0.jpg": b"a resource fork",
         },
         found=["train/.ipynb_checkpoints", "train/ant/.thumbs", "val/bee/._0.jpg"],
     ),
-    "nested_folder": _files({"train/ant/more/deep.jpg": encoded(picture(152))}, found=["train/ant/more"]),
-    "other_file": _files({"train/ant/notes.txt": b"no image"}),
+    "nested_folder": _files({"train/ant/more/deep.jpg": encoded(random_image(152))}, found=["train/ant/more"]),
+    "other_file": _files({"train/ant/notes.txt": b"not an image"}),
     "link_outside": _link_outside,
     "file_case": _files(
-        {"train/ant/Same.jpg": encoded(picture(153)), "train/ant/same.jpg": encoded(picture(154))},
+        {"train/ant/Same.jpg": encoded(random_image(153)), "train/ant/same.jpg": encoded(random_image(154))},
         found=["train/ant/Same.jpg"],
     ),
     "class_imbalance": _imbalance,

@@ -1,18 +1,20 @@
-"""Every fault is found where it is, nothing else is, and training does with it what the table says."""
+"""The check finds every fault and nothing else; code, docs/check.md and training agree on what happens to it."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checks import checked, places
+from checks import checked, paths_by_code
 from corpus import FAULTY, build_clean, build_corpus, build_fault
 from PIL import Image
 
-from linvit.check.faults import FAULTS
+from linvit.check.faults import FAULTS, Fault
 from linvit.data.decode import UnreadableImage, read_image
 from linvit.data.sources.folder import ImageFolder, open_folder
 from linvit.data.sources.loose import find_images
+
+DOCS = Path(__file__).parents[2] / "docs" / "check.md"
 
 
 def test_a_clean_folder_has_no_finding(tmp_path: Path) -> None:
@@ -25,19 +27,19 @@ def test_a_fault_is_found_and_nothing_else(code: str, tmp_path: Path) -> None:
     data = build_clean(tmp_path / "data")
     expected = build_fault(data, code)
     report = checked(data, tmp_path)
-    assert places(report) == {code: sorted(expected)}
+    assert paths_by_code(report) == {code: sorted(expected)}
     assert report["status"] == (1 if FAULTS[code].severity == "fault" else 0)
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:
     expected = build_corpus(tmp_path / "data")
-    found = places(checked(tmp_path / "data", tmp_path))
+    found = paths_by_code(checked(tmp_path / "data", tmp_path))
     for code, paths in expected.items():
         assert set(paths) <= set(found[code]), code
 
 
 def opened(data: Path) -> tuple[ImageFolder, ImageFolder]:
-    """Both splits as training opens them, and evaluation with the classes of a run."""
+    """Both splits, as training opens them and evaluation with the classes of a run."""
     train = open_folder(data, split="train")
     return train, open_folder(data, split="val", class_names=train.class_names)
 
@@ -64,24 +66,24 @@ def test_training_evaluation_and_prediction_do_what_the_table_says(code: str, tm
                     with pytest.raises(UnreadableImage, match=re.escape(str(path))):
                         images.read(index)
     else:
-        # Findings about files; others are about folders.
+        # Some findings are about folders.
         files = {path for path in found if path.is_file()}
         assert files <= (listed[0] | listed[1]) & listed[2]
         for path in files if code != "decompression_bomb" else ():
             assert read_image(path).shape[2] == 3
 
 
-def test_what_training_says_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_training_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = build_clean(tmp_path / "data")
     build_fault(data, "empty_class")
     report = checked(data, tmp_path)
     with pytest.raises(ValueError) as caught:
         open_folder(data, split="train")
     assert report["training"] == str(caught.value)
-    assert f"training refuses: {caught.value}" in capsys.readouterr().out
+    assert f"training would not start: {caught.value}" in capsys.readouterr().out
 
 
-def test_conversions_are_those_that_notes_tell(tmp_path: Path) -> None:
+def test_images_are_converted_as_notes_say(tmp_path: Path) -> None:
     data = build_clean(tmp_path / "data")
     assert all(read_image(data / path).shape == (64, 48, 3) for path in build_fault(data, "exif_rotated"))
     for path in build_fault(data, "animated"):
@@ -90,5 +92,30 @@ def test_conversions_are_those_that_notes_tell(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_fault_can_be_built() -> None:
-    # A folder that cannot be listed is tested with rights taken away; the rest is in the corpus.
+    # A folder that cannot be listed has a test of its own, which patches the system call.
     assert {*FAULTY, "unreadable_folder"} == FAULTS.keys()
+
+
+def uses(fault: Fault) -> str:
+    """What training does, and what evaluation and prediction do if they differ."""
+    parts = [fault.training]
+    if fault.evaluation != fault.training:
+        parts.append(f"evaluation {fault.evaluation}")
+    if fault.prediction not in (fault.training, fault.evaluation):
+        parts.append(f"prediction {fault.prediction}")
+    return "; ".join(parts)
+
+
+def table(severity: str) -> str:
+    lines = ["| finding | what it is | what training does | fix |", "|---|---|---|---|"]
+    lines += [
+        f"| `{code}` | {fault.what} | {uses(fault)} | {fault.fix} |"
+        for code, fault in FAULTS.items()
+        if fault.severity == severity
+    ]
+    return "\n".join(lines)
+
+
+def test_the_tables_in_the_docs_match_the_code() -> None:
+    found = re.findall(r"<!-- begin (\w+) -->\n(.*?)\n<!-- end -->", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert dict(found) == {f"{severity}s": table(severity) for severity in ("fault", "note")}
