@@ -17,7 +17,7 @@ import cv2
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from linvit.data.worker import obey_parent_alone
+from linvit.data.worker import ignore_outside_signals
 from linvit.output.terminal import progress_bar
 
 # Tasks submitted ahead, per process.
@@ -97,7 +97,7 @@ _state: Any = None
 
 def _start_process(context: AbstractContextManager[Any]) -> None:
     global _state
-    obey_parent_alone()
+    ignore_outside_signals()
     # The processes already use all cores; more threads would only compete for them.
     cv2.setNumThreads(0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

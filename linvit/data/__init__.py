@@ -1,6 +1,6 @@
-"""Images from folders to normalised batches: options, reading, augmentation, loading."""
+"""From image files to normalised batches: sources, decoding, augmentation, loading and caching."""
 
 import os
 
-# Importing albumentations asks PyPI for its newest version, unless told not to before the import.
+# Otherwise `import albumentations` asks PyPI for its newest version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")

@@ -1,12 +1,9 @@
-"""Decoded images kept for later epochs, in files that all processes of a machine share.
+"""A cache of decoded images for later epochs, in files that all processes of a machine share.
 
-A process appends the pixels of an image to a file of its own, and then writes into the shared index where they lie.
-Nothing is locked: a record that two processes wrote at once, or that a crash left half written, does not fit its own
-checksum, and the pixels that it names must fit theirs. What does not fit is decoded anew.
-
-Folders in memory that processes share, and that do not outlive them.
-
-Where cached images lie, and how much room they take.
+`ImageCache` caches a data set after a deterministic crop, on disk or in memory. `PixelCache` stores the pixels: each
+process appends to a file of its own and then writes the position into a shared index. Nothing is locked. Every index
+record and all pixels carry checksums, so whatever a crash or a concurrent write left inconsistent is decoded again.
+`shared_memory_folder` provides folders in memory that disappear with the last process that uses them.
 """
 
 import atexit
@@ -33,28 +30,97 @@ from linvit.data.decode import UnreadableImage, decode_image, reducible_size
 from linvit.data.geometry import Crop
 from linvit.data.options import CacheOptions
 from linvit.data.sources.base import ImageSet
+from linvit.output.terminal import format_bytes, note
 
+# Increase it when the pixels or their format change.
+_FORMAT = 1
+# The size of a cache is estimated from this many images.
+_SAMPLE_SIZE = 32
+# Space left free for other programs; in memory, workers need it to hand over batches.
+_RESERVED_BYTES = 2**30
+# Linux keeps files below this folder in memory.
+_MEMORY = Path("/dev/shm")
+_LOCK = "lock"
 _RECORD = np.dtype(
     [
         ("file", "<u8"),  # its name, as a number
         ("offset", "<u8"),
         ("height", "<u4"),
         ("width", "<u4"),
-        ("source", "<u8"),  # what the pixels were decoded from
-        ("pixels", "<u8"),  # their checksum
-        ("check", "<u8"),  # the checksum of this record
+        ("source", "<u8"),  # fingerprint of the file that the pixels were decoded from
+        ("pixels", "<u8"),  # checksum of the pixels
+        ("check", "<u8"),  # checksum of this record
     ]
 )
-# Left free on the disk: other programs write there, and in memory workers hand over their batches.
-_SPARED = 2**30
+
+
+class ImageCache:
+    """The images of a data set after a crop, which must not be random; each is decoded once and then stored.
+
+    Args:
+        options: where to store the pixels; `cache` must be set.
+
+    Raises:
+        ValueError: if the system has no folder in memory.
+        OSError: if the cache folder cannot be written.
+    """
+
+    def __init__(self, options: CacheOptions, dataset: ImageSet, crop: Crop) -> None:
+        self.crop = crop
+        self._dataset = dataset
+        self._pipeline = Pipeline(crop, A.Compose([]))
+        name = f"{dataset.split}-{_key(dataset, crop)}".replace(os.sep, "-")
+        if options.cache == "memory":
+            self._pixels = PixelCache(shared_memory_folder(name), len(dataset))
+            return
+        assert options.cache_dir is not None
+        try:
+            self._pixels = PixelCache(options.cache_dir / name, len(dataset))
+        except OSError as error:
+            raise OSError(
+                f"cache_dir {options.cache_dir}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+
+    def read(self, index: int) -> np.ndarray:
+        """The image, (H, W, 3) uint8 and read-only; raises UnreadableImage, which names it, if it cannot be read."""
+        path = self._dataset.path(index)
+        return self._pixels.get(index, path, lambda: self._pipeline.read(self._dataset.read_bytes(index), name=path))
+
+    def describe(self) -> str:
+        """One line for the user: the folder, the number of cached images, and the space needed and free."""
+        free = shutil.disk_usage(self._pixels.folder).free
+        return (
+            f"cache {self._pixels.folder}: holds {self._pixels.num_cached:,} of {len(self._dataset):,} images; the "
+            f"full set needs about {format_bytes(self._estimate_bytes())}, and {format_bytes(free)} is free"
+        )
+
+    def _estimate_bytes(self) -> int:
+        """Size of all images after the crop, estimated from a sample."""
+        count = len(self._dataset)
+        sizes = []
+        for index in np.linspace(0, count - 1, min(_SAMPLE_SIZE, count)).astype(int).tolist():
+            try:
+                data = self._dataset.read_bytes(index)
+                shape = reducible_size(data) or decode_image(data, name=self._dataset.path(index)).shape
+            except UnreadableImage:
+                continue
+            height, width = self.crop.plan(*shape[:2]).size
+            sizes.append(3 * height * width)
+        return round(count * float(np.mean(sizes))) if sizes else 0
+
+
+def _key(dataset: ImageSet, crop: Crop) -> str:
+    """A hash of everything that decides the pixels, except for the image files themselves."""
+    facts = (_FORMAT, cv2.__version__, torch.__version__, os.path.abspath(dataset.root), len(dataset), repr(crop))
+    return sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class PixelCache:
-    """Pixels of the images of one set, by index.
+    """Pixels of the images of one data set, by index.
 
     Args:
-        folder: for the files; made if need be. What it holds must have been made in the same way.
-        num_images: in the set.
+        folder: folder of the cache files, created if missing. All its content must come from the same crop.
+        num_images: number of images in the data set.
     """
 
     def __init__(self, folder: Path, num_images: int) -> None:
@@ -62,11 +128,11 @@ class PixelCache:
         self._num_images = num_images
         folder.mkdir(parents=True, exist_ok=True)
         _create_index(self._index_file, num_images)
-        self._full_file.unlink(missing_ok=True)
-        self._begin()
+        self._full_marker.unlink(missing_ok=True)
+        self._reset()
 
-    def _begin(self) -> None:
-        """What each process has for itself."""
+    def _reset(self) -> None:
+        """Start with fresh state, which each process has for itself."""
         self._process = os.getpid()
         self._index: np.ndarray | None = None
         self._maps: dict[int, np.ndarray] = {}
@@ -79,26 +145,26 @@ class PixelCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self._reset()
 
-    def get(self, index: int, path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The pixels of an image, (H, W, 3) uint8 and not to be written to: those kept, or else those `make` gives.
+    def get(self, index: int, path: Path, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The pixels of an image, (H, W, 3) uint8 and read-only: the cached ones, or those that `decode` returns.
 
         Args:
-            path: the file that the image lies in, or a name in an archive; if it has changed, pixels are made anew.
+            path: the image's file, or a name inside an archive. If the file has changed, its pixels are decoded again.
         """
         if self._process != os.getpid():
-            self._begin()
+            self._reset()
         source = _fingerprint(path)
         image = self._find(index, source)
         if image is None:
-            image = make()
-            self._keep(index, source, image)
+            image = decode()
+            self._store(index, source, image)
         return image
 
     @property
-    def num_kept(self) -> int:
-        """Images whose pixels are kept."""
+    def num_cached(self) -> int:
+        """Number of images in the cache."""
         return int(np.count_nonzero(self._records()["check"]))
 
     def _records(self) -> np.ndarray:
@@ -107,6 +173,7 @@ class PixelCache:
         return self._index
 
     def _find(self, index: int, source: int) -> np.ndarray | None:
+        """The cached pixels, or None if they are missing, damaged or from a different source."""
         record = self._records()[index].copy()
         if record["check"] != _record_check(record) or record["source"] != source:
             return None
@@ -127,19 +194,19 @@ class PixelCache:
             try:
                 mapped = self._maps[file] = np.asarray(np.memmap(self._pixel_file(file), np.uint8, "r"))
             except (OSError, ValueError):
-                # Gone, or empty.
+                # The file is missing or empty.
                 return None
         return mapped[offset:end].reshape(shape) if len(mapped) >= end else None
 
-    def _keep(self, index: int, source: int, image: np.ndarray) -> None:
+    def _store(self, index: int, source: int, image: np.ndarray) -> None:
         if self._is_full:
             return
         try:
-            if shutil.disk_usage(self.folder).free < _SPARED + image.nbytes:
+            if shutil.disk_usage(self.folder).free < _RESERVED_BYTES + image.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file, offset = self._append(image)
         except OSError as error:
-            self._stop(error)
+            self._stop_storing(error)
             return
         record = np.zeros((), _RECORD)
         record["file"], record["offset"] = file, offset
@@ -150,32 +217,30 @@ class PixelCache:
         self._verified[index] = True
 
     def _append(self, image: np.ndarray) -> tuple[int, int]:
-        """Writes pixels; returns the file's number and where in it they begin, a multiple of eight."""
+        """Append pixels to this process's file; returns its number and their offset, a multiple of eight."""
         if self._own is None:
             file = secrets.randbits(63)
             self._own = file, self._pixel_file(file).open("xb", buffering=0)
         file, handle = self._own
         offset = handle.tell()
         rest = memoryview(image.tobytes() + b"\0" * (-image.nbytes % 8))
-        # A nearly full disk takes a part and refuses the next.
+        # A nearly full disk accepts part of the data and refuses the next write.
         while rest:
             rest = rest[handle.write(rest) :]
         return file, offset
 
-    def _stop(self, error: OSError) -> None:
+    def _stop_storing(self, error: OSError) -> None:
         self._is_full = True
         try:
-            self._full_file.open("x").close()
+            self._full_marker.open("x").close()
         except FileExistsError:
-            # Another process has said it.
+            # Another process has printed the warning.
             return
         except OSError:
             pass
-        print(
-            f"warning: {self.folder}: the cache takes no more ({(error.strerror or str(error)).lower()}, "
-            f"{_SPARED // 2**30} GiB is left free); the other images are read from their files each time",
-            file=sys.stderr,
-            flush=True,
+        note(
+            f"warning: {self.folder}: no more images are cached ({(error.strerror or str(error)).lower()}; "
+            f"{format_bytes(_RESERVED_BYTES)} is kept free); the others are read from their files each time"
         )
 
     @property
@@ -183,7 +248,7 @@ class PixelCache:
         return self.folder / "index"
 
     @property
-    def _full_file(self) -> Path:
+    def _full_marker(self) -> Path:
         return self.folder / "full"
 
     def _pixel_file(self, file: int) -> Path:
@@ -194,14 +259,14 @@ def _create_index(path: Path, num_images: int) -> None:
     size = num_images * _RECORD.itemsize
     if path.exists() and path.stat().st_size == size:
         return
-    # Processes may do this at once; written in full, since a map of a file with holes fails where the disk is full.
+    # Processes may do this at the same time. All bytes are written, because mapping a sparse file fails on a full disk.
     scratch = path.with_name(f".index-{os.getpid()}.part")
     scratch.write_bytes(bytes(size))
     scratch.replace(path)
 
 
 def _fingerprint(path: Path) -> int:
-    """Changes with the file's name, size and time of change; those of the archive for a name in one."""
+    """A hash of the path and of the file's size and modification time; of the archive's, for a name in an archive."""
     facts = os.path.abspath(path)
     for file in (path, *path.parents):
         try:
@@ -215,73 +280,66 @@ def _fingerprint(path: Path) -> int:
 
 
 def _record_check(record: np.ndarray) -> int:
-    # Not of nothing, so that a record of zeros does not fit.
+    # The start value of 1 keeps a record of zeros invalid.
     return zlib.crc32(record.tobytes()[: -_RECORD["check"].itemsize], 1)
 
 
 def _pixel_check(image: np.ndarray) -> int:
-    """A sum over words of eight bytes, at the speed of memory: pixels that never reached the disk are zeros."""
+    """A sum of eight-byte words, as fast as memory; it detects zeros in place of pixels that never reached the disk."""
     pixels = np.ascontiguousarray(image).reshape(-1)
-    whole = len(pixels) // 8 * 8
-    rest = int.from_bytes(pixels[whole:].tobytes(), "little")
-    return (int(pixels[:whole].view(np.uint64).sum(dtype=np.uint64)) + rest) % 2**64
+    end = len(pixels) // 8 * 8
+    rest = int.from_bytes(pixels[end:].tobytes(), "little")
+    return (int(pixels[:end].view(np.uint64).sum(dtype=np.uint64)) + rest) % 2**64
 
 
-# Linux keeps the files below it in memory.
-_MEMORY = Path("/dev/shm")
-_LOCK = "lock"
+def shared_memory_folder(name: str) -> Path:
+    """A folder in memory, which all processes of this user share by its name.
 
-
-def share_memory_folder(name: str) -> Path:
-    """A folder in memory, the same for all processes of this user that ask for it.
-
-    It is deleted when the last of them ends. Where that one was killed, the next call, for any name, deletes it.
+    It is deleted when the last of these processes ends. If that process was killed, the next call, with any name,
+    deletes it.
 
     Raises:
-        ValueError: where the system has no such folders.
+        ValueError: if the system has no /dev/shm.
     """
     if sys.platform != "linux" or not _MEMORY.is_dir():
         raise ValueError("cache memory needs /dev/shm, which this system lacks; set cache disk and a cache_dir")
     import fcntl
 
-    # Named for the user: to others it is closed.
+    # Other users cannot read it.
     parent = _MEMORY / f"linvit-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
     for other in parent.iterdir():
-        _delete_unless_used(other)
-    while True:
-        (parent / name).mkdir(exist_ok=True)
         try:
-            handle = os.open(parent / name / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            _release(other, os.open(other / _LOCK, os.O_RDWR))
         except FileNotFoundError:
-            # Another process has just deleted it.
+            # Another process has just created or deleted it.
+            continue
+    folder = parent / name
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            # Another process has just deleted the folder.
             continue
         fcntl.flock(handle, fcntl.LOCK_SH)
-        if _is_there(parent / name / _LOCK, handle):
+        if _is_current(folder / _LOCK, handle):
             break
         os.close(handle)
-    atexit.register(_leave, parent / name, handle)
-    return parent / name
+    atexit.register(_release, folder, handle)
+    return folder
 
 
-def _is_there(lock: Path, handle: int) -> bool:
+def _is_current(lock: Path, handle: int) -> bool:
+    """Whether the open file is still the one with this path."""
     try:
         return lock.stat().st_ino == os.fstat(handle).st_ino
     except FileNotFoundError:
         return False
 
 
-def _delete_unless_used(folder: Path) -> None:
-    try:
-        handle = os.open(folder / _LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        # Just made, or just deleted.
-        return
-    _leave(folder, handle)
-
-
-def _leave(folder: Path, handle: int) -> None:
-    """Deletes the folder if no other process holds its lock."""
+def _release(folder: Path, handle: int) -> None:
+    """Close the lock, and delete the folder if no other process holds it."""
     if sys.platform == "linux":
         import fcntl
 
@@ -292,71 +350,3 @@ def _leave(folder: Path, handle: int) -> None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
     os.close(handle)
-
-
-# Another number for other pixels, or another way to keep them.
-_FORMAT = 1
-# The sizes of so many images tell those of all.
-_SAMPLED = 32
-_GIB = 2**30
-
-
-class ImageCache:
-    """The images of a set as a crop, which must not be random, leaves them: cut once and kept.
-
-    Args:
-        options: where they are kept; `cache` must be set.
-
-    Raises:
-        ValueError: where the system keeps no files in memory.
-        OSError: where the folder cannot be written.
-    """
-
-    def __init__(self, options: CacheOptions, dataset: ImageSet, crop: Crop) -> None:
-        self.crop = crop
-        self._dataset = dataset
-        self._pipeline = Pipeline(crop, A.Compose([]))
-        name = f"{dataset.split}-{_key(dataset, crop)}".replace(os.sep, "-")
-        if options.cache == "memory":
-            self._pixels = PixelCache(share_memory_folder(name), len(dataset))
-            return
-        assert options.cache_dir is not None
-        try:
-            self._pixels = PixelCache(options.cache_dir / name, len(dataset))
-        except OSError as error:
-            raise OSError(
-                f"cache_dir {options.cache_dir}: cannot be written ({error.strerror}); set another"
-            ) from error
-
-    def read(self, index: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 and not to be written to; UnreadableImage, naming it, where it cannot be read."""
-        path = self._dataset.path(index)
-        return self._pixels.get(index, path, lambda: self._pipeline.read(self._dataset.read_bytes(index), name=path))
-
-    def describe(self) -> str:
-        """One line for the user: where the cache lies, what it holds, and the room that it takes and has."""
-        free = shutil.disk_usage(self._pixels.folder).free / _GIB
-        return (
-            f"cache {self._pixels.folder}: holds {self._pixels.num_kept:,} of {len(self._dataset):,} images; all take "
-            f"about {self._estimate_bytes() / _GIB:,.2f} GiB, {free:,.1f} GiB are free"
-        )
-
-    def _estimate_bytes(self) -> int:
-        """What the images take once they are cut, from the sizes of some."""
-        count = len(self._dataset)
-        sizes = []
-        for index in np.linspace(0, count - 1, min(_SAMPLED, count)).astype(int).tolist():
-            try:
-                data = self._dataset.read_bytes(index)
-                shape = reducible_size(data) or decode_image(data, name=self._dataset.path(index)).shape
-            except UnreadableImage:
-                continue
-            height, width = self.crop.cut(*shape[:2]).size
-            sizes.append(3 * height * width)
-        return round(count * float(np.mean(sizes))) if sizes else 0
-
-
-def _key(dataset: ImageSet, crop: Crop) -> str:
-    """Differs where pixels may, beside each image's file."""
-    made = (_FORMAT, cv2.__version__, torch.__version__, os.path.abspath(dataset.root), len(dataset), repr(crop))
-    return sha256(repr(made).encode()).hexdigest()[:16]

@@ -1,24 +1,24 @@
-"""Image sets built as folders from installed packages: `linvit data elpv DIR`. Nothing is downloaded.
+"""The command `linvit data`: build a demo data set as folders from an installed package. It downloads nothing.
 
 `elpv`: 2,624 electroluminescence photographs of solar cells (Deitsch et al. 2019, Buerhop-Lutz et al. 2018), in four
-classes: mono- or polycrystalline, functional or defective.
+classes: monocrystalline or polycrystalline, functional or defective.
 """
 
 import hashlib
 import importlib.util
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linvit.output.files import write_json
+from linvit.output.files import scratch_of, write_json
 from linvit.settings.flags import parse_options
 
-SUMMARY = "build an image set as folders, from an installed package"
+SUMMARY = "build a demo data set as folders from an installed package"
 
 README = "README.txt"
 ELPV_NOTE = """\
@@ -36,19 +36,22 @@ Changed here: sorted into classes (defective from a defect probability of 2/3 on
 """
 
 
-class SetOptions(BaseModel):
-    """Which set to build, and where."""
+class DemoOptions(BaseModel):
+    """Which data set to build, and where."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["elpv"] = Field(description="the set: elpv, photographs of solar cells")
-    folder: Path = Field(description="folder to build it in: new, empty, or this very set from before")
-    json_file: Path | None = Field(None, description="file that the counts are written to (default: none)")
+    name: Literal["elpv"] = Field(description="data set: 'elpv', photographs of solar cells")
+    folder: Path = Field(description="folder to build it in: new, empty, or with this data set from before")
+    json_file: Path | None = Field(None, description="write the number of images per class to this JSON file")
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """What a set consists of: its files by their place SPLIT/CLASS/NAME, and what was left out."""
+class DemoSet:
+    """The files of a data set, by their target SPLIT/CLASS/NAME, a note for the user, and the number of files left out.
+
+    `num_copies` files are byte-identical copies; `num_contradictions` are copies whose labels differ.
+    """
 
     files: dict[str, Path]
     note: str
@@ -56,73 +59,74 @@ class ImageSet:
     num_contradictions: int
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Images per class and split."""
-        found = Counter(tuple(place.split("/")[:2]) for place in self.files)
+        """Number of images per class and split."""
+        found = Counter(tuple(target.split("/")[:2]) for target in self.files)
         classes = sorted({class_name for _, class_name in found})
         return {name: {split: found[split, name] for split in ("train", "val")} for name in classes}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Build the set, and return the exit status."""
-    return build_set(
-        parse_options(
-            SetOptions,
-            argv,
-            prog="linvit data",
-            description="Build an image set as folders SPLIT/CLASS/IMAGE, from an installed package.",
-            positionals={"name": "SET", "folder": "DIR"},
-            spellings={"json_file": ["--json"]},
-        )
+    """Build the data set and return the exit status."""
+    options = parse_options(
+        DemoOptions,
+        argv,
+        prog="linvit data",
+        description="Build a demo data set as folders SPLIT/CLASS/IMAGE from an installed package.",
+        positionals={"name": "SET", "folder": "DIR"},
+        spellings={"json_file": ["--json"]},
     )
-
-
-def build_set(options: SetOptions) -> int:
-    """Build the set, or find it there already, and print what it holds."""
-    images = _SETS[options.name]()
-    is_new = write_set(images, options.folder)
-    print(images.note)
-    print(f"{options.folder}: {'built' if is_new else 'already there, left as it was'}")
-    _print_counts(images)
+    demo_set = DEMO_SETS[options.name]()
+    is_new = write_demo_set(demo_set, options.folder)
+    print(demo_set.note)
+    print(f"{options.folder}: {'built' if is_new else 'already built, not changed'}")
+    _print_counts(demo_set)
     if options.json_file is not None:
         report = {
             "folder": str(options.folder),
-            "classes": images.counts(),
-            "num_copies_dropped": images.num_copies,
-            "num_contradictions_dropped": images.num_contradictions,
+            "classes": demo_set.counts(),
+            "num_copies_dropped": demo_set.num_copies,
+            "num_contradictions_dropped": demo_set.num_contradictions,
         }
         write_json(options.json_file, report)
     return 0
 
 
-def _print_counts(images: ImageSet) -> None:
-    counts = images.counts()
-    print(f"{'class':<16}{'train':>8}{'val':>8}")
-    for name, splits in counts.items():
-        print(f"{name:<16}{splits['train']:>8,}{splits['val']:>8,}")
-    train, val = (sum(splits[split] for splits in counts.values()) for split in ("train", "val"))
-    print(f"{'all':<16}{train:>8,}{val:>8,}")
+def _print_counts(demo_set: DemoSet) -> None:
+    from linvit.output.terminal import page, table
+
+    counts = demo_set.counts()
+    totals = {split: sum(splits[split] for splits in counts.values()) for split in ("train", "val")}
+    made = table(["class", "train", "val"], text=["class"])
+    for name, splits in {**counts, "all": totals}.items():
+        made.add_row(name, f"{splits['train']:,}", f"{splits['val']:,}")
+    page().print(made)
     print(
-        f"left out: {images.num_copies} byte-identical copies, {images.num_contradictions} copies whose labels differ"
+        f"left out: {demo_set.num_copies} byte-identical copies, "
+        f"{demo_set.num_contradictions} copies with contradictory labels"
     )
 
 
-def write_set(images: ImageSet, folder: Path) -> bool:
-    """Copy a set's files into `folder`; False where they are there already.
+def write_demo_set(demo_set: DemoSet, folder: Path) -> bool:
+    """Copy the files of a data set to `folder`; False if they are already there.
 
-    The folder appears whole or not at all. Raises ValueError where it holds anything else, which is left untouched.
+    The folder is complete or absent, even after an error.
+
+    Raises:
+        ValueError: if the folder contains anything else, which is then left unchanged.
+        OSError: if the folder cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _refuse_other_files(images, folder)
+        _check_files(demo_set, folder)
         return False
     target = folder.resolve()
-    scratch = target.with_name(f".{target.name}.part")
-    # Left over from a build that was killed.
+    scratch = scratch_of(target)
+    # Remove what a killed build left.
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        for place, source in images.files.items():
+        for place, source in demo_set.files.items():
             (scratch / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, scratch / place)
-        (scratch / README).write_text(images.note, encoding="utf-8")
+        (scratch / README).write_text(demo_set.note, encoding="utf-8")
         if target.exists():
             target.rmdir()
         scratch.rename(target)
@@ -133,44 +137,50 @@ def write_set(images: ImageSet, folder: Path) -> bool:
     return True
 
 
-def _refuse_other_files(images: ImageSet, folder: Path) -> None:
-    mend = "give a new or empty folder, or delete this one"
+def _check_files(demo_set: DemoSet, folder: Path) -> None:
+    """Raise ValueError unless the folder contains exactly this data set."""
+    remedy = "give a new or empty folder, or delete this one"
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: {mend}")
-    there = {path.relative_to(folder).as_posix() for path in _visible_files(folder)}
-    expected = {*images.files, README}
-    if strangers := sorted(there - expected):
-        raise ValueError(f"{folder} holds other files, such as {strangers[0]}: {mend}")
-    if missing := sorted(expected - there):
-        raise ValueError(f"{folder} holds only a part of the set, {missing[0]} is missing: {mend}")
-    for place, source in images.files.items():
+        raise ValueError(f"{folder} is a file: {remedy}")
+    found = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+    expected = {*demo_set.files, README}
+    if unexpected := sorted(found - expected):
+        raise ValueError(f"{folder} contains other files, such as {unexpected[0]}: {remedy}")
+    if missing := sorted(expected - found):
+        raise ValueError(f"{folder} is incomplete, {missing[0]} is missing: {remedy}")
+    for place, source in demo_set.files.items():
         if _digest(folder / place) != _digest(source):
-            raise ValueError(f"{folder} holds another {place} than the set: {mend}")
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith("."):
-            yield path
+            raise ValueError(f"{folder} contains a different {place}: {remedy}")
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def find_elpv() -> ImageSet:
-    """The solar cells in the installed package elpv-dataset; raises ValueError where it is missing or incomplete."""
+def find_elpv() -> DemoSet:
+    """The solar cells in the installed package elpv-dataset.
+
+    Raises:
+        ValueError: if the package is not installed or incomplete.
+    """
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError('the package elpv-dataset is not installed: run pip install "linvit[demo]"')
     return read_elpv(Path(spec.submodule_search_locations[0]) / "data")
 
 
-def read_elpv(source: Path) -> ImageSet:
-    """The set in a folder with `labels.csv` (file, defect probability, mono or poly) and the images it names.
+def read_elpv(source: Path) -> DemoSet:
+    """Read a folder with `labels.csv` (file, defect probability, mono or poly) and the images that it names.
 
-    A file belongs to val if the first 32 bits of its SHA-1 are divisible by five, so that a split never changes.
-    Of byte-identical files the first is kept, and none if their labels differ.
+    A file belongs to val if the first 32 bits of its SHA-1 are divisible by five, so its split never changes. Of
+    byte-identical files the first is kept, or none if their labels differ.
+
+    Raises:
+        ValueError: for a line that cannot be parsed, or an image that is missing.
     """
     labels = source / "labels.csv"
     copies: dict[str, list[tuple[Path, str]]] = defaultdict(list)
@@ -183,7 +193,7 @@ def read_elpv(source: Path) -> ImageSet:
         except ValueError:
             raise ValueError(f"{labels}: line {number} is not `file probability type`: {line!r}") from None
         if kind not in ("mono", "poly"):
-            raise ValueError(f"{labels}: line {number} has the type {kind!r}, which is neither mono nor poly")
+            raise ValueError(f"{labels}: line {number} has the type {kind!r}, which is neither 'mono' nor 'poly'")
         path = source / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: install elpv-dataset again")
@@ -199,7 +209,7 @@ def read_elpv(source: Path) -> ImageSet:
         split = "val" if int(digest[:8], 16) % 5 == 0 else "train"
         files[f"{split}/{class_name}/{path.name}"] = path
         num_copies += len(group) - 1
-    return ImageSet(files, ELPV_NOTE, num_copies=num_copies, num_contradictions=num_contradictions)
+    return DemoSet(files, ELPV_NOTE, num_copies=num_copies, num_contradictions=num_contradictions)
 
 
-_SETS: dict[str, Callable[[], ImageSet]] = {"elpv": find_elpv}
+DEMO_SETS: dict[str, Callable[[], DemoSet]] = {"elpv": find_elpv}

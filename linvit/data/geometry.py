@@ -1,6 +1,7 @@
-"""What a crop makes of an image, worked out from the image's size before it is decoded.
+"""Crops and resizes with timm's geometry, as albumentations transforms.
 
-Crops and resizes with timm's geometry, as albumentations transforms.
+A crop is planned from the size in an image's header, before the image is decoded. A JPEG of which only a much smaller
+image is needed can then be decoded at a reduced size.
 """
 
 import math
@@ -15,27 +16,26 @@ import cv2
 import numpy as np
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 
-from linvit.data.decode import resize
+from linvit.data.decode import Reduction, resize
 
 Size = tuple[int, int]
 Fill = tuple[int, int, int] | Literal["reflect"]
-# By how much a JPEG may shrink while it is decoded.
-Reduction = Literal[1, 2, 4, 8]
 
-# How many times the resized length a window keeps when it is decoded at a reduced size.
-_KEPT_DETAIL = 2
+# A window decoded at a reduced size has at least this many times the height and width that it is resized to.
+_MIN_OVERSAMPLING = 2
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a crop makes of an image: a window of it, resized, and of that a part.
+class CropPlan:
+    """What a crop takes of an image: a window, which is resized, and a part of the resized window.
 
     Attributes:
-        shape: (height, width) of the whole image.
+        shape: (height, width) of the full image.
         window: top, left, height and width in the image.
         resized: (height, width) that the window is resized to, by `interpolation`.
-        offset: (top, left) in the resized window of what is kept, which may lie partly outside; there is `fill`.
-        size: (height, width) of what is kept.
+        offset: (top, left) of the result in the resized window. The result may extend beyond the window; the pixels
+            outside are `fill`.
+        size: (height, width) of the result.
     """
 
     shape: Size
@@ -48,40 +48,41 @@ class Cut:
 
     @cached_property
     def reduction(self) -> Reduction:
-        """By how much the image may shrink first, keeping twice the pixels, each way, that the resized window has.
+        """Largest factor by which the image may be shrunk first, so that the window keeps twice the resized size.
 
-        Resizing what is left then gives the same to about a grey level; "nearest" takes pixels as they are.
+        Resizing the reduced window then gives the same pixels to about one grey level. "nearest" copies pixels
+        unchanged, so it allows no reduction.
         """
         if self.interpolation == "nearest":
             return 1
-        spare = min(length / target for length, target in zip(self.window[2:], self.resized)) / _KEPT_DETAIL
+        spare = min(length / target for length, target in zip(self.window[2:], self.resized)) / _MIN_OVERSAMPLING
         reductions: tuple[Reduction, ...] = (8, 4, 2)
         return next((reduction for reduction in reductions if reduction <= spare), 1)
 
     @property
     def reduced_shape(self) -> Size:
-        """(height, width) of the whole image, reduced so."""
+        """(height, width) of the full image after the reduction."""
         height, width = (-(-length // self.reduction) for length in self.shape)
         return height, width
 
-    def aligned(self) -> "Cut":
-        """With the window on edges that the reduced image has, too: a random one may as well lie there."""
+    def aligned(self) -> "CropPlan":
+        """The plan with its window moved to pixel edges of the reduced image, which a random window may do freely."""
         (top, bottom), (left, right) = (
-            (first * self.reduction, min(last * self.reduction, whole))
-            for (first, last), whole in zip(self._edges(self.reduction), self.shape)
+            (first * self.reduction, min(last * self.reduction, length))
+            for (first, last), length in zip(self._edges(self.reduction), self.shape)
         )
         return replace(self, window=(top, left, bottom - top, right - left))
 
-    def of(self, image: np.ndarray) -> np.ndarray:
-        """The cut of an image (H, W, 3) of `shape`, or of that image reduced; (*size, 3), never a view of it."""
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Crop an image (H, W, 3) of `shape`, or the same image reduced; returns (*size, 3), never a view."""
         (top, bottom), (left, right) = self._edges(1 if image.shape[:2] == self.shape else self.reduction)
         resized = resize(image[top:bottom, left:right], *self.resized, self.interpolation)
         return crop_or_pad(resized, *self.offset, self.size, fill=self.fill)
 
     def _edges(self, reduction: int) -> list[tuple[int, int]]:
-        """Top and bottom, left and right of the window in the image reduced so, rounded to whole pixels.
+        """(top, bottom) and (left, right) of the window in the reduced image, rounded to whole pixels.
 
-        That moves them by a quarter of a resized pixel at most.
+        Rounding moves them by at most a quarter of a resized pixel.
         """
         return [
             (round(start / reduction), round((start + length) / reduction))
@@ -90,22 +91,22 @@ class Cut:
 
 
 def crop_or_pad(image: np.ndarray, top: int, left: int, size: Size, *, fill: Fill) -> np.ndarray:
-    """The window of `size` (height, width) at (top, left), which may lie partly outside of the image."""
+    """The window of `size` (height, width) at (top, left), padded with `fill` where it extends beyond the image."""
     height, width = image.shape[:2]
-    above, below = max(-top, 0), max(top + size[0] - height, 0)
-    before, behind = max(-left, 0), max(left + size[1] - width, 0)
-    if above or below or before or behind:
+    # Above, below, left and right.
+    borders = max(-top, 0), max(top + size[0] - height, 0), max(-left, 0), max(left + size[1] - width, 0)
+    if any(borders):
         if fill == "reflect":
-            image = cv2.copyMakeBorder(image, above, below, before, behind, cv2.BORDER_REFLECT_101)
+            image = cv2.copyMakeBorder(image, *borders, cv2.BORDER_REFLECT_101)
         else:
-            image = cv2.copyMakeBorder(image, above, below, before, behind, cv2.BORDER_CONSTANT, value=fill)
+            image = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=fill)
     top, left = max(top, 0), max(left, 0)
     return image[top : top + size[0], left : left + size[1]]
 
 
 def centre_offset(shape: Size, size: Size) -> Size:
-    """Where a window of `size` in the middle of an image begins; below 0 where the window is larger."""
-    # torchvision rounds where it crops (to even, as Python does) and pads less before than behind.
+    """(top, left) of a window of `size` centred in an image; negative where the window is larger."""
+    # As in torchvision: a crop rounds half to even, and padding puts the odd pixel at the bottom or right.
     top, left = (
         round((length - target) / 2) if length >= target else -((target - length) // 2)
         for length, target in zip(shape, size)
@@ -114,24 +115,24 @@ def centre_offset(shape: Size, size: Size) -> Size:
 
 
 class Crop(A.ImageOnlyTransform):
-    """A transform that knows from the size of an image alone, before it is decoded, what it will take of it."""
+    """Base class of crops, which are planned from the size of an image alone, before it is decoded."""
 
     @abstractmethod
-    def cut(self, height: int, width: int) -> Cut:
-        """Draws what to take of an image of this size."""
+    def plan(self, height: int, width: int) -> CropPlan:
+        """Draw a crop of an image of this size."""
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        return {"cut": self.cut(*params["shape"][:2])}
+        return {"plan": self.plan(*params["shape"][:2])}
 
-    def apply(self, img: np.ndarray, cut: Cut, **params: Any) -> np.ndarray:
-        return cut.of(img)
+    def apply(self, img: np.ndarray, plan: CropPlan, **params: Any) -> np.ndarray:
+        return plan.apply(img)
 
 
 class EvalCrop(Crop):
     """timm's evaluation geometry: resize to `size / crop_pct`, then crop the centre of `size`.
 
-    "center" keeps the aspect ratio and covers the size with the shorter side, "squash" ignores the aspect ratio,
-    "border" keeps it, fits the longer side and pads with `fill`.
+    "center" keeps the aspect ratio and fits the shorter side, so the result is fully covered. "squash" ignores the
+    aspect ratio. "border" keeps it, fits the longer side and pads with `fill`.
     """
 
     class InitSchema(BaseTransformInitSchema):
@@ -157,9 +158,9 @@ class EvalCrop(Crop):
         self.interpolation = interpolation
         self.fill = fill
 
-    def cut(self, height: int, width: int) -> Cut:
+    def plan(self, height: int, width: int) -> CropPlan:
         resized = self._resized(height, width)
-        return Cut(
+        return CropPlan(
             shape=(height, width),
             window=(0, 0, height, width),
             resized=resized,
@@ -174,7 +175,7 @@ class EvalCrop(Crop):
         if self.crop_mode == "squash":
             return target_height, target_width
         if self.crop_mode == "center" and target_height == target_width:
-            # torchvision rounds the longer side down, timm's own resize below rounds it to the nearest.
+            # torchvision rounds the longer side down; timm's own resize, used below, rounds it to the nearest.
             if height <= width:
                 return target_height, int(target_height * width / height)
             return int(target_width * height / width), target_width
@@ -186,9 +187,9 @@ class EvalCrop(Crop):
 class RandomResizedCrop(Crop):
     """timm's `rrc`: a window of random area and aspect ratio, resized to `size`.
 
-    The window has `scale` of the image's area and an aspect ratio (width/height) within `ratio`; after ten windows
-    that do not fit, the largest central one of a permitted ratio is taken. "random" interpolation draws bilinear or
-    bicubic for each image.
+    The window covers a share of the image's area within `scale` and has an aspect ratio (width/height) within `ratio`.
+    After ten windows that do not fit, the largest centred window of a permitted ratio is taken. "random" interpolation
+    draws bilinear or bicubic for each image.
     """
 
     class InitSchema(BaseTransformInitSchema):
@@ -211,8 +212,8 @@ class RandomResizedCrop(Crop):
         self.ratio = ratio
         self.interpolation = interpolation
 
-    def cut(self, height: int, width: int) -> Cut:
-        return Cut(
+    def plan(self, height: int, width: int) -> CropPlan:
+        return CropPlan(
             shape=(height, width),
             window=self._draw_window(height, width),
             resized=self.size,
@@ -241,10 +242,11 @@ class RandomResizedCrop(Crop):
 
 
 class RandomKeepRatioCrop(Crop):
-    """timm's `rkrc` and `rkrr`: resize with about the aspect ratio kept, then crop `size`, padding by reflection.
+    """timm's `rkrc` and `rkrr`: resize and nearly keep the aspect ratio, then crop `size`, padding by reflection.
 
-    The shorter side is brought to the size; half of the images are enlarged by a share of area drawn from `scale`,
-    half are stretched by an aspect ratio drawn from `ratio`. The crop lies in the "centre" or is "random".
+    The image is resized to cover `size`. With probability 1/2 it is enlarged by a share of area drawn from `scale`, and
+    independently with probability 1/2 stretched by an aspect ratio drawn from `ratio`. The crop is taken from the
+    "centre" or from a "random" place.
     """
 
     class InitSchema(BaseTransformInitSchema):
@@ -270,7 +272,7 @@ class RandomKeepRatioCrop(Crop):
         self.interpolation = interpolation
         self.crop = crop
 
-    def cut(self, height: int, width: int) -> Cut:
+    def plan(self, height: int, width: int) -> CropPlan:
         draw = self.py_random
         zoom = 1 / min(height / self.size[0], width / self.size[1])
         if draw.random() < 0.5:
@@ -282,7 +284,7 @@ class RandomKeepRatioCrop(Crop):
         top, left = (
             draw.randint(min(0, length - target), max(0, length - target)) for length, target in zip(resized, self.size)
         )
-        return Cut(
+        return CropPlan(
             shape=(height, width),
             window=(0, 0, height, width),
             resized=resized,
@@ -294,7 +296,7 @@ class RandomKeepRatioCrop(Crop):
 
 
 class FitShorterSide(Crop):
-    """The whole image, its shorter side brought down to `side` where it is longer."""
+    """The full image, shrunk so that its shorter side is at most `side` pixels."""
 
     class InitSchema(BaseTransformInitSchema):
         side: int
@@ -303,10 +305,10 @@ class FitShorterSide(Crop):
         super().__init__(p=p)
         self.side = side
 
-    def cut(self, height: int, width: int) -> Cut:
+    def plan(self, height: int, width: int) -> CropPlan:
         scale = min(self.side / min(height, width), 1.0)
         resized = round(height * scale), round(width * scale)
-        return Cut(
+        return CropPlan(
             shape=(height, width),
             window=(0, 0, height, width),
             resized=resized,
@@ -317,4 +319,5 @@ class FitShorterSide(Crop):
 
 
 def draw_interpolation(interpolation: str, draw: random.Random) -> str:
+    """Draw "bilinear" or "bicubic" for "random"; return any other name unchanged."""
     return draw.choice(("bilinear", "bicubic")) if interpolation == "random" else interpolation

@@ -1,8 +1,7 @@
-"""A batch of images on the device, and their normalisation there.
+"""Loaders that yield normalised batches on the device, for training and evaluation.
 
-Batches on their way to a GPU while it works on the ones before them.
-
-Batches for training and evaluation: uint8 from the workers to the device, normalised there.
+Worker processes send uint8 images. They are normalised on the device, and on a GPU the next batch is copied while the
+current one is processed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,20 @@ from linvit.data.geometry import FitShorterSide, Size
 from linvit.data.options import AugmentOptions, CacheOptions
 from linvit.data.sampler import EvalSampler, SampleKey, TrainSampler
 from linvit.data.sources.base import ImageSet
-from linvit.data.worker import Failure, OnBadImage, RawBatch, Samples, as_is, start_worker
+from linvit.data.worker import BatchDataset, Failure, OnBadImage, RawBatch, collate_nothing, start_worker
+
+# By default, cached training images have this many times the input's longer side in their shorter side, so that random
+# crops keep detail.
+_CACHE_OVERSAMPLING = 2
+
+Raw = TypeVar("Raw")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, 3, H, W) normalised and labels (B,) int64 on the device; dataset indices (B,) int64 on the CPU.
+    """Normalised images (B, 3, H, W) and labels (B,) int64 on the device; data set indices (B,) int64 on the CPU.
 
-    B is less than the batch size, even 0, where images could not be read and are to be left out.
+    B is below the batch size, possibly 0, if images could not be read and `on_bad_image` is "skip".
     """
 
     images: torch.Tensor
@@ -36,80 +41,16 @@ class Batch:
     unreadable: tuple[int, ...] = ()
 
 
-def normalize(
-    images: torch.Tensor, spec: InputSpec, *, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> torch.Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W): (x / 255 - mean) / std in float32, then `dtype`, on the images' device."""
-    mean, std = _mean_and_std(spec.mean, spec.std, images.device)
-    # Laid out before the arithmetic, which is several times as fast over planes as over pixels.
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
-    return planes.div_(255).sub_(mean).div_(std).to(dtype)
-
-
-@cache
-def _mean_and_std(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept on the device: a copy for every batch would wait for the work queued before it."""
-    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
-
-
-Raw = TypeVar("Raw")
-
-
-def prefetched(source: Iterable[Raw], send: Callable[[Raw], Batch], device: torch.device) -> Iterator[Batch]:
-    """What `send` makes of each item; to a GPU, along a stream of its own and one item ahead of what is asked for.
-
-    An error in sending is raised after the batches before it were handed out.
-    """
-    if device.type == "cuda":
-        yield from _ahead(source, send, torch.cuda.Stream(device))
-    else:
-        yield from map(send, source)
-
-
-def _ahead(source: Iterable[Raw], send: Callable[[Raw], Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
-    ready: tuple[Batch, torch.cuda.Event] | None = None
-    for raw in source:
-        try:
-            with torch.cuda.stream(stream):
-                following = send(raw), stream.record_event()
-        except ValueError:
-            if ready is not None:
-                yield _arrived(*ready)
-            raise
-        if ready is not None:
-            yield _arrived(*ready)
-        ready = following
-    if ready is not None:
-        yield _arrived(*ready)
-
-
-def _arrived(batch: Batch, sent: torch.cuda.Event) -> Batch:
-    """The batch for the current stream, whose work on it begins when all of it is there."""
-    current = torch.cuda.current_stream(batch.images.device)
-    current.wait_event(sent)
-    for tensor in (batch.images, batch.labels):
-        # Otherwise the memory could be given to a later batch while this stream still reads it.
-        tensor.record_stream(current)
-    return batch
-
-
-# How many times the input's longer side cached training images have in their shorter one, for random crops.
-_CACHED_DETAIL = 2
-
-
 class Loader:
-    """Batches of one epoch at a time; iterate over it, or over `iter_from` to start in the middle.
+    """Batches of one epoch at a time; iterate over the loader, or over `iter_from` to start in the middle.
 
-    What a sample looks like depends on the seed, the epoch and its index alone. Only one iteration at a time.
+    A sample depends on the seed, the epoch and its index alone. Only one iteration may run at a time.
 
     Attributes:
-        batch_size: images in a batch of this process.
-        num_images: images that this process sees in an epoch.
+        batch_size: images per batch of this process.
+        num_images: images per epoch of this process.
         class_names: name of every label.
-        cache: what is kept of the images for later epochs, if anything is.
+        cache: cache of decoded images, or None.
     """
 
     def __init__(
@@ -130,16 +71,16 @@ class Loader:
         cache: ImageCache | None = None,
     ) -> None:
         self.batch_size = sampler.batch_size
-        self.num_images = sampler.num_drawn
+        self.num_images = sampler.num_samples
         self.class_names = dataset.class_names
         self.cache = cache
         self._spec = spec
         self._device = torch.device(device)
         self._channels_last = channels_last
         self._dtype = dtype
-        self._keys = _Keys(sampler)
+        self._batches = _BatchSampler(sampler)
         self._loader: DataLoader[Any] = DataLoader(
-            Samples(
+            BatchDataset(
                 dataset,
                 pipelines,
                 epoch_sizes=tuple(epoch_sizes) or (spec.size,),
@@ -147,18 +88,18 @@ class Loader:
                 on_bad_image=on_bad_image,
                 cache=cache,
             ),
-            batch_sampler=self._keys,
+            batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=as_is,
+            collate_fn=collate_nothing,
             worker_init_fn=start_worker,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            # Each iteration draws a number for the workers, which nothing here uses: not from torch's own generator.
+            # The DataLoader draws a seed for its workers in each iteration, which must not advance torch's generator.
             generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
-        return len(self._keys.sampler)
+        return len(self._batches.sampler)
 
     @property
     def img_size(self) -> Size:
@@ -166,27 +107,28 @@ class Loader:
         return self._spec.size
 
     def set_epoch(self, epoch: int) -> None:
-        """Selects the epoch that the next iteration reads."""
-        self._keys.epoch = epoch
+        """Select the epoch of the next iteration."""
+        self._batches.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iter_from(0)
 
     def iter_from(self, batch: int) -> Iterator[Batch]:
-        """Batches of the current epoch from number `batch` on.
+        """The batches of the current epoch from number `batch` on.
 
         Raises:
-            ValueError: naming the file, where an image cannot be read and is not to be left out.
+            ValueError: if an image cannot be read and `on_bad_image` is "stop", or if an augmentation fails; the
+                message names the file.
         """
         assert 0 <= batch <= len(self), f"batch {batch} of {len(self)}"
-        self._keys.first = batch
-        yield from prefetched(self._loader, self._send, self._device)
+        self._batches.first = batch
+        yield from prefetch(self._loader, self._send, self._device)
 
     def _send(self, raw: RawBatch | Failure) -> Batch:
-        """The batch, normalised on the device; it may still be on its way there."""
+        """Copy a batch to the device and normalise it there; the copy may still be under way on return."""
         if isinstance(raw, Failure):
             raise ValueError(raw.message)
-        # From memory that is not page-locked a copy must be over before the worker fills it anew.
+        # Unless the memory is page-locked, the copy must finish before the worker reuses it.
         images = normalize(
             raw.images.to(self._device, non_blocking=raw.images.is_pinned()),
             self._spec,
@@ -218,18 +160,19 @@ def create_train_loader(
     on_bad_image: OnBadImage = "stop",
     caching: CacheOptions | None = None,
 ) -> Loader:
-    """Shuffled and augmented batches of equal size; what is left of an epoch after the last whole batch is not used.
+    """Create a loader of shuffled, augmented batches of equal size; the incomplete last batch is dropped.
 
     Args:
-        sampling: every image once an epoch, or every class equally often.
-        repeats: show each image so often in an epoch, and fewer of them.
-        epoch_sizes: (height, width) of the images in each epoch, the last also after it; default `spec.size`.
-        on_bad_image: whether an image that cannot be read ends the iteration or is left out of its batch.
-        caching: keep the decoded images, their shorter side brought down to `cache_size`; pipelines begin with those.
+        sampling: "shuffle" draws every image once per epoch, "balanced" every class equally often.
+        repeats: how many times to draw each image; the epoch has fewer distinct images accordingly.
+        epoch_sizes: (height, width) of the images in each epoch; the last also applies to all later epochs. Default:
+            `spec.size`.
+        on_bad_image: "stop" raises an error for an image that cannot be read, "skip" leaves it out of its batch.
+        caching: cache decoded images, with their shorter side shrunk to `cache_size`; pipelines start from these.
 
     Raises:
-        ValueError: where the images do not fill one batch, for an `aug_file` that cannot be used, or a `cache_size`
-            below the input's.
+        ValueError: if the images do not fill one batch, `aug_file` is invalid, or `cache_size` is below the input
+            size.
     """
     sampler = TrainSampler(
         len(dataset),
@@ -254,7 +197,7 @@ def create_train_loader(
         dtype=dtype,
         epoch_sizes=epoch_sizes,
         on_bad_image=on_bad_image,
-        cache=_cache_whole(caching, dataset, largest=max(map(max, sizes))),
+        cache=_train_cache(caching, dataset, largest=max(map(max, sizes))),
     )
 
 
@@ -273,10 +216,10 @@ def create_eval_loader(
     on_bad_image: OnBadImage = "stop",
     caching: CacheOptions | None = None,
 ) -> Loader:
-    """Every image exactly once over all ranks, in order, without padding: the last batch may be smaller.
+    """Create a loader of every image exactly once over all ranks, in order; the last batch may be smaller.
 
-    With `on_bad_image="skip"` a batch names the images that it lacks because they cannot be read. `caching` keeps the
-    pixels that the model sees.
+    With `on_bad_image="skip"`, images that cannot be read are listed in their batch's `unreadable`. `caching` caches
+    the images after the crop, as the model sees them.
     """
     pipeline = build_eval_pipeline(spec)
     assert pipeline.crop is not None
@@ -298,18 +241,18 @@ def create_eval_loader(
     )
 
 
-def _cache_whole(options: CacheOptions | None, dataset: ImageSet, *, largest: int) -> ImageCache | None:
-    """Keeps whole images, to be cropped anew in each epoch to at most `largest` pixels in a side."""
+def _train_cache(options: CacheOptions | None, dataset: ImageSet, *, largest: int) -> ImageCache | None:
+    """A cache of full images, which are cropped differently in each epoch, to at most `largest` pixels per side."""
     if options is None or options.cache is None:
         return None
-    side = options.cache_size or _CACHED_DETAIL * largest
+    side = options.cache_size or _CACHE_OVERSAMPLING * largest
     if side < largest:
         raise ValueError(f"cache_size {side} is below the input's {largest} pixels; set at least {largest}")
     return ImageCache(options, dataset, FitShorterSide(side))
 
 
-class _Keys:
-    """Tells the workers which batches to read, and from where on."""
+class _BatchSampler:
+    """The batches of the current epoch for the DataLoader, from number `first` on."""
 
     def __init__(self, sampler: TrainSampler | EvalSampler) -> None:
         self.sampler = sampler
@@ -321,3 +264,62 @@ class _Keys:
 
     def __len__(self) -> int:
         return len(self.sampler) - self.first
+
+
+def normalize(
+    images: torch.Tensor, spec: InputSpec, *, dtype: torch.dtype = torch.float32, channels_last: bool = False
+) -> torch.Tensor:
+    """Turn (B, H, W, 3) uint8 into (B, 3, H, W): (x / 255 - mean) / std in float32, then `dtype`, on their device."""
+    mean, std = _mean_and_std(spec.mean, spec.std, images.device)
+    # Change the layout first: the arithmetic is several times faster over planes than over pixels.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return planes.div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@cache
+def _mean_and_std(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std on the device; cached, because a copy for every batch would wait for the work queued before it."""
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
+
+
+def prefetch(source: Iterable[Raw], send: Callable[[Raw], Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield `send(item)` for each item; on a GPU, one item ahead and on a separate stream.
+
+    An error in `send` is raised after all batches before it have been yielded.
+    """
+    if device.type == "cuda":
+        yield from _prefetch_on_stream(source, send, torch.cuda.Stream(device))
+    else:
+        yield from map(send, source)
+
+
+def _prefetch_on_stream(
+    source: Iterable[Raw], send: Callable[[Raw], Batch], stream: torch.cuda.Stream
+) -> Iterator[Batch]:
+    ready: tuple[Batch, torch.cuda.Event] | None = None
+    for raw in source:
+        try:
+            with torch.cuda.stream(stream):
+                following = send(raw), stream.record_event()
+        except ValueError:
+            if ready is not None:
+                yield _synchronize(*ready)
+            raise
+        if ready is not None:
+            yield _synchronize(*ready)
+        ready = following
+    if ready is not None:
+        yield _synchronize(*ready)
+
+
+def _synchronize(batch: Batch, sent: torch.cuda.Event) -> Batch:
+    """Make the current stream wait until all of the batch has arrived."""
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(sent)
+    for tensor in (batch.images, batch.labels):
+        # Otherwise the allocator could reuse the memory for a later batch while this stream still reads it.
+        tensor.record_stream(current)
+    return batch

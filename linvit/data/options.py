@@ -1,6 +1,7 @@
-"""The options of the data part, under timm's names: shown by `--help`, held by YAML, read by the pipelines.
+"""Options for data, augmentation, loading and caching, under timm's names where timm has them.
 
-Imports nothing heavy, so that a command line can be checked before torch is loaded.
+They define the flags, the YAML fields and the settings of the pipelines. The module imports nothing heavy, so a command
+line can be checked before torch is loaded.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from linvit.settings.fields import Probability
 
 
 def _as_tuple(value: Any) -> Any:
-    """Takes a lone number for a tuple of one: timm's files say `color_jitter: 0.4`."""
+    """Turn a single number into a tuple of one: timm's files contain `color_jitter: 0.4`."""
     return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
 
 
@@ -32,7 +33,7 @@ def _per_channel(value: tuple[float, ...]) -> tuple[float, ...]:
 
 def _positive(value: tuple[float, ...]) -> tuple[float, ...]:
     if min(value) <= 0:
-        raise ValueError(f"std divides the pixels, so each must be above 0, not {min(value)}")
+        raise ValueError(f"std must be above 0 because pixels are divided by it, not {min(value)}")
     return value
 
 
@@ -45,47 +46,51 @@ class _Options(BaseModel):
 
 
 class DataOptions(_Options):
+    """Where the images are, which splits to use, and how labels are numbered."""
+
     data_dir: Path | None = Field(
         None,
-        description="the images: a folder with a subfolder per split and, in each, one per class; a folder of tars or "
-        "of CSV lists; a list with a column 'split'; or hf:NAME, a Hugging Face set (docs/data.md)",
+        description="image data: a folder SPLIT/CLASS/IMAGE, a folder of tar files or CSV lists, a CSV list with a "
+        "'split' column, or hf:NAME for a Hugging Face data set (docs/data.md)",
     )
     train_split: str = Field(
-        "train", description="training images: a folder or files of data_dir; 'train' also finds 'training'"
+        "train", description="training split: a folder or files in data_dir; 'train' also finds 'training'"
     )
     val_split: str = Field(
         "validation",
-        description="validation images; 'val' and 'validation' also find each other, 'valid' and 'test'",
+        description="validation split; 'val' and 'validation' also find each other, 'valid' and 'test'",
     )
     class_map: Path | None = Field(
         None,
-        description="text file, one class name a line, that orders the labels (default: sorted names)",
+        description="text file with one class name per line, in the order of the labels (default: sorted names)",
     )
 
 
 class InputOptions(_Options):
+    """Input of the model: size, normalisation and evaluation crop."""
+
     img_size: Integers | None = Field(
-        None, description="input size in pixels, one number or height and width (default: the model's own)"
+        None, description="input size in pixels: one number, or height and width (default: the model's)"
     )
-    in_chans: int | None = Field(None, description="input channels; images are read as RGB, so 3 or nothing")
+    in_chans: int | None = Field(None, description="input channels; only 3, because images are read as RGB")
     crop_pct: CropShare | None = Field(
         None,
-        description="evaluation: the crop's share of the resized image (default: the model's own)",
+        description="evaluation: side of the crop as a fraction of the resized image's (default: the model's)",
     )
     crop_mode: CropMode | None = Field(
         None,
-        description="evaluation: 'center' crops the middle, 'squash' ignores the aspect ratio, "
-        "'border' pads the whole image (default: the model's own)",
+        description="evaluation: 'center' crops the centre, 'squash' ignores the aspect ratio, 'border' pads the full "
+        "image (default: the model's)",
     )
     mean: Mean | None = Field(
         None,
-        description="mean of pixels in 0..1, one number or R G B (default: the model's own)",
+        description="mean of the pixels, from 0 to 1: one number or R G B (default: the model's)",
     )
     std: Std | None = Field(
-        None, description="their standard deviation, one number or R G B (default: the model's own)"
+        None, description="standard deviation of the pixels: one number or R G B (default: the model's)"
     )
     interpolation: Interpolation | None = Field(
-        None, description="evaluation: how images are resized, antialiased (default: the model's own)"
+        None, description="evaluation: interpolation of the antialiased resize (default: the model's)"
     )
 
     @field_validator("img_size")
@@ -101,52 +106,55 @@ class InputOptions(_Options):
     @classmethod
     def _rgb(cls, value: int | None) -> int | None:
         if value not in (None, 3):
-            raise ValueError(f"in_chans {value} is not built: images are read as RGB; leave it out or set 3")
+            raise ValueError(f"in_chans {value} is not supported: images are read as RGB; remove it or set 3")
         return value
 
 
 class AugmentOptions(_Options):
-    no_aug: bool = Field(False, description="resize and crop the centre alone, without any augmentation")
+    """Crop and augmentation of training images."""
+
+    no_aug: bool = Field(False, description="only resize and crop the centre, without any augmentation")
     train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
         None,
-        description="training crop: 'rrc' a random resized crop (the default); 'rkrc', 'rkrr' keep the aspect "
-        "ratio, then crop the centre or anywhere (set scale 0.8 1.0 and ratio 0.9 1.11 with them)",
+        description="training crop: 'rrc' is a random resized crop (the default); 'rkrc' and 'rkrr' nearly keep the "
+        "aspect ratio and crop the centre or a random place (use them with scale 0.8 1.0 and ratio 0.9 1.11)",
     )
-    scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, as shares of the image")
-    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect ratios (width/height) of the random crop")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="range of the crop's area, as fractions of the image")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of the crop's aspect ratio (width/height)")
     hflip: Probability = Field(0.5, description="probability of a horizontal flip")
     vflip: Probability = Field(0.0, description="probability of a vertical flip")
     color_jitter: Numbers | None = Field(
         (0.4,),
-        description="colour jitter: one strength for brightness, contrast and saturation, or three, or four "
-        "with hue; beside aa it is applied with 3a alone",
+        description="strength of colour jitter: one number for brightness, contrast and saturation, or three numbers, "
+        "or four with hue; with aa it is applied only for 3a",
     )
     color_jitter_prob: Probability | None = Field(None, description="probability of colour jitter (default: always)")
-    grayscale_prob: Probability | None = Field(None, description="probability of turning the image grey")
+    grayscale_prob: Probability | None = Field(None, description="probability of a conversion to greyscale")
     gaussian_blur_prob: Probability | None = Field(None, description="probability of a Gaussian blur")
     aa: str | None = Field(
         None,
-        description="automatic augmentation as timm writes it: rand-m9-mstd0.5-inc1, 3a, original, v0; or ta_wide",
+        description="automatic augmentation in timm's notation, such as rand-m9-mstd0.5-inc1, 3a, original or v0; or "
+        "ta_wide (TrivialAugment)",
     )
     train_interpolation: Interpolation | Literal["random"] = Field(
         "random",
-        description="training: how crops are resized, antialiased; 'random' is bilinear or bicubic",
+        description="training: interpolation of the antialiased resize; 'random' draws bilinear or bicubic",
     )
     reprob: Probability = Field(0.0, description="probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = Field(
-        "pixel", description="what erased boxes hold: the mean colour, one random colour, or noise"
+        "pixel", description="fill of erased boxes: 'const' the mean colour, 'rand' one random colour, 'pixel' noise"
     )
-    recount: int = Field(1, ge=1, description="largest number of erased boxes in an image")
+    recount: int = Field(1, ge=1, description="maximum number of erased boxes per image")
     aug_file: Path | None = Field(
         None,
-        description="your own training pipeline, saved by albumentations as YAML or JSON; replaces all above",
+        description="training pipeline that albumentations saved as YAML or JSON; replaces all augmentation options",
     )
 
     @field_validator("scale", "ratio")
     @classmethod
     def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
-            raise ValueError(f"is a range of two rising numbers above 0, not {value[0]} {value[1]}")
+            raise ValueError(f"takes two rising numbers above 0, not {value[0]} {value[1]}")
         return value
 
     @field_validator("color_jitter")
@@ -157,7 +165,7 @@ class AugmentOptions(_Options):
         if len(value) not in (1, 3, 4):
             raise ValueError(f"takes one, three or four numbers, not {len(value)}")
         if min(value) < 0 or (len(value) == 4 and value[3] > 0.5):
-            raise ValueError("strengths are at least 0, hue at most 0.5")
+            raise ValueError("takes strengths of at least 0, and a hue of at most 0.5")
         return value
 
     @field_validator("aa")
@@ -170,66 +178,70 @@ class AugmentOptions(_Options):
         return value
 
     @model_validator(mode="after")
-    def _own_pipeline_alone(self) -> "AugmentOptions":
+    def _aug_file_alone(self) -> Self:
         if self.aug_file is None:
             return self
         fields = AugmentOptions.model_fields
-        ours = [name for name in fields if name != "aug_file" and getattr(self, name) != fields[name].default]
-        if ours:
-            raise ValueError(f"aug_file replaces the whole training pipeline: remove {', '.join(ours)} or aug_file")
+        replaced = [name for name in fields if name != "aug_file" and getattr(self, name) != fields[name].default]
+        if replaced:
+            raise ValueError(f"aug_file replaces the whole training pipeline: remove {', '.join(replaced)} or aug_file")
         return self
 
 
 class CacheOptions(_Options):
+    """Cache of decoded images."""
+
     cache: Literal["memory", "disk"] | None = Field(
-        None, description="keep decoded images for the epochs after the first, shared by all processes of a machine"
+        None, description="cache decoded images for later epochs, shared by all processes of a machine"
     )
-    cache_dir: Path | None = Field(None, description="folder on a fast disk for --cache disk; later runs use it, too")
+    cache_dir: Path | None = Field(None, description="folder for --cache disk, on a fast disk; later runs reuse it")
     cache_size: int | None = Field(
         None,
         ge=1,
-        description="cached training images are shrunk to this shorter side in pixels (default: twice the input's "
-        "longer side), in the first epoch, too",
+        description="shorter side in pixels that cached training images are shrunk to, from the first epoch on "
+        "(default: twice the input's longer side)",
     )
 
     @model_validator(mode="after")
-    def _a_folder_for_the_disk(self) -> Self:
+    def _consistent(self) -> Self:
         if self.cache == "disk" and self.cache_dir is None:
             raise ValueError("cache disk needs a folder: set cache_dir")
         if self.cache != "disk" and self.cache_dir is not None:
-            raise ValueError("cache_dir is for cache disk; set it, or leave cache_dir out")
+            raise ValueError("cache_dir needs cache disk: set it, or remove cache_dir")
         if self.cache is None and self.cache_size is not None:
-            raise ValueError("cache_size is for cached images; set cache, or leave cache_size out")
+            raise ValueError("cache_size needs a cache: set cache, or remove cache_size")
         return self
 
 
 class LoaderOptions(CacheOptions):
+    """Batches, worker processes, sampling and cache."""
+
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         128,
         title="a whole number of at least 1, or auto",
-        description="images in a training batch, per process; auto: the largest that fits in the GPU's memory",
+        description="images per training batch and process; 'auto' finds the largest batch that fits in GPU memory",
     )
     validation_batch_size: int | None = Field(
-        None, ge=1, description="images in an evaluation batch, per process (default: batch_size)"
+        None, ge=1, description="images per evaluation batch and process (default: batch_size)"
     )
-    workers: int = Field(4, ge=0, description="processes that read and augment images, per training process")
+    workers: int = Field(4, ge=0, description="worker processes that read and augment images, per training process")
     on_bad_image: Literal["stop", "skip"] = Field(
-        "stop", description="an image that cannot be read ends the run, or is left out and listed in bad_images.txt"
+        "stop", description="'stop' ends the run at an image that cannot be read; 'skip' lists it in bad_images.txt"
     )
-    pin_mem: bool = Field(False, description="page-locked host memory, for faster copies to a GPU")
+    pin_mem: bool = Field(False, description="use page-locked host memory, for faster copies to a GPU")
     aug_repeats: float = Field(
         0.0,
         ge=0.0,
-        description="show each image of an epoch so many times, each time augmented anew, and so fewer of the images; "
-        "0 and 1 are off",
+        description="draw each image this many times per epoch, augmented differently each time, and fewer distinct "
+        "images; 0 and 1 disable it",
     )
     sampler: Literal["shuffle", "balanced"] = Field(
-        "shuffle", description="draw every image once an epoch, or every class equally often"
+        "shuffle", description="'shuffle' draws every image once per epoch, 'balanced' every class equally often"
     )
 
     @field_validator("aug_repeats")
     @classmethod
     def _repeats(cls, value: float) -> float:
         if 0 < value < 1:
-            raise ValueError(f"takes at least 1, or 0 for none, not {value}")
+            raise ValueError(f"takes at least 1, or 0 to disable it, not {value}")
         return value

@@ -1,6 +1,7 @@
-"""Which images form which batch, and the random numbers of each sample.
+"""The order of images in an epoch, their batches, and the random generators of each sample.
 
-Both depend on the seed, the epoch and the image alone: not on the number of workers, nor on where a run was resumed.
+All of it is a function of the seed, the epoch and the image. Neither the number of workers nor the batch at which a run
+is resumed changes it.
 """
 
 import random
@@ -9,45 +10,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-# timm's RepeatAugSampler, after DeiT's, shows a multiple of this many images in an epoch.
+# With repeats, an epoch of timm's RepeatAugSampler (from DeiT) has a multiple of this many samples.
 _REPEATED_ROUND = 256
 
 
 class SampleKey(NamedTuple):
-    """A sample of one epoch; it carries the epoch because a worker process outlives one."""
+    """A sample of one epoch; the epoch is part of the key because worker processes outlive epochs."""
 
     epoch: int
-    # In the data set.
+    # Index in the data set.
     image: int
-    # How often the image was shown in this epoch before: each time it is augmented anew.
+    # How many times the image was drawn in this epoch before; each repeat is augmented differently.
     repeat: int = 0
 
 
 def _philox(seed: int, epoch: int, stream: int, index: int, repeat: int = 0) -> np.random.Generator:
-    """A generator of its own for each argument: key and upper counter words, at least 2^64 draws apart."""
+    """A separate generator for each combination of arguments, at least 2^64 draws from any other."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, repeat, index, stream]))
 
 
 def sample_generators(seed: int, epoch: int, index: int, repeat: int = 0) -> tuple[np.random.Generator, random.Random]:
-    """The two generators that albumentations draws from, for one showing of one image in one epoch."""
+    """The two generators that albumentations draws from, for one repeat of one image in one epoch."""
     generator = _philox(seed, epoch, 0, index, repeat)
     return generator, random.Random(int(generator.integers(2**63)))
 
 
 class TrainSampler:
-    """Batches of equal size in a new random order each epoch; samples short of a whole batch are left out.
+    """Batches of equal size in a new random order each epoch; the incomplete last batch is dropped.
 
-    All ranks draw one order and cut it into batches of `world_size * batch_size`, of which each takes its part: the
-    union over the ranks is the same for every `world_size` with the same total batch.
+    All ranks draw the same order, split it into batches of `world_size * batch_size`, and take their share of each.
+    Together they therefore see the same batches for every `world_size` with the same total batch size.
 
     Args:
-        repeats: show each image of an epoch this often in a row, each time augmented anew, and so fewer images of the
-            set (Hoffer et al. 2020); an epoch is as long as timm's RepeatAugSampler makes it. Need not be whole.
-        labels: of all images; each class is then drawn equally often, images of small classes several times, of
-            large ones some. None: every image once.
+        repeats: draw each image this many times in a row, augmented differently each time, and fewer distinct images
+            per epoch (Hoffer et al. 2020). The length of an epoch is that of timm's RepeatAugSampler. May be
+            fractional.
+        labels: labels of all images. Every class is then drawn equally often: images of small classes are repeated,
+            and large classes are subsampled. None draws every image once.
 
     Raises:
-        ValueError: where there are fewer samples than one batch over all ranks needs.
+        ValueError: if one batch over all ranks needs more images than there are.
     """
 
     def __init__(
@@ -83,15 +85,16 @@ class TrainSampler:
         total = self.batch_size * self.world_size
         if self.repeats == 1 or self.num_images < _REPEATED_ROUND:
             return self.num_images // total
-        # One batch at least, where it is larger than the round number.
+        # At least one batch, even if a batch is larger than the rounded number of samples.
         return max(self.num_images // _REPEATED_ROUND * _REPEATED_ROUND // total, 1)
 
     @property
-    def num_drawn(self) -> int:
-        """Samples that this rank sees in an epoch."""
+    def num_samples(self) -> int:
+        """Samples of this rank in an epoch."""
         return len(self) * self.batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[SampleKey]]:
+        """The batches of an epoch from number `first` on."""
         indices, repeats = self._draw(epoch)
         for batch in range(first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
@@ -99,21 +102,21 @@ class TrainSampler:
             yield [SampleKey(epoch, *drawn) for drawn in zip(indices[part].tolist(), repeats[part].tolist())]
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's samples in order, (num_images,) each: index in the data set, and how often it came before."""
+        """The epoch's samples in order: index in the data set and number of earlier draws, (num_images,) each."""
         generator = _philox(self.seed, epoch, 1, 0)
         if self.labels is not None:
             return _draw_balanced(self.labels, generator)
         order = generator.permutation(self.num_images)
-        place = np.arange(self.num_images)
-        # As timm does it where repeats are not whole: some images are shown once more than others.
-        turn = (place // self.repeats).astype(np.int64)
-        return order[turn], place - np.searchsorted(turn, turn)
+        position = np.arange(self.num_images)
+        # As in timm, fractional repeats draw some images once more than others.
+        turn = (position // self.repeats).astype(np.int64)
+        return order[turn], position - np.searchsorted(turn, turn)
 
 
 def _draw_balanced(labels: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """As many samples as there are labels, the same number of every class give or take one, in random order.
+    """One sample per label in random order; the numbers of samples of any two classes differ by at most one.
 
-    Within a class, images are drawn in turns: each appears as often as any other, give or take one.
+    Within a class, the numbers of draws of any two images differ by at most one.
     """
     by_class = np.argsort(labels, kind="stable")
     members_of = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
@@ -131,9 +134,9 @@ def _draw_balanced(labels: np.ndarray, generator: np.random.Generator) -> tuple[
 
 
 class EvalSampler:
-    """Every image exactly once over all ranks, in order; the last batch may be smaller, and nothing is padded.
+    """Every image exactly once over all ranks, in order and without padding; the last batch may be smaller.
 
-    Ranks may differ by one batch, so a loop over them must not communicate per batch.
+    The numbers of batches of two ranks may differ by one, so a loop over batches must not communicate in each of them.
     """
 
     def __init__(self, num_images: int, *, batch_size: int, rank: int, world_size: int) -> None:
@@ -145,10 +148,11 @@ class EvalSampler:
         return -(-len(self.indices) // self.batch_size)
 
     @property
-    def num_drawn(self) -> int:
-        """Images that this rank sees in an epoch."""
+    def num_samples(self) -> int:
+        """Images of this rank in an epoch."""
         return len(self.indices)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[SampleKey]]:
+        """The batches of an epoch from number `first` on."""
         for start in range(first * self.batch_size, len(self.indices), self.batch_size):
             yield [SampleKey(epoch, index) for index in self.indices[start : start + self.batch_size]]

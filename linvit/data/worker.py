@@ -1,8 +1,6 @@
-"""Memory for batches that is used again: of fresh memory, each 4 KiB cost a page fault when they are first written.
+"""The work of a loader's worker processes: read, crop and augment the images of whole batches.
 
-What is particular to a process that loads images: the signals that end it, and its memory.
-
-What the worker processes of a loader do: read, crop and augment the images of whole batches.
+Batches are filled in reused shared memory, because every 4 KiB of fresh memory cost a page fault on the first write.
 """
 
 import ctypes
@@ -28,115 +26,59 @@ from linvit.data.geometry import Size
 from linvit.data.sampler import SampleKey, sample_generators
 from linvit.data.sources.base import ImageSet
 
-# The batches of a worker that are filled, sent or read at a time; one that is kept for longer keeps its memory.
-_KEPT = 4
-
-
-class Buffers:
-    """Buffers of one process, each taken again once the reader of the batch in it, in any process, has set it free."""
-
-    def __init__(self) -> None:
-        self._kept: deque[torch.Tensor] = deque(maxlen=_KEPT)
-
-    def take(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of this shape, uint8, to be filled, and their mark (1,) uint8: set to 0, it sets them free."""
-        num_bytes = math.prod(shape)
-        # The mark is the last byte, so that it goes wherever the images go.
-        free = (buffer for buffer in self._kept if len(buffer) == num_bytes + 1 and not buffer[-1])
-        buffer = next(free, None)
-        if buffer is None:
-            buffer = torch.empty(num_bytes + 1, dtype=torch.uint8)
-            if get_worker_info() is not None:
-                # Filled where the main process will read it, instead of copied there when sent.
-                buffer.share_memory_()
-            self._kept.append(buffer)
-        buffer[-1] = 1
-        return buffer[:-1].view(shape), buffer[-1:]
-
-
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# The largest that glibc takes for the second.
-_LARGE_BLOCK = 32 * 2**20
-_KEPT_MEMORY = 512 * 2**20
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory of large images for the next ones, where it is glibc.
-
-    It would give it back to the system, and each 4 KiB of what it fetches anew cost a page fault.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-            mallopt(_M_TRIM_THRESHOLD, _KEPT_MEMORY)
-
-
-def obey_parent_alone() -> None:
-    """Have this process ignore Ctrl-C and SIGUSR1, and SIGTERM unless its parent sends it.
-
-    Terminals and schedulers signal all processes. The main one decides what comes of it, and to finish its step it
-    still needs batches: without them it would fail, and save nothing.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.name == "posix":
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_parent_says, daemon=True).start()
-
-
-def _end_when_parent_says() -> None:
-    while sys.platform == "linux":
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
-            os._exit(0)
-
-
 # Whether an image that cannot be read ends the iteration or is left out of its batch.
 OnBadImage = Literal["stop", "skip"]
+
+# Batches of a worker that are being filled, sent or read at the same time. More are possible, but are not reused.
+_POOL_SIZE = 4
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# The largest value that glibc accepts for M_MMAP_THRESHOLD.
+_MMAP_THRESHOLD = 32 * 2**20
+_TRIM_THRESHOLD = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """What a worker sends: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64, what it left out.
+    """A batch from a worker: images (B, H, W, 3) uint8, labels (B,) and indices (B,) int64.
 
-    `mark` tells the worker whether the images are still needed where they lie.
+    `unreadable` holds the indices of the images left out. `in_use` (1,) uint8 is 1 until the reader releases the
+    memory of the images.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     unreadable: tuple[int, ...]
-    mark: torch.Tensor
+    in_use: torch.Tensor
 
     def release(self) -> None:
-        """Lets the worker fill the memory of the images anew."""
-        self.mark.zero_()
+        """Let the worker reuse the memory of the images."""
+        self.in_use.zero_()
 
     def pin_memory(self) -> Self:
-        """A copy in page-locked memory; called by the DataLoader."""
-        # With a mark of its own: once free, the worker's memory may hold the images of a later batch.
-        mark = torch.ones_like(self.mark)
-        pinned = replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), mark=mark)
+        """Copy the batch to page-locked memory; the DataLoader calls this."""
+        # The copy has its own flag: after the release, the worker's memory may hold the images of a later batch.
+        in_use = torch.ones_like(self.in_use)
+        pinned = replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), in_use=in_use)
         self.release()
         return pinned
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Sent in place of a batch, since an exception would arrive as a worker's traceback."""
+    """An error message in place of a batch; an exception would arrive as a worker's traceback."""
 
     message: str
 
 
-class Samples(Dataset[Any]):
-    """Whole batches by the keys of their samples.
+class BatchDataset(Dataset[Any]):
+    """Reads whole batches, given the keys of their samples.
 
     Args:
-        pipelines: by the (height, width) that they give.
-        epoch_sizes: (height, width) of the images in each epoch, the last also after it.
-        cache: what the pipelines begin with, if anything is kept; a batch's pipeline may be all that it keeps.
+        pipelines: by the (height, width) of their results.
+        epoch_sizes: (height, width) of the images in each epoch; the last also applies to all later epochs.
+        cache: images that the pipelines start from. A pipeline whose crop is that of the cache takes them unchanged.
     """
 
     def __init__(
@@ -155,11 +97,12 @@ class Samples(Dataset[Any]):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.cache = cache
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
 
     def __getitems__(self, keys: list[SampleKey]) -> RawBatch | Failure:
-        size = self._size_in(keys[0].epoch)
-        images, mark = self._buffers.take((len(keys), *size, 3))
+        # The size depends on the epoch alone, because workers outlive epochs and read ahead.
+        size = self.epoch_sizes[min(keys[0].epoch, len(self.epoch_sizes) - 1)]
+        images, in_use = self._buffers.take((len(keys), *size, 3))
         pixels = images.numpy()
         indices: list[int] = []
         unreadable: list[int] = []
@@ -177,17 +120,14 @@ class Samples(Dataset[Any]):
             return Failure(str(error))
         labels = torch.tensor([self.dataset.label(index) for index in indices], dtype=torch.int64)
         order = torch.tensor(indices, dtype=torch.int64)
-        return RawBatch(images[: len(indices)], labels, order, tuple(unreadable), mark)
-
-    def _size_in(self, epoch: int) -> Size:
-        """Of the images; a function of the epoch alone, because workers outlive epochs and read ahead."""
-        return self.epoch_sizes[min(epoch, len(self.epoch_sizes) - 1)]
+        return RawBatch(images[: len(indices)], labels, order, tuple(unreadable), in_use)
 
     def _sample(self, key: SampleKey, pipeline: Pipeline) -> np.ndarray:
         pipeline.set_random_state(*sample_generators(self.seed, *key))
+        path = self.dataset.path(key.image)
         try:
             if self.cache is None:
-                image = pipeline.read(self.dataset.read_bytes(key.image), name=self.dataset.path(key.image))
+                image = pipeline.read(self.dataset.read_bytes(key.image), name=path)
             else:
                 image = self.cache.read(key.image)
                 if pipeline.crop is not self.cache.crop:
@@ -197,20 +137,76 @@ class Samples(Dataset[Any]):
             raise
         except Exception as error:
             # A user's own pipeline may raise anything.
-            path = self.dataset.path(key.image)
-            raise ValueError(f"{path}: the augmentation fails: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path}: the augmentation failed: {type(error).__name__}: {error}") from error
         return image
 
 
-def as_is(batch: Any) -> Any:
-    """Collates nothing: batches are whole already."""
+class BufferPool:
+    """Memory for the batches of one process; a buffer is reused once the reader, in any process, has released it."""
+
+    def __init__(self) -> None:
+        self._buffers: deque[torch.Tensor] = deque(maxlen=_POOL_SIZE)
+
+    def take(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images of this shape, uint8, to be filled, and their flag (1,) uint8; setting it to 0 releases them.
+
+        A buffer that leaves the pool while it is in use keeps its memory until its last reader drops it.
+        """
+        num_bytes = math.prod(shape)
+        # The flag is the last byte, so it shares the memory of the images.
+        free = (buffer for buffer in self._buffers if len(buffer) == num_bytes + 1 and not buffer[-1])
+        buffer = next(free, None)
+        if buffer is None:
+            buffer = torch.empty(num_bytes + 1, dtype=torch.uint8)
+            if get_worker_info() is not None:
+                # The worker fills the memory that the main process reads, which saves a copy when the batch is sent.
+                buffer.share_memory_()
+            self._buffers.append(buffer)
+        buffer[-1] = 1
+        return buffer[:-1].view(shape), buffer[-1:]
+
+
+def collate_nothing(batch: Any) -> Any:
+    """Return the batch unchanged: `BatchDataset` builds whole batches."""
     return batch
 
 
 def start_worker(worker: int) -> None:
-    """Readies a worker process."""
-    obey_parent_alone()
+    """Set up a worker process: its signals, its memory and its number of threads."""
+    ignore_outside_signals()
     keep_freed_memory()
-    # Workers are the parallelism; more threads in each would fight over the same cores.
+    # The workers run in parallel; more threads in each would compete for the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def ignore_outside_signals() -> None:
+    """Ignore Ctrl-C and SIGUSR1 in this process, and SIGTERM unless its parent sends it.
+
+    Terminals and schedulers signal all processes. The main process decides how to react, and it needs more batches to
+    finish its step; without them it would fail before it saves a checkpoint.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name == "posix":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
+
+
+def _exit_on_parents_sigterm() -> None:
+    while sys.platform == "linux":
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+            os._exit(0)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory of large images for later ones; other C libraries are left as they are.
+
+    By default glibc returns it to the system, and every 4 KiB of new memory cost a page fault.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+            mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

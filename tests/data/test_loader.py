@@ -167,7 +167,7 @@ def test_the_loader_takes_layout_and_type(folder: ImageFolder) -> None:
 def test_a_broken_image_is_named_in_one_sentence(workers: int, folder: ImageFolder) -> None:
     broken = folder.path(9)
     broken.write_bytes(broken.read_bytes()[:100])
-    sentence = f"{broken}: is truncated, damaged or no image; restore or remove the file"
+    sentence = f"{broken}: is truncated, damaged or not an image; restore or remove the file"
     # Not kept in a name: the loader would then be freed by the garbage collector, which waits ten seconds for workers.
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         list(eval_loader(folder, workers=workers))

@@ -75,7 +75,7 @@ def test_an_unreadable_image_keeps_its_place(
     images = [tmp_path / "cut.png", photo, tmp_path / "no.png", red, tmp_path / "cut.png"]
     first, second, third, fourth, fifth = Predictor(run, batch_size=2, **options)(images)
     assert (first.labels, first.probabilities, first.path) == ((), (), str(tmp_path / "cut.png"))
-    assert first.error == fifth.error == "is truncated, damaged or no image; restore or remove the file"
+    assert first.error == fifth.error == "is truncated, damaged or not an image; restore or remove the file"
     assert third.error == "cannot be read (No such file or directory); restore or remove the file"
     assert (second.path, second.error) == (str(photo), None)
     assert (fourth.path, fourth.error) == (str(red), None)

@@ -167,7 +167,7 @@ def test_measured_results_take_no_images_and_are_not_written_again():
     [
         ({"images": "empty"}, "empty: holds no images"),
         ({"images": "nowhere"}, "nowhere: there is no such file or folder"),
-        ({"images": "broken"}, "broken/0.png: is truncated, damaged or no image"),
+        ({"images": "broken"}, "broken/0.png: is truncated, damaged or not an image"),
         ({"weights": "other.safetensors"}, "does not fit vit_tiny_patch16_224"),
         ({"weights": "none.safetensors"}, "--weights none.safetensors: there is no such file"),
         ({"speedup": "50"}, "speedup=50 cannot be reached"),

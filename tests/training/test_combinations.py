@@ -33,7 +33,7 @@ from linvit.training.config import TrainConfig
         ({"cutmix_minmax": (0.8, 0.2)}, "cutmix_minmax [0.8, 0.2] must rise"),
         ({"mixup_off_epoch": 5}, "mixup_off_epoch has nothing to turn off"),
         ({"mixup": 0.2, "batch_size": 5}, "batch_size 5 must be even"),
-        ({"aug_repeats": 0.5}, "takes at least 1, or 0 for none"),
+        ({"aug_repeats": 0.5}, "takes at least 1, or 0 to disable it"),
         ({"aug_repeats": 2.0, "sampler": "balanced"}, "aug_repeats and sampler balanced both"),
         ({"class_weights": "balanced", "sampler": "balanced"}, "both even out the classes"),
         ({"class_weights": "balanced", "bce_loss": True}, "class_weights weighs the classes of cross-entropy"),

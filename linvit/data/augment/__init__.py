@@ -1,1 +1,1 @@
-"""Training and evaluation pipelines: crops, RandAugment and its relatives, erasing."""
+"""Training and evaluation pipelines: crops, automatic augmentation (RandAugment and others) and random erasing."""

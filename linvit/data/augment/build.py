@@ -1,11 +1,7 @@
-"""A user's own training pipeline, in albumentations' own YAML or JSON.
+"""Build the training and evaluation pipelines from the options, or from a user's own albumentations file.
 
-From an image file, or an image, to the model's input size: a crop first, then augmentation.
-
-The training and evaluation pipelines, from one set of options.
-
-Pipelines take an RGB image as (H, W, 3) uint8 of any size and give (height, width, 3) uint8 of the model's input size;
-normalisation happens on the device.
+Pipelines take an RGB image (H, W, 3) uint8 of any size and return (height, width, 3) uint8 of the model's input size.
+Normalisation is done later, on the device.
 """
 
 import difflib
@@ -30,127 +26,25 @@ from linvit.data.geometry import Crop, EvalCrop, RandomKeepRatioCrop, RandomResi
 from linvit.data.options import AugmentOptions, InputOptions
 from linvit.settings.yaml import read_settings
 
-
-def load_pipeline(path: Path, *, size: Size, interpolation: str) -> A.Compose:
-    """Reads a pipeline that `albumentations.save` wrote and brings its images to `size`.
-
-    Images that come out at another size are resized and centre cropped. The pipeline is tried on one image.
-
-    Raises:
-        ValueError: for a file that does not hold an `albumentations.Compose`, for a transform or argument that
-            albumentations does not know, or a pipeline that does not give (height, width, 3) uint8 images.
-    """
-    document = read_settings(path)
-    if not isinstance(document.get("transform"), dict):
-        raise ValueError(f"aug_file {path}: holds no 'transform'; write it with albumentations.save(pipeline, file)")
-    for name in _class_names(document["transform"]):
-        if shorten_class_name(name) not in SERIALIZABLE_REGISTRY:
-            near = difflib.get_close_matches(name, SERIALIZABLE_REGISTRY, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"aug_file {path}: albumentations {A.__version__} has no transform '{name}'{hint}")
-    try:
-        with warnings.catch_warnings():
-            # albumentations only warns of arguments that it does not know.
-            warnings.simplefilter("error", UserWarning)
-            pipeline = A.from_dict(document)
-    except (ValueError, TypeError, KeyError, UserWarning) as error:
-        raise ValueError(f"aug_file {path}: {_one_line(error)}") from error
-    if not isinstance(pipeline, A.Compose):
-        raise ValueError(f"aug_file {path}: holds {type(pipeline).__name__}; save an albumentations.Compose")
-    side = max(1024, 2 * max(size))
-    try:
-        image = pipeline(image=np.zeros((side, side, 3), np.uint8))["image"]
-    except Exception as error:
-        raise ValueError(f"aug_file {path}: fails on a {side} x {side} image: {_one_line(error)}") from error
-    try:
-        check_image(image)
-    except ValueError as error:
-        raise ValueError(f"aug_file {path}: {error}") from error
-    return A.Compose([pipeline, EvalCrop(size=size, interpolation=interpolation)])
-
-
-def check_image(image: Any) -> None:
-    """Raises ValueError for what is not an image as (H, W, 3) uint8."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
-        raise ValueError(
-            f"gives {kind} instead of (height, width, 3) uint8; remove what changes the type or the channels, "
-            "such as Normalize and ToTensorV2 (images are normalised on the device)"
-        )
-
-
-def _class_names(transform: dict[str, Any]) -> Iterator[str]:
-    yield str(transform.get("__class_fullname__"))
-    for inner in transform.get("transforms") or ():
-        yield from _class_names(inner)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-class Pipeline:
-    """A crop, then other transforms; a user's own pipeline has no such crop and takes whole images.
-
-    Called with an image, as albumentations' pipelines are, `pipeline(image=image)["image"]`, or with the bytes of a
-    file. It comes to the same, save that a JPEG of which little more than a quarter of the pixels each way is needed
-    is decoded at a reduced size: see `Cut.reduction`. Draws from the generators last set.
-    """
-
-    def __init__(self, crop: Crop | None, augment: A.Compose) -> None:
-        self.crop = crop
-        self.augment = augment
-
-    @property
-    def transforms(self) -> list[A.BasicTransform]:
-        """All in order; `A.Compose` of them can be saved, edited and given as `aug_file`."""
-        return [*([] if self.crop is None else [self.crop]), *self.augment.transforms]
-
-    def set_random_state(self, generator: np.random.Generator, draw: random.Random) -> None:
-        if self.crop is not None:
-            self.crop.set_random_state(generator, draw)
-        self.augment.set_random_state(generator, draw)
-
-    def __call__(self, *, image: np.ndarray) -> dict[str, Any]:
-        """{"image": …} of an image (H, W, 3) uint8, which is left as it is."""
-        return self._augmented(image.copy() if self.crop is None else self.crop.cut(*image.shape[:2]).of(image))
-
-    def read(self, data: bytes, *, name: str | os.PathLike[str]) -> np.ndarray:
-        """The result for an image file's bytes; UnreadableImage, with its `name`, as from `decode_image`."""
-        image = decode_image(data, name=name) if self.crop is None else _decode_cut(data, self.crop, name)
-        result: np.ndarray = self._augmented(image)["image"]
-        return result
-
-    def _augmented(self, image: np.ndarray) -> dict[str, Any]:
-        result: dict[str, Any] = self.augment(image=image) if self.augment.transforms else {"image": image}
-        return result
-
-
-def _decode_cut(data: bytes, crop: Crop, name: str | os.PathLike[str]) -> np.ndarray:
-    """A crop of an image file, which is decoded no larger than the crop needs."""
-    size = reducible_size(data)
-    if size is not None:
-        before = crop.py_random.getstate()
-        cut = crop.cut(*size)
-        image = decode_image(data, name=name, reduction=cut.reduction)
-        if image.shape[:2] == cut.reduced_shape:
-            return cut.of(image)
-        # The decoder understands a damaged header otherwise, and its word counts.
-        crop.py_random.setstate(before)
-    image = decode_image(data, name=name)
-    return crop.cut(*image.shape[:2]).of(image)
-
-
-# Options that replace what the model says under the same name.
+# Options that override the model's setting of the same name.
 _OVERRIDES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+_CROPS: dict[str, Callable[..., Crop]] = {
+    "rrc": RandomResizedCrop,
+    "rkrc": partial(RandomKeepRatioCrop, crop="centre"),
+    "rkrr": partial(RandomKeepRatioCrop, crop="random"),
+}
+
+# Saved pipelines contain the full names of classes; these are the names from before the classes moved here.
+SERIALIZABLE_REGISTRY["linvit.data.erasing.RandomErasing"] = RandomErasing
+SERIALIZABLE_REGISTRY["linvit.data.randaugment.PolicyAugment"] = PolicyAugment
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model expects of its images, and how images are evaluated.
+    """The images that a model expects, and how they are resized and cropped for evaluation.
 
-    `size` is (height, width) in pixels; `mean` and `std` are of pixels in 0..1, red, green, blue; `crop_pct` is the
-    crop's share of the resized image.
+    `size` is (height, width) in pixels. `mean` and `std` are red, green, blue, for pixels in 0..1. `crop_pct` is the
+    side of the evaluation crop as a fraction of the resized image's.
     """
 
     size: tuple[int, int]
@@ -167,16 +61,16 @@ class InputSpec:
 
 
 def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
-    """The input of a timm model, where the options do not say otherwise.
+    """The input of a timm model, with overrides from the options.
 
     Raises:
-        ValueError: for a model that does not take RGB, or whose interpolation is not built.
+        ValueError: if the model does not take RGB, or its interpolation is not supported.
     """
     from timm.data import resolve_model_data_config
     from timm.models import get_model_input_config
 
     config: dict[str, Any] = resolve_model_data_config(model)
-    # The size the model was built or resized to, of which its pretrained configuration knows nothing.
+    # The size that the model was built with or resized to, which its pretrained configuration does not contain.
     channels, *size = get_model_input_config(model)["input_size"]
     if channels != 3:
         raise ValueError(f"the model takes {channels} channels, but images are read as RGB; build it with in_chans 3")
@@ -184,7 +78,7 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
     if options.img_size is not None:
         config["size"] = options.img_size
     if config["interpolation"] not in ("nearest", "bilinear", "bicubic"):
-        raise ValueError(f"interpolation '{config['interpolation']}' of the model is not built; set bicubic")
+        raise ValueError(f"the model's interpolation '{config['interpolation']}' is not supported; set bicubic")
     return InputSpec(
         size=tuple(config["size"]),
         mean=tuple(config["mean"]),
@@ -193,6 +87,62 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
+
+
+class Pipeline:
+    """A crop, then other transforms; a user's own pipeline has no such crop and takes full images.
+
+    Like an albumentations pipeline, call it with an image, `pipeline(image=image)["image"]`; or use `read` with the
+    bytes of a file. Both give the same result, except that `read` decodes a JPEG at a reduced size if the crop needs
+    much fewer pixels (see `CropPlan.reduction`). Random numbers come from the generators last set.
+    """
+
+    def __init__(self, crop: Crop | None, augment: A.Compose) -> None:
+        self.crop = crop
+        self.augment = augment
+
+    @property
+    def transforms(self) -> list[A.BasicTransform]:
+        """All transforms in order; an `A.Compose` of them can be saved, edited and used as `aug_file`."""
+        return [*([] if self.crop is None else [self.crop]), *self.augment.transforms]
+
+    def set_random_state(self, generator: np.random.Generator, draw: random.Random) -> None:
+        if self.crop is not None:
+            self.crop.set_random_state(generator, draw)
+        self.augment.set_random_state(generator, draw)
+
+    def __call__(self, *, image: np.ndarray) -> dict[str, Any]:
+        """Return {"image": result} for an image (H, W, 3) uint8, which is not modified."""
+        return self._augment(image.copy() if self.crop is None else self.crop.plan(*image.shape[:2]).apply(image))
+
+    def read(self, data: bytes, *, name: str | os.PathLike[str]) -> np.ndarray:
+        """Return the result for the bytes of an image file.
+
+        Raises:
+            UnreadableImage: as `decode_image` does, with `name` in the message.
+        """
+        image = decode_image(data, name=name) if self.crop is None else _decode_crop(data, self.crop, name)
+        result: np.ndarray = self._augment(image)["image"]
+        return result
+
+    def _augment(self, image: np.ndarray) -> dict[str, Any]:
+        result: dict[str, Any] = self.augment(image=image) if self.augment.transforms else {"image": image}
+        return result
+
+
+def _decode_crop(data: bytes, crop: Crop, name: str | os.PathLike[str]) -> np.ndarray:
+    """Crop an image file, decoding it at the smallest size that the crop allows."""
+    size = reducible_size(data)
+    if size is not None:
+        state = crop.py_random.getstate()
+        plan = crop.plan(*size)
+        image = decode_image(data, name=name, reduction=plan.reduction)
+        if image.shape[:2] == plan.reduced_shape:
+            return plan.apply(image)
+        # The decoder read a different size from a damaged header, and its size counts.
+        crop.py_random.setstate(state)
+    image = decode_image(data, name=name)
+    return crop.plan(*image.shape[:2]).apply(image)
 
 
 def build_eval_pipeline(spec: InputSpec) -> Pipeline:
@@ -208,16 +158,19 @@ def build_eval_pipeline(spec: InputSpec) -> Pipeline:
 
 
 def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
-    """The augmentation that the options describe, in timm's order, or the one of `aug_file`.
+    """Build the augmentation that the options describe, in timm's order, or load the one in `aug_file`.
 
     Raises:
-        ValueError: for an `aug_file` that cannot be used.
+        ValueError: if `aug_file` is invalid.
     """
     if augment.aug_file is not None:
         return Pipeline(None, load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation))
     if augment.no_aug:
         interpolation = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
         return build_eval_pipeline(replace(spec, crop_pct=1.0, crop_mode="center", interpolation=interpolation))
+    crop = _CROPS[augment.train_crop_mode or "rrc"](
+        size=spec.size, scale=augment.scale, ratio=augment.ratio, interpolation=augment.train_interpolation
+    )
     transforms: list[A.BasicTransform] = []
     if augment.hflip > 0:
         transforms.append(A.HorizontalFlip(p=augment.hflip))
@@ -234,24 +187,14 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
                 mode=augment.remode, max_count=augment.recount, mean=spec.mean, std=spec.std, p=augment.reprob
             )
         )
-    return Pipeline(_train_crop(augment, spec), A.Compose(transforms))
-
-
-def _train_crop(augment: AugmentOptions, spec: InputSpec) -> Crop:
-    crops: dict[str, Callable[..., Crop]] = {
-        "rrc": RandomResizedCrop,
-        "rkrc": partial(RandomKeepRatioCrop, crop="centre"),
-        "rkrr": partial(RandomKeepRatioCrop, crop="random"),
-    }
-    crop = crops[augment.train_crop_mode or "rrc"]
-    return crop(size=spec.size, scale=augment.scale, ratio=augment.ratio, interpolation=augment.train_interpolation)
+    return Pipeline(crop, A.Compose(transforms))
 
 
 def _colour_transforms(augment: AugmentOptions) -> list[A.BasicTransform]:
     transforms: list[A.BasicTransform] = []
-    # timm's rule: beside an automatic policy, which jitters colours itself, only 3-Augment takes colour jitter.
-    beside_policy = augment.aa is not None and "3a" not in augment.aa
-    if augment.color_jitter and any(augment.color_jitter) and not beside_policy:
+    # timm's rule: an automatic policy jitters colours itself, so only 3-Augment is combined with colour jitter.
+    policy_jitters = augment.aa is not None and "3a" not in augment.aa
+    if augment.color_jitter and any(augment.color_jitter) and not policy_jitters:
         strengths = augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter
         brightness, contrast, saturation, hue = (*strengths, 0.0)[:4]
         prob = 1.0 if augment.color_jitter_prob is None else augment.color_jitter_prob
@@ -263,3 +206,61 @@ def _colour_transforms(augment: AugmentOptions) -> list[A.BasicTransform]:
     if augment.gaussian_blur_prob:
         transforms.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=augment.gaussian_blur_prob))
     return transforms
+
+
+def load_pipeline(path: Path, *, size: Size, interpolation: str) -> A.Compose:
+    """Load a pipeline that `albumentations.save` wrote, and append a resize and centre crop to `size`.
+
+    The pipeline is tested on one image, without the appended crop.
+
+    Raises:
+        ValueError: if the file does not contain an `albumentations.Compose`, if albumentations does not know a
+            transform or argument, or if the pipeline does not return (height, width, 3) uint8 images.
+    """
+    document = read_settings(path)
+    if not isinstance(document.get("transform"), dict):
+        raise ValueError(f"aug_file {path}: has no 'transform'; write it with albumentations.save(pipeline, file)")
+    for name in _class_names(document["transform"]):
+        if shorten_class_name(name) not in SERIALIZABLE_REGISTRY:
+            near = difflib.get_close_matches(name, SERIALIZABLE_REGISTRY, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"aug_file {path}: albumentations {A.__version__} has no transform '{name}'{hint}")
+    try:
+        with warnings.catch_warnings():
+            # albumentations only warns about unknown arguments.
+            warnings.simplefilter("error", UserWarning)
+            pipeline = A.from_dict(document)
+    except (ValueError, TypeError, KeyError, UserWarning) as error:
+        raise ValueError(f"aug_file {path}: {_one_line(error)}") from error
+    if not isinstance(pipeline, A.Compose):
+        raise ValueError(f"aug_file {path}: contains {type(pipeline).__name__}; save an albumentations.Compose")
+    side = max(1024, 2 * max(size))
+    try:
+        image = pipeline(image=np.zeros((side, side, 3), np.uint8))["image"]
+    except Exception as error:
+        raise ValueError(f"aug_file {path}: fails on a {side} x {side} image: {_one_line(error)}") from error
+    try:
+        check_image(image)
+    except ValueError as error:
+        raise ValueError(f"aug_file {path}: {error}") from error
+    return A.Compose([pipeline, EvalCrop(size=size, interpolation=interpolation)])
+
+
+def check_image(image: Any) -> None:
+    """Raise ValueError if the result of a pipeline is not an image (H, W, 3) uint8."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
+        raise ValueError(
+            f"returns {kind} instead of (height, width, 3) uint8; remove transforms that change the type or the "
+            "channels, such as Normalize and ToTensorV2 (images are normalised on the device)"
+        )
+
+
+def _class_names(transform: dict[str, Any]) -> Iterator[str]:
+    yield str(transform.get("__class_fullname__"))
+    for inner in transform.get("transforms") or ():
+        yield from _class_names(inner)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

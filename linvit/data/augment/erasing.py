@@ -7,7 +7,7 @@ import albumentations as A
 import numpy as np
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 
-# Shares of the image's area and aspect ratios (height/width) of an erased box.
+# Area of an erased box as a fraction of the image, and the logarithm of its aspect ratio (height/width).
 _AREA = (0.02, 1 / 3)
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 
@@ -15,14 +15,14 @@ _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 class RandomErasing(A.ImageOnlyTransform):
     """Overwrites one to `max_count` boxes with the mean colour, a random colour or noise.
 
-    Differs from timm: timm erases after normalisation, with standard normal numbers. Here the same numbers are put
-    through the inverse of the normalisation and so are rounded, and clipped to 0..255, like any pixel.
+    Differs from timm, which erases after normalisation with standard normal numbers. Here the numbers are mapped back
+    through the normalisation, so they are rounded and clipped to 0..255 like any pixel.
 
     Args:
-        mode: "const" the mean colour, "rand" one normal colour a box, "pixel" normal noise.
-        max_count: largest number of boxes; the area of each is divided by the drawn number.
-        mean: mean of the normalisation, of pixels in 0..1.
-        std: deviation of the normalisation.
+        mode: "const" for the mean colour, "rand" for one normally distributed colour per box, "pixel" for normal noise.
+        max_count: maximum number of boxes; the area of each box is divided by the drawn number.
+        mean: mean of the normalisation, for pixels in 0..1.
+        std: standard deviation of the normalisation.
     """
 
     class InitSchema(BaseTransformInitSchema):
@@ -60,7 +60,7 @@ class RandomErasing(A.ImageOnlyTransform):
         return img
 
     def _draw_box(self, height: int, width: int, count: int) -> tuple[int, int, int, int] | None:
-        """Top, left, height and width, or nothing where ten boxes did not fit, as in timm."""
+        """Top, left, height and width; None if ten drawn boxes did not fit, as in timm."""
         draw = self.py_random
         for _ in range(10):
             area = draw.uniform(*_AREA) * height * width / count

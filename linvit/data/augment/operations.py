@@ -1,7 +1,7 @@
-"""The image operations of RandAugment and its kin, equal to Pillow's (on which timm builds) within rounding.
+"""The image operations of RandAugment and similar policies, equal to Pillow's, which timm uses, within rounding.
 
-Every operation takes and returns (H, W, 3) uint8. Where an operation moves pixels, "bilinear" or "bicubic" tells how
-they are interpolated and `fill` is the colour of what lies outside of the image.
+Every operation takes and returns (H, W, 3) uint8. Geometric operations also take an interpolation, "bilinear" or
+"bicubic", and `fill`, the colour of the pixels outside the image.
 """
 
 import math
@@ -12,24 +12,24 @@ import numpy as np
 
 Color = tuple[int, int, int]
 _CV2_INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-_LEVELS = np.arange(256)
-# Pillow's SMOOTH filter, the degenerate image of its sharpness enhancer.
+_GREY_LEVELS = np.arange(256)
+# Pillow's SMOOTH filter, which gives the degenerate image of its sharpness enhancer.
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 
 
 def _apply_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Maps every pixel by a table of 256 levels, or by one per channel, (3, 256)."""
+    """Map every pixel by a table of 256 grey levels, or by one table per channel, (3, 256)."""
     levels = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(image, levels if levels.ndim == 1 else np.ascontiguousarray(levels.T)[None])
 
 
 def _channel_histograms(image: np.ndarray) -> np.ndarray:
-    """Counts of every level, (3, 256)."""
+    """Counts of every grey level, (3, 256)."""
     return np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]).astype(np.int64)
 
 
 def _blend(degenerate: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
-    """Pillow's enhancers: factor 0 gives the degenerate image, 1 the image itself, more than 1 exaggerates."""
+    """Blend as Pillow's enhancers do: factor 0 is the degenerate image, 1 the image, and above 1 exaggerates."""
     return cv2.addWeighted(image, factor, degenerate, 1.0 - factor, 0.0)
 
 
@@ -38,20 +38,20 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
-    """Stretches every channel to the full range."""
-    tables = np.tile(_LEVELS, (3, 1))
+    """Stretch every channel to the full range."""
+    tables = np.tile(_GREY_LEVELS, (3, 1))
     for table, counts in zip(tables, _channel_histograms(image)):
         present = np.flatnonzero(counts)
         low, high = int(present[0]), int(present[-1])
         if high > low:
             scale = 255.0 / (high - low)
-            table[:] = np.trunc(_LEVELS * scale - low * scale)
+            table[:] = np.trunc(_GREY_LEVELS * scale - low * scale)
     return _apply_table(image, tables)
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
-    """Flattens the histogram of every channel."""
-    tables = np.tile(_LEVELS, (3, 1))
+    """Flatten the histogram of every channel."""
+    tables = np.tile(_GREY_LEVELS, (3, 1))
     for table, counts in zip(tables, _channel_histograms(image)):
         present = counts[counts > 0]
         step = (int(counts.sum()) - int(present[-1])) // 255
@@ -65,18 +65,18 @@ def invert(image: np.ndarray) -> np.ndarray:
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the upper `bits` bits."""
-    return image if bits >= 8 else _apply_table(image, _LEVELS & ~(2 ** (8 - bits) - 1))
+    """Keep the upper `bits` bits."""
+    return image if bits >= 8 else _apply_table(image, _GREY_LEVELS & ~(2 ** (8 - bits) - 1))
 
 
 def solarize(image: np.ndarray, threshold: float) -> np.ndarray:
-    """Inverts the levels from `threshold` up."""
-    return _apply_table(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+    """Invert the grey levels from `threshold` up."""
+    return _apply_table(image, np.where(threshold > _GREY_LEVELS, _GREY_LEVELS, 255 - _GREY_LEVELS))
 
 
 def solarize_add(image: np.ndarray, addend: int) -> np.ndarray:
-    """Brightens the levels below 128."""
-    return _apply_table(image, np.where(_LEVELS < 128, _LEVELS + addend, _LEVELS))
+    """Add `addend` to the grey levels below 128."""
+    return _apply_table(image, np.where(_GREY_LEVELS < 128, _GREY_LEVELS + addend, _GREY_LEVELS))
 
 
 def adjust_color(image: np.ndarray, factor: float) -> np.ndarray:
@@ -84,8 +84,8 @@ def adjust_color(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _apply_blend_from(level: int, image: np.ndarray, factor: float) -> np.ndarray:
-    """Pillow's blend with an image of one level, to the last bit: in single precision, rounded towards zero."""
-    table = np.float32(level) + np.float32(factor) * (_LEVELS - level).astype(np.float32)
+    """Blend with an image of one grey level, bit for bit as Pillow: in float32, rounded towards zero."""
+    table = np.float32(level) + np.float32(factor) * (_GREY_LEVELS - level).astype(np.float32)
     return _apply_table(image, np.trunc(table))
 
 
@@ -99,13 +99,13 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     smooth = image.copy()
-    # The border has no full neighbourhood and stays as it is.
+    # Border pixels lack a full neighbourhood and stay unchanged.
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
 
 
 def desaturate(image: np.ndarray, amount: float) -> np.ndarray:
-    """Moves to grey by `amount` in 0..1."""
+    """Blend with the grey image by `amount`, from 0 to 1."""
     return adjust_color(image, min(1.0, max(0.0, 1.0 - amount)))
 
 
@@ -114,7 +114,7 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _transform(image: np.ndarray, matrix: np.ndarray, interpolation: str, fill: Color) -> np.ndarray:
-    """Moves pixels: `matrix` (2, 3) takes an output position to the input's, pixel centres lying at halves."""
+    """Warp by `matrix` (2, 3), which maps output to input positions; pixel centres are at half-integers."""
     shifted = matrix.copy()
     shifted[:, 2] += 0.5 * (matrix[:, 0] + matrix[:, 1]) - 0.5
     height, width = image.shape[:2]
@@ -125,7 +125,7 @@ def _transform(image: np.ndarray, matrix: np.ndarray, interpolation: str, fill: 
 
 
 def rotate(image: np.ndarray, degrees: float, interpolation: str, fill: Color) -> np.ndarray:
-    """Rotates counter-clockwise about the centre."""
+    """Rotate counter-clockwise about the centre."""
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
     x, y = image.shape[1] / 2, image.shape[0] / 2
@@ -157,7 +157,7 @@ def translate_y_rel(image: np.ndarray, share: float, interpolation: str, fill: C
     return translate_y(image, share * image.shape[0], interpolation, fill)
 
 
-# Under timm's names; what "Increasing" and its like change is how a level becomes the argument.
+# By timm's names. Suffixes such as "Increasing" only change how a magnitude becomes the argument (see policy.py).
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "AutoContrast": auto_contrast,
     "Equalize": equalize,
@@ -187,5 +187,5 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "GaussianBlur": gaussian_blur,
     "GaussianBlurRand": gaussian_blur,
 }
-# The operations that move pixels take an interpolation and a fill besides.
-MOVING = frozenset(("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"))
+# Operations that move pixels; they also take an interpolation and a fill.
+GEOMETRIC = frozenset(("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"))

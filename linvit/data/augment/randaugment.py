@@ -1,7 +1,8 @@
-"""RandAugment, AutoAugment and 3-Augment with timm's meaning, and TrivialAugmentWide, as one transform.
+"""RandAugment, AutoAugment and 3-Augment as timm defines them, and TrivialAugmentWide, as one transform.
 
-Sources: Cubuk et al. 2020 (arXiv 1909.13719), Cubuk et al. 2019 (1805.09501), Touvron et al. 2022 (2204.07118),
-Müller and Hutter 2021 (2103.10158); the sets of operations and the sub-policies are timm's own tables.
+Sources: RandAugment, Cubuk et al. 2020 (arXiv 1909.13719); AutoAugment, Cubuk et al. 2019 (1805.09501); 3-Augment,
+Touvron et al. 2022 (2204.07118); TrivialAugmentWide, Müller and Hutter 2021 (2103.10158). The sets of operations and
+the sub-policies are read from timm's own tables.
 """
 
 import math
@@ -12,11 +13,11 @@ import numpy as np
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 from timm.data.auto_augment import auto_augment_policy, rand_augment_choices
 
-from linvit.data.augment.operations import MOVING, OPERATIONS, Color
+from linvit.data.augment.operations import GEOMETRIC, OPERATIONS, Color
 from linvit.data.augment.policy import TIMM_ARGUMENTS, TRIVIAL_ARGUMENTS, TRIVIAL_STEPS, parse_policy
 from linvit.data.geometry import draw_interpolation
 
-# An operation's name and its drawn arguments.
+# Name and drawn arguments of an operation.
 Step = tuple[str, tuple[Any, ...]]
 
 
@@ -24,9 +25,12 @@ class PolicyAugment(A.ImageOnlyTransform):
     """Applies the operations that a policy draws.
 
     Args:
-        policy: a string that `linvit.data.augment.policy.parse_policy` reads.
-        interpolation: how pixels are moved; "random" draws bilinear or bicubic for each operation.
-        fill: colour of what an operation moves into the image from outside.
+        policy: a string for `linvit.data.augment.policy.parse_policy`.
+        interpolation: interpolation of geometric operations; "random" draws bilinear or bicubic for each of them.
+        fill: colour of the pixels that a geometric operation moves in from outside the image.
+
+    Raises:
+        ValueError: for a policy that cannot be parsed, or with more weighted operations than there are.
     """
 
     class InitSchema(BaseTransformInitSchema):
@@ -46,21 +50,23 @@ class PolicyAugment(A.ImageOnlyTransform):
         self._weights: np.ndarray | None = None
         self._sub_policies: list[list[tuple[str, float, float]]] = []
         if self._parsed.kind == "rand":
-            self._set_choices()
+            self._load_operations()
         elif self._parsed.kind == "auto":
             self._sub_policies = [
                 [(operation.name, operation.prob, operation.magnitude) for operation in sub_policy]
                 for sub_policy in auto_augment_policy(self._parsed.table)
             ]
 
-    def _set_choices(self) -> None:
+    def _load_operations(self) -> None:
         choices = rand_augment_choices(self._parsed.table, increasing=self._parsed.increasing)
         self._names = list(choices)
         if isinstance(choices, dict):
             weights = np.array(list(choices.values()))
             self._weights = weights / weights.sum()
             if self._parsed.num_ops > len(choices):
-                raise ValueError(f"aa '{self.policy}': n is at most {len(choices)}, the number of weighted operations")
+                raise ValueError(
+                    f"aa '{self.policy}': n must be at most {len(choices)}, the number of weighted operations"
+                )
 
     def get_params(self) -> dict[str, Any]:
         draw = {"rand": self._draw_rand, "auto": self._draw_auto, "trivial": self._draw_trivial}
@@ -72,7 +78,7 @@ class PolicyAugment(A.ImageOnlyTransform):
         return img
 
     def _draw_rand(self) -> list[Step]:
-        # As in timm: without weights an operation may be drawn more than once.
+        # As in timm, operations are drawn with replacement unless they have weights.
         names = self.random_generator.choice(
             self._names, self._parsed.num_ops, replace=self._weights is None, p=self._weights
         )
@@ -86,9 +92,9 @@ class PolicyAugment(A.ImageOnlyTransform):
         for name, prob, magnitude in operations:
             if self.py_random.random() >= prob:
                 continue
-            level = self._draw_magnitude(magnitude) / 10.0
+            strength = self._draw_magnitude(magnitude) / 10.0
             argument = TIMM_ARGUMENTS.get(name)
-            steps.append(self._step(name, () if argument is None else (argument(level, self.py_random),)))
+            steps.append(self._step(name, () if argument is None else (argument(strength, self.py_random),)))
         return steps
 
     def _draw_magnitude(self, magnitude: float) -> float:
@@ -102,11 +108,11 @@ class PolicyAugment(A.ImageOnlyTransform):
         name = self.py_random.choice(list(TRIVIAL_ARGUMENTS))
         if name == "Identity":
             return []
-        level = self.py_random.randrange(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
+        strength = self.py_random.randrange(TRIVIAL_STEPS) / (TRIVIAL_STEPS - 1)
         argument = TRIVIAL_ARGUMENTS[name]
-        return [self._step(name, () if argument is None else (argument(level, self.py_random),))]
+        return [self._step(name, () if argument is None else (argument(strength, self.py_random),))]
 
     def _step(self, name: str, arguments: tuple[Any, ...]) -> Step:
-        if name in MOVING:
+        if name in GEOMETRIC:
             arguments = (*arguments, draw_interpolation(self.interpolation, self.py_random), self.fill)
         return name, arguments
