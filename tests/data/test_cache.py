@@ -1,235 +1,170 @@
-"""Kept pixels are those that were made, or they are made anew: whatever happened to the files in between."""
+"""What the cache stores and where, its messages, and folders in memory that exist only while a process uses them."""
 
-import multiprocessing
 import os
-import pickle
-from collections import namedtuple
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from linvit.data.cache import PixelCache
+from linvit.data import cache as cache_module
+from linvit.data.cache import ImageCache, shared_memory_folder
+from linvit.data.decode import UnreadableImage
+from linvit.data.geometry import Crop, EvalCrop, FitShorterSide
+from linvit.data.options import CacheOptions
+from linvit.data.sources.folder import ImageFolder, open_folder
 
-COUNT = 6
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / f"{index}.jpg" for index in range(COUNT)]
-    for path in paths:
-        path.write_bytes(path.name.encode() * 10)
-    return paths
+MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "val"
+def folder(make_folder: MakeFolder) -> ImageFolder:
+    return open_folder(make_folder({"train": {"a": 3, "b": 4}}), split="train")
 
 
-def pixels(index: int) -> np.ndarray:
-    # Sizes that are no multiple of eight bytes, and one image of nothing but zeros.
-    shape = (5 + index, 7, 3)
-    return np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8) * np.uint8(index != 3)
+@pytest.fixture
+def options(tmp_path: Path) -> CacheOptions:
+    return CacheOptions(cache="disk", cache_dir=tmp_path / "cache")
 
 
-class Maker:
-    """Counts how often pixels were made."""
-
-    def __init__(self) -> None:
-        self.made: list[int] = []
-
-    def __call__(self, index: int) -> Callable[[], np.ndarray]:
-        def make() -> np.ndarray:
-            self.made.append(index)
-            return pixels(index)
-
-        return make
+def cache_folders(options: CacheOptions) -> set[str]:
+    assert options.cache_dir is not None
+    return {path.name for path in options.cache_dir.iterdir()}
 
 
-def read_all(cache: PixelCache, sources: list[Path]) -> list[int]:
-    """Checks all pixels and returns which had to be made."""
-    maker = Maker()
-    for index, path in enumerate(sources):
-        assert np.array_equal(cache.get(index, path, maker(index)), pixels(index))
-    return maker.made
-
-
-def test_pixels_are_made_once(folder: Path, sources: list[Path]) -> None:
-    cache = PixelCache(folder, COUNT)
-    assert cache.num_kept == 0
-    assert read_all(cache, sources) == list(range(COUNT))
-    assert cache.num_kept == COUNT
-    assert read_all(cache, sources) == []
-    # A later run, and a process that the cache was sent to.
-    assert read_all(PixelCache(folder, COUNT), sources) == []
-    assert read_all(pickle.loads(pickle.dumps(cache)), sources) == []
-
-
-def test_kept_pixels_cannot_be_written_to(folder: Path, sources: list[Path]) -> None:
-    cache = PixelCache(folder, COUNT)
-    read_all(cache, sources)
-    with pytest.raises(ValueError, match="read-only"):
-        cache.get(0, sources[0], Maker()(0))[:] = 0
-
-
-def test_a_changed_source_is_made_anew(folder: Path, sources: list[Path]) -> None:
-    read_all(PixelCache(folder, COUNT), sources)
-    cache = PixelCache(folder, COUNT)
-    sources[1].write_bytes(b"longer than it was, by far" * 9)
-    time = sources[2].stat().st_mtime_ns + 1
-    os.utime(sources[2], ns=(time, time))
-    sources[4].unlink()
-    assert read_all(cache, sources) == [1, 2, 4]
-    assert read_all(cache, sources) == []
-
-
-def test_images_that_changed_places_are_made_anew(folder: Path, sources: list[Path]) -> None:
-    for path in sources:
-        os.utime(path, ns=(10**18, 10**18))
-    read_all(PixelCache(folder, COUNT), sources)
-    # The files have the same size and time: the name tells them apart.
-    moved = [sources[index] for index in (1, 0, 2, 3, 4, 5)]
-    assert read_all(PixelCache(folder, COUNT), moved) == [0, 1]
-
-
-def test_an_image_in_an_archive_goes_with_the_archive(folder: Path, tmp_path: Path) -> None:
-    archive = tmp_path / "0.tar"
-    archive.write_bytes(b"an archive")
-    members = [archive / f"{index}.jpg" for index in range(COUNT)]
-    cache = PixelCache(folder, COUNT)
-    assert read_all(cache, members) == list(range(COUNT))
-    assert read_all(cache, members) == []
-    archive.write_bytes(b"another archive")
-    assert read_all(cache, members) == list(range(COUNT))
-
-
-def pixel_file(folder: Path) -> Path:
-    (file,) = folder.glob("*.pixels")
-    return file
-
-
-def test_pixels_that_never_reached_the_disk_are_made_anew(folder: Path, sources: list[Path]) -> None:
-    read_all(PixelCache(folder, COUNT), sources)
-    data = bytearray(pixel_file(folder).read_bytes())
-    # The second image's, as the file system leaves them after a power failure.
-    start = -(-pixels(0).nbytes // 8) * 8
-    data[start + 8 : start + 64] = bytes(56)
-    pixel_file(folder).write_bytes(data)
-    assert read_all(PixelCache(folder, COUNT), sources) == [1]
-
-
-@pytest.mark.parametrize("left", [0, 1, 200, 500])
-def test_a_file_that_was_cut_off_is_not_believed(left: int, folder: Path, sources: list[Path]) -> None:
-    read_all(PixelCache(folder, COUNT), sources)
-    pixel_file(folder).write_bytes(pixel_file(folder).read_bytes()[:left])
-    cache = PixelCache(folder, COUNT)
-    assert max(read_all(cache, sources)) == COUNT - 1
-    assert read_all(cache, sources) == []
-
-
-def test_a_missing_file_is_made_anew(folder: Path, sources: list[Path]) -> None:
-    read_all(PixelCache(folder, COUNT), sources)
-    pixel_file(folder).unlink()
-    assert read_all(PixelCache(folder, COUNT), sources) == list(range(COUNT))
-
-
-def test_no_damage_to_the_index_is_believed(folder: Path, sources: list[Path]) -> None:
-    read_all(PixelCache(folder, COUNT), sources)
-    whole = (folder / "index").read_bytes()
-    size = len(whole) // COUNT
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        damaged = bytearray(whole)
-        damaged[2 * size + rng.integers(size)] ^= 1 << rng.integers(8)
-        (folder / "index").write_bytes(damaged)
-        assert read_all(PixelCache(folder, COUNT), sources) == [2]
-    # Of two records, the first half of one and the second of the other.
-    (folder / "index").write_bytes(whole[: size // 2] + whole[size + size // 2 : 2 * size] + whole[size:])
-    assert read_all(PixelCache(folder, COUNT), sources) == [0]
-    (folder / "index").write_bytes(whole[:-1])
-    assert read_all(PixelCache(folder, COUNT), sources) == list(range(COUNT))
-
-
-def test_processes_share_what_they_make(folder: Path, sources: list[Path]) -> None:
-    cache = PixelCache(folder, COUNT)
-    context = multiprocessing.get_context("fork")
-    # Each finds the others' pixels, some of which came after it looked first.
-    cache.get(0, sources[0], Maker()(0))
-    for index in range(1, COUNT):
-        process = context.Process(target=read_all, args=(cache, sources[: index + 1]))
-        process.start()
-        process.join(20)
-        assert process.exitcode == 0
-        assert cache.num_kept == index + 1
-        # No two processes write to one file.
-        assert len(list(folder.glob("*.pixels"))) == index + 1
-        assert read_all(cache, sources[: index + 1]) == []
-
-
-def test_files_that_grow_are_read_to_their_end(folder: Path, sources: list[Path]) -> None:
-    writer, reader = PixelCache(folder, COUNT), PixelCache(folder, COUNT)
-    for count in range(1, COUNT + 1):
-        assert read_all(writer, sources[:count]) == [count - 1]
-        assert read_all(reader, sources[:count]) == []
-
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_a_full_disk_costs_one_warning(
-    folder: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cache = PixelCache(folder, COUNT)
-    cache.get(0, sources[0], Maker()(0))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**40, 2**40, 2**30))
-    assert read_all(cache, sources) == list(range(1, COUNT))
-    assert read_all(cache, sources) == list(range(1, COUNT))
-    other = pickle.loads(pickle.dumps(cache))
-    assert read_all(other, sources) == list(range(1, COUNT))
-    warning = capfd.readouterr().err
-    assert warning.count("\n") == 1
-    assert f"{folder}: the cache takes no more (no space left on device, 1 GiB is left free)" in warning
-    # A later run tries again.
-    monkeypatch.undo()
-    assert read_all(PixelCache(folder, COUNT), sources) == list(range(1, COUNT))
-
-
-def test_the_warning_is_given_once_where_nothing_more_can_be_written(
-    folder: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cache = PixelCache(folder, COUNT)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**40, 2**40, 0))
-    monkeypatch.setattr(PixelCache, "_full_file", folder / "none" / "full")
+def test_images_are_cropped_and_cached(folder: ImageFolder, options: CacheOptions) -> None:
+    crop = FitShorterSide(20)
     for _ in range(2):
-        assert read_all(cache, sources) == list(range(COUNT))
-    assert capfd.readouterr().err.count("\n") == 1
+        cache = ImageCache(options, folder, crop)
+        for index in range(len(folder)):
+            image = cache.read(index)
+            assert image.shape == (20, 26, 3)
+            assert np.array_equal(image, crop.plan(40, 52).apply(folder.read(index)))
+    assert len(cache_folders(options)) == 1
 
 
-def test_half_written_pixels_are_not_kept(
-    folder: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_small_images_are_cached_unchanged(folder: ImageFolder, options: CacheOptions) -> None:
+    cache = ImageCache(options, folder, FitShorterSide(41))
+    assert np.array_equal(cache.read(2), folder.read(2))
+
+
+def test_every_crop_and_decoder_has_its_own_folder(
+    folder: ImageFolder, options: CacheOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = PixelCache(folder, COUNT)
-    cache.get(0, sources[0], Maker()(0))
+    crops: list[Crop] = [
+        FitShorterSide(20),
+        FitShorterSide(21),
+        EvalCrop((20, 20)),
+        EvalCrop((20, 20), crop_pct=0.9),
+        EvalCrop((20, 20), interpolation="bilinear"),
+        EvalCrop((20, 20), crop_mode="border"),
+        EvalCrop((20, 20), crop_mode="border", fill=(1, 2, 3)),
+    ]
+    for crop in (*crops, FitShorterSide(20)):
+        ImageCache(options, folder, crop)
+    assert len(cache_folders(options)) == len(crops)
+    # A different version of the decoder may give different pixels.
+    monkeypatch.setattr("cv2.__version__", "4.0.0")
+    ImageCache(options, folder, FitShorterSide(20))
+    assert len(cache_folders(options)) == len(crops) + 1
 
-    class Full:
-        """A file on a disk with room for 50 bytes."""
 
-        room = 50
+def test_a_broken_image_is_named_each_time(folder: ImageFolder, options: CacheOptions) -> None:
+    folder.path(1).write_bytes(b"not an image")
+    cache = ImageCache(options, folder, FitShorterSide(20))
+    for _ in range(2):
+        with pytest.raises(UnreadableImage, match=f"{folder.path(1).name}: is truncated"):
+            cache.read(1)
 
-        def tell(self) -> int:
-            return 1000
 
-        def write(self, data: memoryview) -> int:
-            taken = min(len(data), self.room)
-            self.room -= taken
-            if not taken:
-                raise OSError(28, "No space left on device")
-            return taken
+def test_the_description_has_the_folder_and_the_space_needed(folder: ImageFolder, options: CacheOptions) -> None:
+    folder.path(0).write_bytes(b"not an image")
+    cache = ImageCache(options, folder, FitShorterSide(20))
+    cache.read(3)
+    line = cache.describe()
+    assert f"{options.cache_dir}/train-" in line
+    assert "holds 1 of 7 images" in line
+    assert "the full set needs about 11 KiB, and " in line
+    assert line.endswith("GiB is free")
+    assert cache._estimate_bytes() == 7 * 20 * 26 * 3
 
-    assert cache._own is not None
-    cache._own = cache._own[0], Full()  # type: ignore[assignment]
-    assert read_all(cache, sources) == list(range(1, COUNT))
-    assert cache.num_kept == 1
-    assert "no space left" in capfd.readouterr().err
+
+def test_a_folder_that_cannot_be_written_is_named(folder: ImageFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = CacheOptions(cache="disk", cache_dir=tmp_path / "file")
+    with pytest.raises(OSError, match=r"cache_dir .*file: cannot be written \(.*\); choose another folder"):
+        ImageCache(options, folder, FitShorterSide(20))
+
+
+needs_memory_folder = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
+
+# Opens the folder, prints its path, and stays until its input is closed.
+USER = """
+import sys
+from pathlib import Path
+import linvit_command  # so that linvit does not load its models
+from linvit.data import cache
+cache._MEMORY = Path(sys.argv[1])
+folder = cache.shared_memory_folder(sys.argv[2])
+(folder / "data").write_text("pixels")
+print(folder, flush=True)
+sys.stdin.read()
+"""
+
+
+class User:
+    """Another process, which uses a folder."""
+
+    def __init__(self, memory: Path, name: str) -> None:
+        command = [sys.executable, "-c", USER, str(memory), name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.folder = Path(self.process.stdout.readline().strip())
+
+    def leave(self) -> None:
+        self.process.communicate(timeout=20)
+        assert self.process.returncode == 0
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.communicate(timeout=20)
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Iterator[list[User]]:
+    users: list[User] = []
+    yield users
+    for user in users:
+        if user.process.poll() is None:
+            user.kill()
+
+
+@needs_memory_folder
+def test_the_last_process_deletes_the_folder(tmp_path: Path, users: list[User]) -> None:
+    users += [User(tmp_path, "val"), User(tmp_path, "val")]
+    first, second = users
+    assert first.folder == second.folder == tmp_path / f"linvit-{os.getuid()}" / "val"
+    first.leave()
+    assert (second.folder / "data").read_text() == "pixels"
+    second.leave()
+    assert not second.folder.exists()
+
+
+@needs_memory_folder
+def test_the_next_process_deletes_the_folder_of_a_killed_one(tmp_path: Path, users: list[User]) -> None:
+    users += [User(tmp_path, "dead"), User(tmp_path, "alive")]
+    dead, alive = users
+    dead.kill()
+    assert dead.folder.exists()
+    users.append(User(tmp_path, "new"))
+    assert not dead.folder.exists()
+    assert alive.folder.exists()
+
+
+def test_a_system_without_folders_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MEMORY", tmp_path / "none")
+    with pytest.raises(ValueError, match=r"cache memory needs /dev/shm.*set cache disk and a cache_dir"):
+        shared_memory_folder("val")

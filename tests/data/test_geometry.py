@@ -1,4 +1,4 @@
-"""Crops and resizes against timm's transforms."""
+"""Crops equal timm's transforms, also when the image is decoded at a reduced size."""
 
 import random
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from timm.data.transforms import (
     ResizeKeepRatio,
 )
 
+from linvit.data.decode import resize
 from linvit.data.geometry import (
-    Cut,
+    CropPlan,
     EvalCrop,
     RandomKeepRatioCrop,
     RandomResizedCrop,
@@ -54,7 +55,7 @@ def test_centre_crop_or_pad_equals_timm(size: tuple[int, int], smooth_image: Smo
         assert np.array_equal(crop_or_pad(image, top, left, size, fill=fill), expected)
 
 
-def test_a_window_partly_outside_is_padded() -> None:
+def test_a_window_partly_outside_the_image_is_padded() -> None:
     image = np.full((4, 4, 3), 200, np.uint8)
     window = crop_or_pad(image, -1, 2, (3, 4), fill=(1, 2, 3))
     assert window.shape == (3, 4, 3)
@@ -64,11 +65,11 @@ def test_a_window_partly_outside_is_padded() -> None:
 
 
 def random_windows(crop: RandomResizedCrop, height: int, width: int, count: int) -> np.ndarray:
-    """Top, left, height, width of drawn windows, (count, 4)."""
+    """Top, left, height and width of random windows, (count, 4)."""
     windows = []
     for index in range(count):
         crop.set_random_state(*sample_generators(0, 0, index))
-        windows.append(crop.cut(height, width).window)
+        windows.append(crop.plan(height, width).window)
     return np.array(windows)
 
 
@@ -90,7 +91,7 @@ def test_random_windows_are_distributed_as_in_timm() -> None:
 
 
 @pytest.mark.parametrize("shape", [(10, 200), (200, 10), (1, 1)])
-def test_images_that_no_window_fits_are_cropped_in_the_centre(shape: tuple[int, int]) -> None:
+def test_images_that_fit_no_window_are_cropped_in_the_centre(shape: tuple[int, int]) -> None:
     window = random_windows(RandomResizedCrop(size=(8, 8), scale=(1.0, 1.0)), *shape, count=1)[0]
     expected = RandomResizedCropAndInterpolation.get_params(Image.new("RGB", shape[::-1]), (1.0, 1.0), (3 / 4, 4 / 3))
     assert tuple(window) == expected
@@ -99,9 +100,9 @@ def test_images_that_no_window_fits_are_cropped_in_the_centre(shape: tuple[int, 
 def test_the_resized_window_equals_timm(smooth_image: Smooth) -> None:
     image = smooth_image(120, 150)
     window = (10, 20, 80, 60)
-    cut = Image.fromarray(image).crop((20, 10, 80, 90)).resize((64, 48), Image.Resampling.BICUBIC)
-    result = Cut((120, 150), window, resized=(48, 64), interpolation="bicubic", offset=(0, 0), size=(48, 64)).of(image)
-    assert np.abs(result.astype(int) - np.asarray(cut)).max() <= 2
+    expected = Image.fromarray(image).crop((20, 10, 80, 90)).resize((64, 48), Image.Resampling.BICUBIC)
+    result = plan((120, 150), window, resized=(48, 64)).apply(image)
+    assert np.abs(result.astype(int) - np.asarray(expected)).max() <= 2
 
 
 def test_random_interpolation_draws_both() -> None:
@@ -109,7 +110,7 @@ def test_random_interpolation_draws_both() -> None:
     methods = set()
     for index in range(20):
         crop.set_random_state(*sample_generators(0, 0, index))
-        methods.add(crop.cut(20, 20).interpolation)
+        methods.add(crop.plan(20, 20).interpolation)
     assert methods == {"bilinear", "bicubic"}
 
 
@@ -126,10 +127,87 @@ def test_keep_ratio_sizes_are_distributed_as_in_timm() -> None:
     ours = []
     for index in range(2000):
         transform.set_random_state(*sample_generators(0, 0, index))
-        ours.append(transform.cut(90, 120).resized)
+        ours.append(transform.plan(90, 120).resized)
     random.seed(0)
     image = Image.new("RGB", (120, 90))
     arguments = (image, (48, 40), 0.0, 0.5, (0.8, 1.0), True, 0.5, (0.9, 1 / 0.9))
     theirs = [ResizeKeepRatio.get_params(*arguments) for _ in range(2000)]
     for moment in (np.mean, np.std):
         assert np.abs(moment(ours, axis=0) - moment(theirs, axis=0)).max() < 0.2
+
+
+def plan(
+    shape: tuple[int, int],
+    window: tuple[int, int, int, int],
+    resized: tuple[int, int],
+    *,
+    interpolation: str = "bicubic",
+) -> CropPlan:
+    return CropPlan(shape, window, resized, interpolation, offset=(0, 0), size=resized)
+
+
+@pytest.mark.parametrize(
+    ("window", "resized", "reduction"),
+    [
+        # At least twice the resized height and width remain.
+        ((0, 0, 400, 400), (100, 100), 2),
+        ((0, 0, 399, 400), (100, 100), 1),
+        ((0, 0, 400, 399), (100, 100), 1),
+        ((0, 0, 800, 900), (100, 100), 4),
+        ((0, 0, 799, 900), (100, 100), 2),
+        ((0, 0, 1600, 1600), (100, 100), 8),
+        ((0, 0, 5000, 5000), (100, 100), 8),
+        # The size of the window counts, not that of the image.
+        ((10, 20, 150, 150), (100, 100), 1),
+        ((0, 0, 100, 100), (224, 224), 1),
+    ],
+)
+def test_the_reduction_keeps_twice_the_resized_size(
+    window: tuple[int, int, int, int], resized: tuple[int, int], reduction: int
+) -> None:
+    assert plan((5000, 5000), window, resized).reduction == reduction
+    assert plan((5000, 5000), window, resized, interpolation="nearest").reduction == 1
+
+
+def test_the_reduced_shape_is_rounded_up() -> None:
+    assert plan((801, 1003), (0, 0, 801, 1003), (100, 100)).reduced_shape == (201, 251)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+def test_a_window_has_the_same_place_in_a_reduced_image(reduction: int) -> None:
+    # A ramp: the value of a pixel is its position.
+    height, width = 480, 640
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, height)[:, None]
+    ramp[..., 1] = np.linspace(0, 255, width)
+    reduced = ramp.reshape(height // reduction, reduction, width // reduction, reduction, 3).mean(axis=(1, 3))
+    resized = 120 // reduction
+    windowed = plan((height, width), (101, 203, 260, 310), (resized, resized))
+    assert windowed.reduction == reduction
+    expected = resize(ramp[101:361, 203:513], resized, resized, "bicubic").astype(int)
+    assert np.abs(windowed.apply(ramp) - expected).max() == 0
+    assert np.abs(windowed.apply(reduced.round().astype(np.uint8)) - expected).max() <= 1 + reduction / 4
+
+
+def test_an_aligned_window_is_the_same_in_a_reduced_image() -> None:
+    shape = (483, 641)
+    for window in ((101, 203, 260, 310), (0, 0, 483, 641), (242, 320, 241, 321)):
+        plain = plan(shape, window, (40, 40))
+        aligned = plain.aligned()
+        assert plain.reduction in (2, 4)
+        assert all(edge % plain.reduction == 0 for edge in aligned.window[:2])
+        assert np.abs(np.subtract(aligned.window, window)).max() <= plain.reduction
+        top, left, height, width = aligned.window
+        assert top + height <= 483
+        assert left + width <= 641
+    assert plan(shape, (101, 203, 30, 30), (40, 40)).aligned().window == (101, 203, 30, 30)
+
+
+def test_the_crop_is_not_a_view_of_the_image() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for window, size in (((0, 0, 20, 30), (20, 30)), ((2, 3, 10, 12), (10, 12)), ((0, 0, 20, 30), (8, 8))):
+        result = plan((20, 30), window, size).apply(image)
+        assert result.shape == (*size, 3)
+        assert not np.shares_memory(result, image)
+    full = plan((20, 30), (0, 0, 20, 30), (20, 30)).apply(image)
+    assert np.array_equal(full, image)

@@ -1,4 +1,4 @@
-"""Batches: the same for any number of workers and any start, complete, normalised, and clear about faults."""
+"""Batches are the same for any number of workers and any start, complete and normalised, and errors name the image."""
 
 import re
 from collections.abc import Callable
@@ -64,14 +64,14 @@ def test_workers_change_nothing(workers: int, folder: ImageFolder) -> None:
     loader = train_loader(folder, workers=workers)
     for expected, batches in zip(alone, epochs(loader)):
         assert_same(expected, batches)
-    # The persistent workers then start an epoch in the middle.
+    # The persistent workers can start an epoch in the middle.
     loader.set_epoch(1)
     assert_same(alone[1][1:], list(loader.iter_from(1)))
-    # An epoch left early does not leak into the next.
+    # An epoch that was abandoned does not leak into the next.
     next(iter(loader))
     loader.set_epoch(0)
     assert_same(alone[0], list(loader))
-    # Neither the order nor any image is the same in the next epoch.
+    # The order and every image differ in the next epoch.
     assert not torch.equal(alone[0][0].indices, alone[1][0].indices)
     first, second = (images_by_index(batches) for batches in alone)
     assert len(first.keys() & second.keys()) > 8
@@ -95,13 +95,13 @@ def test_a_sample_does_not_depend_on_its_batch(folder: ImageFolder) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchs_own_generator_is_left_alone(workers: int, folder: ImageFolder) -> None:
+def test_torchs_generator_is_not_advanced(workers: int, folder: ImageFolder) -> None:
     state = torch.get_rng_state()
     list(train_loader(folder, workers=workers))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_batches_are_whole_and_labelled(folder: ImageFolder) -> None:
+def test_batches_are_complete_and_labelled(folder: ImageFolder) -> None:
     loader = train_loader(folder, workers=2)
     batches = list(loader)
     assert len(loader) == len(batches) == 3
@@ -157,7 +157,7 @@ def test_normalisation() -> None:
     assert torch.equal(normalize(pixels, SPEC, dtype=torch.bfloat16), expected.to(torch.bfloat16))
 
 
-def test_the_loader_takes_layout_and_type(folder: ImageFolder) -> None:
+def test_the_loader_sets_memory_layout_and_dtype(folder: ImageFolder) -> None:
     batch = next(iter(eval_loader(folder, channels_last=True, dtype=torch.float16)))
     assert batch.images.dtype == torch.float16
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -168,13 +168,13 @@ def test_a_broken_image_is_named_in_one_sentence(workers: int, folder: ImageFold
     broken = folder.path(9)
     broken.write_bytes(broken.read_bytes()[:100])
     sentence = f"{broken}: is truncated, damaged or not an image; restore or remove the file"
-    # Not kept in a name: the loader would then be freed by the garbage collector, which waits ten seconds for workers.
+    # The loader gets no name: otherwise the garbage collector frees it, which waits ten seconds for the workers.
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         list(eval_loader(folder, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_may_be_left_out_and_is_named(workers: int, folder: ImageFolder) -> None:
+def test_a_broken_image_may_be_left_out_and_is_listed(workers: int, folder: ImageFolder) -> None:
     whole = images_by_index(list(eval_loader(folder)))
     for index in (4, 5, 6, 7, 9):
         folder.path(index).write_bytes(b"")
@@ -208,9 +208,9 @@ def test_a_failing_augmentation_names_the_image(workers: int, make_folder: MakeF
     folder = open_folder(data, split="train")
     augment = AugmentOptions(aug_file=own)
     settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "workers": workers, "device": "cpu"}
-    # The images are sound, so that none is left out.
+    # The images are valid, so none is left out.
     loader = create_train_loader(folder, augment, SPEC, on_bad_image="skip", **settings)
-    with pytest.raises(ValueError, match=r"\.png: the augmentation fails: CropSizeError: "):
+    with pytest.raises(ValueError, match=r"\.png: the augmentation failed: CropSizeError: "):
         list(loader)
 
 
@@ -219,12 +219,12 @@ def test_fewer_images_than_a_batch_are_refused(folder: ImageFolder) -> None:
         train_loader(folder, batch_size=14)
 
 
-def test_evaluation_takes_fewer_images_than_a_batch(folder: ImageFolder) -> None:
+def test_evaluation_accepts_fewer_images_than_a_batch(folder: ImageFolder) -> None:
     (batch,) = eval_loader(folder, batch_size=64)
     assert len(batch.images) == 13
 
 
-def test_training_without_augmentation_shows_the_images_as_they_are(folder: ImageFolder) -> None:
+def test_training_without_augmentation_leaves_the_images_unchanged(folder: ImageFolder) -> None:
     spec = InputSpec((40, 52), SPEC.mean, SPEC.std, "bicubic", 1.0, "center")
     loader = create_train_loader(
         folder, AugmentOptions(no_aug=True), spec, batch_size=4, seed=0, workers=0, device="cpu"
@@ -240,14 +240,14 @@ def caching(tmp_path: Path, **settings: Any) -> CacheOptions:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_images_are_the_same_in_every_epoch(workers: int, folder: ImageFolder, tmp_path: Path) -> None:
-    # 26 pixels are fewer than the images have, so that their pixels differ from those without a cache.
-    kept = caching(tmp_path, cache_size=32)
+    # The images are larger than 32 pixels, so their cached pixels differ from those without a cache.
+    cached = caching(tmp_path, cache_size=32)
     expected = epochs(train_loader(folder, caching=caching(tmp_path / "other", cache_size=32)))
     for _ in range(2):
-        # The second time, all epochs find what the first have kept.
-        for batches, whole in zip(epochs(train_loader(folder, workers=workers, caching=kept)), expected):
+        # The second run finds all images in the cache.
+        for batches, whole in zip(epochs(train_loader(folder, workers=workers, caching=cached)), expected):
             assert_same(batches, whole)
-    loader = train_loader(folder, caching=kept)
+    loader = train_loader(folder, caching=cached)
     loader.set_epoch(1)
     assert_same(list(loader.iter_from(2)), expected[1][2:])
     assert loader.cache is not None
@@ -257,7 +257,7 @@ def test_cached_images_are_the_same_in_every_epoch(workers: int, folder: ImageFo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_evaluation_sees_the_pixels_of_the_files(workers: int, folder: ImageFolder, tmp_path: Path) -> None:
+def test_cached_evaluation_equals_uncached_evaluation(workers: int, folder: ImageFolder, tmp_path: Path) -> None:
     expected = list(eval_loader(folder))
     for _ in range(2):
         loader = eval_loader(folder, workers=workers, caching=caching(tmp_path))
@@ -265,16 +265,16 @@ def test_cached_evaluation_sees_the_pixels_of_the_files(workers: int, folder: Im
             assert_same(list(loader), expected)
 
 
-def test_a_cache_may_not_be_smaller_than_the_input(folder: ImageFolder, tmp_path: Path) -> None:
+def test_cache_size_must_not_be_below_the_input(folder: ImageFolder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cache_size 31 is below the input's 32 pixels; set at least 32"):
         train_loader(folder, caching=caching(tmp_path, cache_size=31))
     assert train_loader(folder, caching=CacheOptions()).cache is None
 
 
-def test_cached_images_are_not_written_to(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_augmentation_does_not_modify_cached_images(make_folder: MakeFolder, tmp_path: Path) -> None:
     data = make_folder({"train": {"a": 4}}, height=24, width=32)
     folder = open_folder(data, split="train")
-    # Erasing writes into the image; at this size, the crop before it changes nothing.
+    # Erasing writes into the image; at this size the crop before it changes nothing.
     augment = AugmentOptions(scale=(1, 1), ratio=(4 / 3, 4 / 3), hflip=0, color_jitter=None, reprob=1.0, remode="rand")
     settings: dict[str, Any] = {"batch_size": 4, "seed": 0, "workers": 0, "device": "cpu"}
     loader = create_train_loader(folder, augment, SPEC, caching=caching(tmp_path), **settings)
@@ -295,8 +295,8 @@ def test_large_photographs_are_the_same_for_any_number_of_workers(tmp_path: Path
             assert_same(batches, whole)
 
 
-def test_a_batch_that_is_kept_keeps_its_pixels(folder: ImageFolder) -> None:
-    # As the workers send them: their memory is not filled anew before it is set free.
+def test_batches_that_are_not_released_keep_their_pixels(folder: ImageFolder) -> None:
+    # Raw batches of the workers, whose memory must not be reused before it is released.
     expected = [batch.images.clone() for batch in eval_loader(folder, batch_size=1)._loader]
     for workers in (0, 1):
         raw = list(eval_loader(folder, batch_size=1, workers=workers)._loader)

@@ -1,4 +1,4 @@
-"""Batches cover an epoch over any number of ranks; every sample has a random state of its own."""
+"""Batches cover an epoch over any number of ranks; every sample has its own random generators."""
 
 import itertools
 from collections import Counter
@@ -77,10 +77,10 @@ def test_evaluation_sees_every_image_once(num_images: int, world_size: int) -> N
     ranks = [[[key.image for key in batch] for batch in sampler.batches(0)] for sampler in samplers]
     assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(num_images))
     assert [len(sampler) for sampler in samplers] == [len(batches) for batches in ranks]
-    assert sum(sampler.num_drawn for sampler in samplers) == num_images
+    assert sum(sampler.num_samples for sampler in samplers) == num_images
 
 
-def test_every_sample_has_numbers_of_its_own() -> None:
+def test_every_sample_has_its_own_random_numbers() -> None:
     def first_numbers(*key: int) -> tuple[float, float]:
         generator, python = sample_generators(*key)
         return generator.random(), python.random()
@@ -89,13 +89,13 @@ def test_every_sample_has_numbers_of_its_own() -> None:
     drawn = [number for key in keys for number in first_numbers(*key)]
     assert len(set(drawn)) == 2 * len(keys)
     assert first_numbers(3, 4, 5, 1) == first_numbers(3, 4, 5, 1)
-    # The first showing of an image is the only one where nothing is repeated.
+    # The default is the first draw of an image.
     assert first_numbers(3, 4, 5) == first_numbers(3, 4, 5, 0)
     assert 0.4 < sum(drawn) / len(drawn) < 0.6
 
 
 def drawn_keys(num_images: int, *, batch_size: int = 8, world_size: int = 1, epoch: int = 0, **how: Any) -> list:
-    """The keys of an epoch by total batch, each with those of all ranks in turn."""
+    """The keys of an epoch by total batch, which joins the batches of all ranks in order."""
     samplers = [
         TrainSampler(num_images, batch_size=batch_size, seed=7, rank=rank, world_size=world_size, **how)
         for rank in range(world_size)
@@ -105,10 +105,10 @@ def drawn_keys(num_images: int, *, batch_size: int = 8, world_size: int = 1, epo
 
 @pytest.mark.parametrize("num_images", [40, 300, 1024])
 @pytest.mark.parametrize("repeats", [2.0, 2.5, 3.0])
-def test_repeated_images_are_as_many_as_those_of_timm(num_images: int, repeats: float) -> None:
+def test_repeated_images_are_as_many_as_in_timm(num_images: int, repeats: float) -> None:
     timms = RepeatAugSampler(range(num_images), num_replicas=1, rank=0, num_repeats=repeats)
     ours = [key for batch in drawn_keys(num_images, repeats=repeats) for key in batch]
-    # Both then leave out what does not fill a batch.
+    # Both drop the incomplete last batch.
     assert len(ours) == len(timms) // 8 * 8
     times = sorted(Counter(key.image for key in ours).values())
     expected = sorted(Counter(list(timms)[: len(ours)]).values())
@@ -117,7 +117,7 @@ def test_repeated_images_are_as_many_as_those_of_timm(num_images: int, repeats: 
     assert {key.repeat for key in ours} == set(range(int(np.ceil(repeats))))
 
 
-def test_repeats_of_an_image_come_together_and_epochs_differ() -> None:
+def test_repeats_of_an_image_are_consecutive_and_epochs_differ() -> None:
     keys = [key for batch in drawn_keys(24, repeats=3.0) for key in batch]
     for first in range(0, 24, 3):
         assert len({key.image for key in keys[first : first + 3]}) == 1
@@ -125,7 +125,7 @@ def test_repeats_of_an_image_come_together_and_epochs_differ() -> None:
     assert keys != [key for batch in drawn_keys(24, repeats=3.0, epoch=1) for key in batch]
 
 
-def test_a_batch_larger_than_the_round_number_is_drawn_all_the_same() -> None:
+def test_an_epoch_has_at_least_one_batch() -> None:
     assert len(drawn_keys(400, batch_size=300, repeats=3.0)) == 1
 
 
@@ -139,12 +139,12 @@ def test_balanced_classes_are_drawn_equally() -> None:
         times = Counter(key.image for key in keys if LABELS[key.image] == label)
         assert max(times.values()) == -(-20 // members)
         assert max(times.values()) - min(times.values()) <= 1
-    # Each showing of an image is augmented anew.
+    # Every repeat of an image is a different sample.
     assert len(set(keys)) == 60
     assert [LABELS[key.image] for key in keys] != sorted(LABELS[key.image] for key in keys)
 
 
-def test_over_epochs_a_large_class_is_seen_whole_and_extra_draws_go_round() -> None:
+def test_over_epochs_a_large_class_is_fully_drawn_and_extra_draws_rotate() -> None:
     labels = LABELS[:59]
     epochs = [drawn_keys(59, batch_size=59, epoch=epoch, labels=labels)[0] for epoch in range(20)]
     assert {key.image for keys in epochs for key in keys} == set(range(59))

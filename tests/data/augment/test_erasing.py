@@ -1,4 +1,4 @@
-"""Random erasing against timm's, which works on normalised tensors."""
+"""Random erasing equals timm's, which works on normalised tensors."""
 
 import random
 
@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing as TimmRandomErasing
 from linvit.data.augment.erasing import RandomErasing
 from linvit.data.sampler import sample_generators
 
-# So narrow that nothing is clipped.
+# So narrow that no value is clipped.
 MEAN, STD = (0.5, 0.4, 0.6), (0.1, 0.08, 0.06)
 
 
@@ -54,7 +54,7 @@ def test_fills_are_those_of_the_normalised_image() -> None:
     assert len(set().union(*colours)) > 90
 
 
-def test_the_image_itself_is_left_alone() -> None:
+def test_the_input_image_is_not_modified_by_erasing() -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     results = erased(RandomErasing(mode="pixel", p=1.0), image, 5)
     assert not image.any()

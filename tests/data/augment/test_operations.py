@@ -1,4 +1,4 @@
-"""Operations against Pillow's through timm's own functions."""
+"""Operations equal Pillow's, as timm calls them."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.auto_augment import gaussian_blur as timm_gaussian_blur
 
-from linvit.data.augment.operations import MOVING, OPERATIONS, posterize
+from linvit.data.augment.operations import GEOMETRIC, OPERATIONS, posterize
 
 Smooth = Callable[..., np.ndarray]
 FILL = (124, 116, 104)
 
-# Arguments to try, and by how many grey levels the result may differ on noise.
+# Arguments to test, and the tolerance on noise in grey levels.
 POINTWISE: dict[str, tuple[list[float | None], int]] = {
     "AutoContrast": ([None], 0),
     "Equalize": ([None], 0),
@@ -28,7 +28,7 @@ POINTWISE: dict[str, tuple[list[float | None], int]] = {
     "Sharpness": ([0.1, 0.7, 1.0, 1.9], 1),
     "Desaturate": ([0.5, 0.8, 1.0], 2),
 }
-MOVES: dict[str, list[float]] = {
+GEOMETRIC_ARGUMENTS: dict[str, list[float]] = {
     "Rotate": [-30.0, 12.3],
     "ShearX": [-0.3, 0.2],
     "ShearY": [-0.3, 0.2],
@@ -51,13 +51,13 @@ def images(smooth_image: Smooth) -> dict[str, np.ndarray]:
     }
 
 
-def test_every_operation_is_compared() -> None:
-    assert {*POINTWISE, *MOVES} | {"GaussianBlur"} == {
+def test_every_operation_is_tested() -> None:
+    assert {*POINTWISE, *GEOMETRIC_ARGUMENTS} | {"GaussianBlur"} == {
         name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rand") for name in OPERATIONS
     }
     assert set(OPERATIONS) == set(NAME_TO_OP)
-    assert set(MOVES) == MOVING
-    # Variants differ by how a level becomes the argument, not by what they do.
+    assert set(GEOMETRIC_ARGUMENTS) == GEOMETRIC
+    # Variants differ only in how a magnitude becomes the argument.
     assert all(
         OPERATIONS[name] is OPERATIONS[name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rand")]
         for name in OPERATIONS
@@ -78,15 +78,15 @@ def test_pixelwise_operations_equal_pillow(name: str, smooth_image: Smooth) -> N
             assert np.array_equal(image, before), "the input was changed"
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", GEOMETRIC_ARGUMENTS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_moving_operations_equal_pillow(name: str, interpolation: str, smooth_image: Smooth) -> None:
+def test_geometric_operations_equal_pillow(name: str, interpolation: str, smooth_image: Smooth) -> None:
     image = smooth_image(121, 163)
     resample = Image.Resampling[interpolation.upper()]
-    for argument in MOVES[name]:
+    for argument in GEOMETRIC_ARGUMENTS[name]:
         expected = np.asarray(NAME_TO_OP[name](Image.fromarray(image), argument, fillcolor=FILL, resample=resample))
         result = OPERATIONS[name](image, argument, interpolation, FILL)
-        # Within two pixels of where image meets fill the libraries blend differently.
+        # The libraries blend differently within two pixels of the boundary between image and fill.
         white = Image.new("L", (163, 121), 255)
         covered = np.asarray(NAME_TO_OP[name](white, argument, fillcolor=0, resample=Image.Resampling.NEAREST))
         border = np.ones((5, 5), np.uint8)
@@ -102,7 +102,7 @@ def test_moving_operations_equal_pillow(name: str, interpolation: str, smooth_im
 def test_blur_equals_pillow_on_a_smooth_image(sigma: float, smooth_image: Smooth) -> None:
     image = smooth_image(61, 83)
     expected = np.asarray(timm_gaussian_blur(Image.fromarray(image), sigma)).astype(int)
-    # Beyond the border Pillow sees other pixels than OpenCV.
+    # Pillow and OpenCV extend the border differently.
     difference = np.abs(OPERATIONS["GaussianBlur"](image, sigma) - expected)[6:-6, 6:-6]
     assert difference.max() <= 2
 
@@ -118,5 +118,5 @@ def test_blur_spreads_a_point_as_a_gaussian() -> None:
 
 
 def test_posterize_to_no_bits_is_black(smooth_image: Smooth) -> None:
-    # timm reaches this at magnitude 10 with `inc1`, where present Pillow raises an error.
+    # timm reaches this at magnitude 10 with `inc1`, where current Pillow raises an error.
     assert not posterize(smooth_image(20, 20), 0).any()

@@ -1,4 +1,4 @@
-"""The `--aa` language reads as timm reads it, and refuses what timm passes over."""
+"""`--aa` strings are parsed as in timm, and sections that timm ignores are refused."""
 
 import math
 
@@ -22,7 +22,7 @@ from linvit.data.augment.policy import AUTO_POLICIES, AugmentPolicy, parse_polic
         "rand-t3aw-mstd0.5-p1",
     ],
 )
-def test_rand_augment_reads_as_timm_does(text: str) -> None:
+def test_rand_augment_is_parsed_as_in_timm(text: str) -> None:
     ours = parse_policy(text)
     theirs = rand_augment_transform(text, {"translate_const": 100, "img_mean": (124, 116, 104)})
     assert isinstance(theirs, RandAugment)
@@ -54,17 +54,17 @@ def test_auto_policies(name: str) -> None:
         ("rand-q3", "cannot read 'q3'"),
         ("rand-m9.5", "cannot read 'm9.5'"),
         ("rand-w0", "cannot read 'w0'"),
-        ("rand-tfoo", "choose from tweights, t3a, t3aw"),
+        ("rand-tfoo", "choose one of 'tweights', 't3a', 't3aw'"),
         ("rand-n0", "n0 applies no operation"),
         ("rand-p2", "p is a probability"),
         ("rand--m9", "cannot read ''"),
-        ("original-m9", "takes mstd alone"),
-        ("augmix-m5-w4-d2", "AugMix is not built"),
-        ("ta_wide-m9", "is not known"),
-        ("randaugment", "is not known; choose from rand-m9-mstd0.5-inc1"),
+        ("original-m9", "takes only mstd"),
+        ("augmix-m5-w4-d2", "AugMix is not supported"),
+        ("ta_wide-m9", "is unknown"),
+        ("randaugment", "is unknown: choose one of 'rand-m9-mstd0.5-inc1'"),
     ],
 )
-def test_what_cannot_be_read_is_refused(text: str, words: str) -> None:
+def test_invalid_strings_are_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_policy(text)
     assert words in str(caught.value)

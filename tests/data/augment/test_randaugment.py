@@ -1,4 +1,4 @@
-"""Automatic augmentation draws what timm's does: operations, arguments, probabilities and noise."""
+"""Automatic augmentation draws operations, arguments, probabilities and noise as timm does."""
 
 import random
 from collections import Counter
@@ -25,13 +25,13 @@ def drawn_steps(policy: str, count: int) -> list[list[Step]]:
 
 
 @pytest.mark.parametrize("name", sorted(TIMM_ARGUMENTS))
-def test_levels_become_timms_arguments(name: str) -> None:
+def test_magnitudes_become_timms_arguments(name: str) -> None:
     draw = random.Random(0)
     random.seed(0)
     for magnitude in (0.0, 0.4, 1.0, 3.3, 5.0, 8.9, 9.0, 9.7, 10.0, 12.5):
         ours = {TIMM_ARGUMENTS[name](magnitude / 10, draw) for _ in range(40)}
         if name == "GaussianBlurRand":
-            # timm draws the radius within the operation, from 0.1 to twice the argument.
+            # timm draws the radius inside the operation, from 0.1 to twice the argument.
             (largest,) = LEVEL_TO_ARG[name](magnitude, {})
             assert min(0.1, 2 * largest) <= min(ours)
             assert max(ours) <= max(0.1, 2 * largest)
@@ -42,7 +42,7 @@ def test_levels_become_timms_arguments(name: str) -> None:
 
 def test_operations_without_an_argument_are_timms() -> None:
     without = {name for name, argument in LEVEL_TO_ARG.items() if argument is None}
-    # Nothing draws the absolute translations but TrivialAugment.
+    # Only TrivialAugment draws the absolute translations.
     assert without == set(OPERATIONS) - set(TIMM_ARGUMENTS) - {"TranslateX", "TranslateY"}
 
 
@@ -71,7 +71,7 @@ def test_weighted_operations_follow_the_weights() -> None:
         assert names[name] == pytest.approx(expected, rel=0.25)
     # Weighted operations are drawn without replacement.
     assert all(len({name for name, _ in sample}) == 3 for sample in drawn_steps("rand-t3aw-n3-p1", 100))
-    with pytest.raises(ValueError, match="n is at most 14"):
+    with pytest.raises(ValueError, match="n must be at most 14"):
         PolicyAugment(policy="rand-t3aw-n15")
 
 
@@ -81,7 +81,7 @@ def rotations(policy: str) -> np.ndarray:
     )
 
 
-def test_magnitudes_are_noisy_as_asked() -> None:
+def test_magnitudes_have_the_requested_noise() -> None:
     assert set(np.abs(rotations("rand-m9"))) == {27.0}
     noisy = rotations("rand-m5-mstd1")
     assert np.abs(noisy).mean() == pytest.approx(15.0, abs=1.0)
@@ -91,7 +91,7 @@ def test_magnitudes_are_noisy_as_asked() -> None:
     assert uniform.min() < 2
     assert uniform.max() == pytest.approx(24.0, abs=2.0)
     assert uniform.mean() == pytest.approx(12.0, abs=2.0)
-    # The bound is 10 unless mmax raises it.
+    # The maximum is 10 unless mmax raises it.
     assert set(np.abs(rotations("rand-m15"))) == {30.0}
     assert set(np.abs(rotations("rand-m15-mmax20"))) == {45.0}
 
@@ -101,9 +101,9 @@ def test_auto_policies_draw_timms_sub_policies(name: str) -> None:
     sub_policies = auto_augment_policy(name)
     allowed = {tuple(operation.name for operation in sub_policy if operation.prob > 0) for sub_policy in sub_policies}
     steps = drawn_steps(name, 1500)
-    whole = {tuple(name for name, _ in sample) for sample in steps}
-    assert {names for names in allowed if len(names) == 1} <= whole
-    assert {operation for names in whole for operation in names} == {
+    drawn = {tuple(name for name, _ in sample) for sample in steps}
+    assert {names for names in allowed if len(names) == 1} <= drawn
+    assert {operation for names in drawn for operation in names} == {
         operation for names in allowed for operation in names
     }
     mean = np.mean([sum(operation.prob for operation in sub_policy) for sub_policy in sub_policies])

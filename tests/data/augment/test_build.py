@@ -1,4 +1,4 @@
-"""Pipelines hold what the options say, and draw from nothing but the sample's own generators."""
+"""Pipelines have the transforms of the options, and draw only from the generators of the sample."""
 
 import os
 import random
@@ -61,7 +61,7 @@ def augmented(
         ({}, [RandomResizedCrop, A.HorizontalFlip, A.ColorJitter]),
         ({"hflip": 0.0, "color_jitter": 0.0}, [RandomResizedCrop]),
         ({"hflip": 0.0, "color_jitter": None}, [RandomResizedCrop]),
-        # timm's rule: colour jitter stands aside for an automatic policy, 3-Augment excepted.
+        # timm's rule: an automatic policy other than 3-Augment disables colour jitter.
         ({"aa": "rand-m9-mstd0.5-inc1"}, [RandomResizedCrop, A.HorizontalFlip, PolicyAugment]),
         ({"aa": "3a"}, [RandomResizedCrop, A.HorizontalFlip, PolicyAugment, A.ColorJitter]),
         ({"aa": "ta_wide", "vflip": 0.1}, [RandomResizedCrop, A.HorizontalFlip, A.VerticalFlip, PolicyAugment]),
@@ -105,7 +105,7 @@ def test_options_reach_the_transforms() -> None:
     assert (erasing.p, erasing.mode, erasing.max_count, erasing.mean) == (0.25, "rand", 2, SPEC.mean)
 
 
-def test_one_jitter_strength_leaves_hue_alone() -> None:
+def test_one_jitter_strength_does_not_change_hue() -> None:
     (jitter,) = [
         transform
         for transform in build_train_pipeline(AugmentOptions(color_jitter=0.4), SPEC).transforms
@@ -120,7 +120,7 @@ def test_one_jitter_strength_leaves_hue_alone() -> None:
     "options", [AugmentOptions(), EVERYTHING, AugmentOptions(no_aug=True), AugmentOptions(aa="3a")]
 )
 @pytest.mark.parametrize("shape", [(64, 48), (20, 300), (5, 5), (1, 1), (32, 32)])
-def test_any_image_becomes_one_of_the_models_size(
+def test_any_image_is_brought_to_the_input_size(
     options: AugmentOptions, shape: tuple[int, int], smooth_image: Callable[..., np.ndarray]
 ) -> None:
     spec = InputSpec((32, 24), SPEC.mean, SPEC.std, "bicubic", 0.9, "center")
@@ -140,13 +140,13 @@ def test_flips_are_independent() -> None:
     for index in range(2000):
         row, column = np.argwhere(augmented(pipeline, image, index)[..., 0])[0]
         corners[int(row), int(column)] += 1
-    # Each combination has probability 1/4: 500 of 2000, with a deviation of 19.
+    # Each combination has probability 1/4: 500 of 2000, with a standard deviation of 19.
     assert set(corners) == {(0, 0), (0, 31), (31, 0), (31, 31)}
     assert all(400 < count < 600 for count in corners.values()), corners
 
 
-def test_transforms_of_a_kind_draw_different_numbers() -> None:
-    # albumentations' own seeding gives every transform the same stream.
+def test_transforms_of_the_same_class_draw_different_numbers() -> None:
+    # albumentations' own seeding gives every transform the same numbers.
     pipeline = A.Compose(
         [A.OneOf([A.Rotate(limit=90, p=1.0)], p=1.0), A.Sequential([A.Rotate(limit=90, p=1.0)], p=1.0)]
     )
@@ -158,7 +158,7 @@ def test_transforms_of_a_kind_draw_different_numbers() -> None:
     assert abs(np.corrcoef(np.array(angles).T)[0, 1]) < 0.25
 
 
-def test_global_generators_play_no_part(smooth_image: Callable[..., np.ndarray]) -> None:
+def test_global_generators_have_no_effect(smooth_image: Callable[..., np.ndarray]) -> None:
     image = smooth_image(48, 64)
     results = []
     for seed in (0, 1):
@@ -172,7 +172,7 @@ def test_global_generators_play_no_part(smooth_image: Callable[..., np.ndarray])
     assert len({result.tobytes() for result in results[0]}) == 40
 
 
-def test_what_came_before_plays_no_part(smooth_image: Callable[..., np.ndarray]) -> None:
+def test_earlier_samples_have_no_effect(smooth_image: Callable[..., np.ndarray]) -> None:
     image = smooth_image(48, 64)
     pipeline = build_train_pipeline(EVERYTHING, SPEC)
     forwards = [augmented(pipeline, image, index) for index in range(12)]
@@ -192,15 +192,15 @@ def test_seed_epoch_and_index_matter(smooth_image: Callable[..., np.ndarray]) ->
     assert len(set(variants)) == 8
 
 
-def test_importing_albumentations_asks_no_network() -> None:
+def test_importing_albumentations_does_not_use_the_network() -> None:
     code = (
         "import sys; calls = [];"
         "sys.addaudithook(lambda event, _: calls.append(event) if event.startswith('socket.') else None);"
-        "import linvit.data, albumentations; assert not calls, calls"
+        "import linvit_command, linvit.data, albumentations; assert not calls, calls"
     )
     environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
-    # With `--help` in sight the package itself imports no models.
-    command = [sys.executable, "-W", "error", "-c", code, "--help"]
+    # As in the console script, where linvit itself does not load its models.
+    command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -211,7 +211,7 @@ def test_evaluation_draws_nothing(smooth_image: Callable[..., np.ndarray]) -> No
     assert np.array_equal(augmented(pipeline, image, 0), augmented(pipeline, image, 1))
 
 
-def test_colour_jitter_is_torchvisions(smooth_image: Callable[..., np.ndarray]) -> None:
+def test_colour_jitter_equals_torchvision(smooth_image: Callable[..., np.ndarray]) -> None:
     image = smooth_image(40, 50)
     jitter = A.ColorJitter()
     for factors in ((0.7, 1.3, 0.6, 0.0), (1.4, 0.6, 1.4, 0.0)):
@@ -225,7 +225,7 @@ def test_colour_jitter_is_torchvisions(smooth_image: Callable[..., np.ndarray]) 
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
-def test_gaussian_blur_is_torchvisions(sigma: float) -> None:
+def test_gaussian_blur_equals_torchvision(sigma: float) -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     (blur,) = [
         transform
@@ -234,24 +234,24 @@ def test_gaussian_blur_is_torchvisions(sigma: float) -> None:
     ]
     assert blur.sigma_limit == (0.1, 2.0)
     assert blur.p == 0.3
-    # timm blurs with a fixed kernel of 23 pixels; that of albumentations ends where the weights round to nothing.
+    # timm uses a fixed kernel of 23 pixels; the kernel of albumentations ends where the weights become negligible.
     result = A.GaussianBlur(blur_limit=blur.blur_limit, sigma_limit=(sigma, sigma), p=1.0)(image=image)["image"]
     expected = functional.gaussian_blur(Image.fromarray(image), [23, 23], [sigma, sigma])
     assert np.abs(result.astype(int) - np.asarray(expected)).max() <= 1
 
 
 class TestResolveInput:
-    def test_a_timm_model_says_what_it_expects(self) -> None:
+    def test_the_defaults_are_those_of_the_timm_model(self) -> None:
         spec = resolve_input(timm.create_model("vit_tiny_patch16_224"), InputOptions())
         assert spec == InputSpec((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
 
-    def test_the_size_it_was_built_or_resized_to_counts(self) -> None:
+    def test_the_size_is_that_of_the_built_or_resized_model(self) -> None:
         model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 64))
         assert resolve_input(model, InputOptions()).size == (96, 64)
         model.set_input_size((48, 80))
         assert resolve_input(model, InputOptions()).size == (48, 80)
 
-    def test_options_come_first(self) -> None:
+    def test_options_override_the_model(self) -> None:
         options = InputOptions(
             img_size=(64, 96),
             mean=0.1,
@@ -267,8 +267,8 @@ class TestResolveInput:
         with pytest.raises(ValueError, match="takes 1 channels"):
             resolve_input(timm.create_model("resnet18", in_chans=1), InputOptions())
 
-    def test_interpolation_that_is_not_built_is_refused(self) -> None:
+    def test_unsupported_interpolation_is_refused(self) -> None:
         model = timm.create_model("resnet18", pretrained_cfg_overlay={"interpolation": "lanczos"})
-        with pytest.raises(ValueError, match="'lanczos' of the model is not built; set bicubic"):
+        with pytest.raises(ValueError, match="interpolation 'lanczos' is not supported; set bicubic"):
             resolve_input(model, InputOptions())
         assert resolve_input(model, InputOptions(interpolation="bicubic")).interpolation == "bicubic"

@@ -1,4 +1,4 @@
-"""`linvit data elpv`: classes, split, copies, and a folder that is whole or not there."""
+"""`linvit data elpv`: classes, split, copies, and a folder that is complete or absent."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from linvit import cli
-from linvit.data import sets
+from linvit.data import demo
 
 
 def split_of(content):
@@ -14,7 +14,7 @@ def split_of(content):
 
 
 def make_source(folder, rows):
-    """A package's data folder: `rows` are (name, content, probability, type)."""
+    """Write a package's data folder; `rows` are (name, content, probability, type)."""
     (folder / "images").mkdir(parents=True)
     for name, content, _, _ in rows:
         (folder / "images" / name).write_bytes(content)
@@ -37,7 +37,7 @@ ROWS = [
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     folder = make_source(tmp_path / "package" / "data", ROWS)
-    monkeypatch.setitem(sets._SETS, "elpv", lambda: sets.read_elpv(folder))
+    monkeypatch.setitem(demo.DEMO_SETS, "elpv", lambda: demo.read_elpv(folder))
     return folder
 
 
@@ -46,7 +46,7 @@ def files_in(folder):
 
 
 def test_classes_split_and_copies(source):
-    images = sets.read_elpv(source)
+    images = demo.read_elpv(source)
     assert {place: path.name for place, path in images.files.items()} == {
         f"{split_of(b'one')}/mono_functional/cell1.png": "cell1.png",
         f"{split_of(b'two')}/mono_functional/cell2.png": "cell2.png",
@@ -63,7 +63,7 @@ def test_the_split_depends_on_the_content_alone(tmp_path):
     renamed = [(f"b{number}.png", content, "0.0", "mono") for number, content in enumerate(reversed(contents))]
     splits = []
     for name, each in (("first", rows), ("second", renamed)):
-        images = sets.read_elpv(make_source(tmp_path / name, each))
+        images = demo.read_elpv(make_source(tmp_path / name, each))
         splits.append({path.read_bytes(): place.split("/")[0] for place, path in images.files.items()})
     assert splits[0] == splits[1] == {content: split_of(content) for content in contents}
     assert 20 < sum(split == "val" for split in splits[0].values()) < 60
@@ -77,7 +77,7 @@ def test_building_prints_counts_licence_and_citation(source, tmp_path, capsys):
         "CC BY-NC-SA 4.0",
         "Deitsch",
         "Buerhop-Lutz",
-        "1 byte-identical copies, 2 copies whose labels differ",
+        "1 byte-identical copies, 2 copies with contradictory labels",
     ):
         assert words in text
     assert {name.split("/")[1] for name in files_in(folder) if "/" in name} == {"mono_functional", "poly_defective"}
@@ -93,14 +93,14 @@ def test_building_again_changes_nothing(source, tmp_path, capsys):
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
     assert cli.main(["data", "elpv", str(folder)]) == 0
-    assert "already there" in capsys.readouterr().out
+    assert "already built, not changed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
 @pytest.mark.parametrize("change", ["foreign file", "missing file", "changed file", "a file instead of a folder"])
 def test_a_folder_with_anything_else_is_refused_and_left_untouched(source, tmp_path, change, capsys):
     folder = tmp_path / "elpv"
-    sets.write_set(sets.read_elpv(source), folder)
+    demo.write_demo_set(demo.read_elpv(source), folder)
     image = next(folder.rglob("cell1.png"))
     if change == "foreign file":
         (folder / "notes.txt").write_text("mine")
@@ -121,13 +121,13 @@ def test_a_folder_with_anything_else_is_refused_and_left_untouched(source, tmp_p
 
 def test_an_empty_folder_is_filled(source, tmp_path):
     (tmp_path / "elpv").mkdir()
-    assert sets.write_set(sets.read_elpv(source), tmp_path / "elpv")
+    assert demo.write_demo_set(demo.read_elpv(source), tmp_path / "elpv")
     assert len(files_in(tmp_path / "elpv")) == 5
 
 
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_mends_a_killed_one(source, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing_and_the_next_build_repairs_a_killed_one(source, tmp_path, monkeypatch):
     folder = tmp_path / "elpv"
-    images = sets.read_elpv(source)
+    images = demo.read_elpv(source)
     copied = []
 
     def interrupted_copy(source, target):
@@ -136,46 +136,46 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_mends_a_killed_one
         copied.append(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sets.shutil, "copyfile", interrupted_copy)
+        patch.setattr(demo.shutil, "copyfile", interrupted_copy)
         with pytest.raises(KeyboardInterrupt):
-            sets.write_set(images, folder)
+            demo.write_demo_set(images, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
     # A killed build cannot clean up.
     (tmp_path / ".elpv.part" / "train").mkdir(parents=True)
     (tmp_path / ".elpv.part" / "train" / "half").write_bytes(b"")
-    assert sets.write_set(images, folder)
+    assert demo.write_demo_set(images, folder)
     assert set(files_in(folder)) == {*images.files, "README.txt"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elpv", "package"]
 
 
-def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sets.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["data", "elpv", str(tmp_path / "elpv")]) == 1
     assert 'pip install "linvit[demo]"' in capsys.readouterr().err
     assert not (tmp_path / "elpv").exists()
 
 
 @pytest.mark.parametrize("line", ["images/cell1.png 0.0", "images/cell1.png high mono", "a b c d"])
-def test_labels_that_cannot_be_read_name_the_line(source, line):
+def test_errors_in_labels_name_the_line(source, line):
     with (source / "labels.csv").open("a") as labels:
         labels.write(line + "\n")
     with pytest.raises(ValueError, match=r"labels\.csv: line 8 is not `file probability type`"):
-        sets.read_elpv(source)
+        demo.read_elpv(source)
 
 
 def test_an_unknown_type_names_the_line(source):
     with (source / "labels.csv").open("a") as labels:
         labels.write("images/cell1.png 0.0 thin\n")
     with pytest.raises(ValueError, match=r"labels\.csv: line 8 has the type 'thin'"):
-        sets.read_elpv(source)
+        demo.read_elpv(source)
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(source, tmp_path, monkeypatch, capsys):
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sets.shutil, "copyfile", full_disk)
+    monkeypatch.setattr(demo.shutil, "copyfile", full_disk)
     folder = tmp_path / "elpv"
     assert cli.main(["data", "elpv", str(folder)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {folder} cannot be built: No space left on device")
@@ -185,12 +185,12 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(source, tm
 def test_a_missing_image_is_named(source):
     (source / "images" / "cell3.png").unlink()
     with pytest.raises(ValueError, match=r"cell3\.png is missing"):
-        sets.read_elpv(source)
+        demo.read_elpv(source)
 
 
-def test_the_real_set_has_the_counts_that_are_published():
+def test_the_real_data_set_has_the_published_counts():
     pytest.importorskip("elpv_dataset", reason="the [demo] extra is not installed")
-    images = sets.find_elpv()
+    images = demo.find_elpv()
     assert (images.num_copies, images.num_contradictions) == (0, 0)
     assert images.counts() == {
         "mono_defective": {"train": 300, "val": 69},
