@@ -58,7 +58,7 @@ def decode_image(data: bytes, *, name: str | os.PathLike[str], reduction: Reduct
 
     The EXIF orientation is applied (Pillow, and so timm, ignores it). Grey and palette images become RGB, 16-bit
     images keep their upper 8 bits, and CMYK is converted. An alpha channel is dropped and the colours under it are
-    kept, as with Pillow's `convert("RGB")`. A file with several frames gives the first.
+    kept, as with Pillow's `convert("RGB")`. If a file has several frames, the first is decoded.
 
     Args:
         name: name of the image in error messages.

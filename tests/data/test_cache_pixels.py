@@ -137,18 +137,18 @@ def test_images_in_a_missing_file_are_decoded_again(folder: Path, sources: list[
 
 def test_any_damage_to_the_index_is_detected(folder: Path, sources: list[Path]) -> None:
     read_all(PixelCache(folder, COUNT), sources)
-    whole = (folder / "index").read_bytes()
-    size = len(whole) // COUNT
+    intact = (folder / "index").read_bytes()
+    size = len(intact) // COUNT
     rng = np.random.default_rng(0)
     for _ in range(40):
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         damaged[2 * size + rng.integers(size)] ^= 1 << rng.integers(8)
         (folder / "index").write_bytes(damaged)
         assert read_all(PixelCache(folder, COUNT), sources) == [2]
     # The first half of one record and the second half of another.
-    (folder / "index").write_bytes(whole[: size // 2] + whole[size + size // 2 : 2 * size] + whole[size:])
+    (folder / "index").write_bytes(intact[: size // 2] + intact[size + size // 2 : 2 * size] + intact[size:])
     assert read_all(PixelCache(folder, COUNT), sources) == [0]
-    (folder / "index").write_bytes(whole[:-1])
+    (folder / "index").write_bytes(intact[:-1])
     assert read_all(PixelCache(folder, COUNT), sources) == list(range(COUNT))
 
 

@@ -1,4 +1,4 @@
-"""Valid files give RGB, broken ones an error with their name; JPEG headers are safe to parse; resizing is Pillow's."""
+"""Valid files become RGB, broken ones raise an error; damaged JPEG headers are harmless; resizing equals Pillow's."""
 
 import io
 import struct

@@ -81,14 +81,14 @@ def test_workers_change_nothing(workers: int, folder: ImageFolder) -> None:
 def test_an_epoch_may_start_anywhere(folder: ImageFolder) -> None:
     loader = train_loader(folder)
     loader.set_epoch(3)
-    whole = list(loader)
+    full = list(loader)
     for first in range(len(loader) + 1):
-        assert_same(whole[first:], list(loader.iter_from(first)))
+        assert_same(full[first:], list(loader.iter_from(first)))
 
 
 def test_a_sample_does_not_depend_on_its_batch(folder: ImageFolder) -> None:
-    whole = train_loader(folder, batch_size=13)
-    (batch,) = whole
+    full = train_loader(folder, batch_size=13)
+    (batch,) = full
     for small in train_loader(folder, batch_size=4):
         for image, index in zip(small.images, small.indices):
             assert torch.equal(image, batch.images[batch.indices == index][0])
@@ -175,7 +175,7 @@ def test_a_broken_image_is_named_in_one_sentence(workers: int, folder: ImageFold
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_may_be_left_out_and_is_listed(workers: int, folder: ImageFolder) -> None:
-    whole = images_by_index(list(eval_loader(folder)))
+    full = images_by_index(list(eval_loader(folder)))
     for index in (4, 5, 6, 7, 9):
         folder.path(index).write_bytes(b"")
     batches = list(eval_loader(folder, workers=workers, on_bad_image="skip"))
@@ -186,17 +186,17 @@ def test_a_broken_image_may_be_left_out_and_is_listed(workers: int, folder: Imag
     for batch in batches:
         assert batch.labels.tolist() == [folder.label(index) for index in batch.indices]
         for index, image in zip(batch.indices.tolist(), batch.images):
-            assert torch.equal(image, whole[index])
+            assert torch.equal(image, full[index])
 
 
 def test_leaving_an_image_out_does_not_change_the_others(folder: ImageFolder) -> None:
-    whole = images_by_index(list(train_loader(folder)))
-    lost = next(iter(whole))
+    full = images_by_index(list(train_loader(folder)))
+    lost = next(iter(full))
     folder.path(lost).unlink()
     batches = list(train_loader(folder, on_bad_image="skip"))
     found = images_by_index(batches)
-    assert found.keys() == whole.keys() - {lost}
-    assert all(torch.equal(image, whole[index]) for index, image in found.items())
+    assert found.keys() == full.keys() - {lost}
+    assert all(torch.equal(image, full[index]) for index, image in found.items())
     assert batches[0].unreadable == (lost,)
 
 
@@ -245,8 +245,8 @@ def test_cached_images_are_the_same_in_every_epoch(workers: int, folder: ImageFo
     expected = epochs(train_loader(folder, caching=caching(tmp_path / "other", cache_size=32)))
     for _ in range(2):
         # The second run finds all images in the cache.
-        for batches, whole in zip(epochs(train_loader(folder, workers=workers, caching=cached)), expected):
-            assert_same(batches, whole)
+        for batches, full in zip(epochs(train_loader(folder, workers=workers, caching=cached)), expected):
+            assert_same(batches, full)
     loader = train_loader(folder, caching=cached)
     loader.set_epoch(1)
     assert_same(list(loader.iter_from(2)), expected[1][2:])
@@ -291,8 +291,8 @@ def test_large_photographs_are_the_same_for_any_number_of_workers(tmp_path: Path
     folder = open_folder(tmp_path, split="train")
     for make in (train_loader, eval_loader):
         expected = epochs(make(folder))
-        for batches, whole in zip(epochs(make(folder, workers=2)), expected):
-            assert_same(batches, whole)
+        for batches, full in zip(epochs(make(folder, workers=2)), expected):
+            assert_same(batches, full)
 
 
 def test_batches_that_are_not_released_keep_their_pixels(folder: ImageFolder) -> None:
