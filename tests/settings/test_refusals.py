@@ -33,7 +33,7 @@ WRONG = [
     (INPUT, ["--interpolation", "lanczos"], "--interpolation takes one of 'nearest', 'bilinear', 'bicubic'"),
     (INPUT, ["--mean", ".5", ".5"], "--mean takes one number or three (R G B), not 2"),
     (INPUT, ["--std", ".5", ".5"], "--std takes one number or three (R G B), not 2"),
-    (INPUT, ["--std", "-.5"], "--std divides the pixels, so each must be above 0, not -0.5"),
+    (INPUT, ["--std", "-.5"], "--std must be above 0 because pixels are divided by it, not -0.5"),
     (INPUT, ["--crop-pct", "5"], "--crop-pct takes a number of more than 0 and at most 2, or none, not 5"),
     (INPUT, ["--crop-pct", "-inf"], "--crop-pct takes a number of more than 0 and at most 2, or none, not -inf"),
     (INPUT, ["--crop-mode", "centre"], "not 'centre' (did you mean 'center'?)"),
