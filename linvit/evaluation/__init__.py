@@ -1,1 +1,1 @@
-"""What `linvit eval` does beyond running a model over images: classes by name, scores, their certainty, comparisons."""
+"""Evaluation of classifiers (`linvit eval`): metrics with intervals, classes matched by name, comparisons, plots."""

@@ -1,103 +1,48 @@
-"""A set of images under a model's labels, without those of classes that the model does not know.
-
-Images seen several ways, test-time augmentation: mirrored, at other sizes, the probabilities averaged.
-
-Running a model over all images, and what is kept of each.
-"""
+"""Run a model over a data set and keep the result of every image."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linvit.data.loader import Batch, Loader
-from linvit.data.sources.base import ImageSet
+from linvit.data.loader import Loader
 from linvit.distributed import largest_over_ranks, sum_over_ranks
-from linvit.evaluation.classes import ClassMatch
-from linvit.evaluation.inference import BatchForward, ShardedForward
+from linvit.evaluation.inference import BatchForward, Flips, ShardedForward, forward_views
 from linvit.evaluation.metrics import ImageRecords, ImageResults, Metrics
 from linvit.output.terminal import note
 
 
-class RelabelledImages(ImageSet):
-    """The images of another set, in its order, whose labels are those of a model.
-
-    Args:
-        images: whose class names were matched.
-        match: tells the model's label of each of their classes.
-
-    Attributes:
-        kept: index of each image in the other set, ascending, (N,).
-    """
-
-    def __init__(self, images: ImageSet, match: ClassMatch) -> None:
-        labels = np.array([-1 if label is None else label for label in match.labels])[np.asarray(images.labels)]
-        self._images = images
-        self.kept = np.flatnonzero(labels >= 0)
-        super().__init__(images.root, split=images.split, class_names=match.class_names, labels=labels[self.kept])
-
-    def path(self, index: int) -> Path:
-        return self._images.path(int(self.kept[index]))
-
-    def read_bytes(self, index: int) -> bytes:
-        return self._images.read_bytes(int(self.kept[index]))
-
-
-Flips = Literal["none", "hflip"]
-
-
-def see(
-    forwards: Sequence[Callable[[Tensor], Tensor]], loaders: Sequence[Loader], *, flips: Flips
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches of the first loader with logits (B, C): those of the one view, or the log of the mean probability.
-
-    Args:
-        forwards: for each loader, from its images to logits.
-        loaders: of the same images, at as many sizes.
-        flips: whether each is seen as it is only, or mirrored too.
-    """
-    for batches in zip(*loaders, strict=True):
-        assert all(torch.equal(batch.indices, batches[0].indices) for batch in batches)
-        if not len(batches[0].images):
-            yield batches[0], torch.empty(0)
-            continue
-        views = []
-        for forward, batch in zip(forwards, batches):
-            views.append(forward(batch.images))
-            if flips == "hflip":
-                views.append(forward(batch.images.flip(3)))
-        yield batches[0], views[0] if len(views) == 1 else mean_log_probability(views)
-
-
-def mean_log_probability(views: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of several predictions' probabilities, from their logits, each (B, C)."""
-    stacked = torch.stack([view.float().log_softmax(1) for view in views])
-    return stacked.logsumexp(0) - math.log(len(views))
-
-
-def scaled_size(size: tuple[int, int], scale: float, *, multiple: int) -> tuple[int, int]:
-    """A (height, width) times `scale`, each side the nearest multiple, of at least one."""
-    height, width = (max(round(side * scale / multiple), 1) * multiple for side in size)
-    return height, width
-
-
 @dataclass(frozen=True)
 class Collected:
-    """What an evaluation keeps, the same in all processes."""
+    """The results of an evaluation, the same in all processes."""
 
     results: ImageResults
-    # With the logits of the classes that the data lacks left out; None where it lacks none.
+    # Results without the logits of the classes that the data lacks; None if it has all of them.
     masked: ImageResults | None
-    # (N, C) of the images in `results`, where they were asked for.
+    # (N, C) for the images in `results`, if requested.
     logits: Tensor | None
+
+
+def evaluate(
+    model: nn.Module, loader: Loader, *, device: torch.device, amp_dtype: torch.dtype | None = None
+) -> Metrics:
+    """Metrics of a model over all images of a loader and of the loaders of the other processes.
+
+    A batch that does not fit in memory is halved, with a message on stderr; with sharded weights it raises ValueError.
+
+    Args:
+        model: keeps its mode; if it is on another device, a copy is evaluated.
+        loader: from `create_eval_loader`, with its images on `device`.
+        amp_dtype: precision of automatic mixed precision; None disables it.
+    """
+    if next(model.parameters()).device != device:
+        model = copy.deepcopy(model).to(device)
+    collected = collect([model], [loader], device=device, amp_dtype=amp_dtype, log=note)
+    return collected.results.metrics(loader.class_names)
 
 
 @torch.no_grad()
@@ -107,21 +52,24 @@ def collect(
     *,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-    say: Callable[[str], object],
+    log: Callable[[str], object],
     flips: Flips = "none",
     present: Sequence[int] | None = None,
     num_logits: int | None = None,
 ) -> Collected:
-    """Evaluate over all images of a loader, and of the loaders of all other processes.
+    """Evaluate all images of a loader and of the loaders of the other processes.
+
+    Memory use on the device is 28 bytes per image, and twice that with `present`.
 
     Args:
-        models: on `device`, left in the mode that they were in; one for each loader, which all show the same images.
-            One with sharded weights is called equally often in all processes.
-        amp_dtype: precision of automatic mixed precision; None is off.
-        say: takes a sentence where a batch did not fit in memory and is halved from then on.
-        present: labels, ascending, to which predictions are also confined.
-        num_logits: keep the logits, of so many classes, in 4 bytes an image and class; the rest takes 28 bytes an
-            image, and as many again with `present`.
+        models: one per loader, on `device`; they keep their mode. All processes call one with sharded weights equally
+            often.
+        loaders: the same images, at one size per loader.
+        amp_dtype: precision of automatic mixed precision; None disables it.
+        log: called with a sentence when a batch does not fit in memory and is halved.
+        flips: whether to average over each image and its mirror image.
+        present: labels in ascending order; results restricted to these classes are collected too.
+        num_logits: number of classes whose logits to keep, in 4 bytes per image and class; None keeps none.
     """
     own = torch.tensor(loaders[0].num_images, device=device)
     num_images = int(sum_over_ranks(own).item())
@@ -135,9 +83,9 @@ def collect(
             num_calls = largest_over_ranks(len(loader), device) * (2 if flips == "hflip" else 1)
             forwards.append(ShardedForward(model, device=device, amp_dtype=amp_dtype, num_calls=num_calls))
         else:
-            forwards.append(BatchForward(model, device=device, amp_dtype=amp_dtype, say=say))
-    with _evaluating(models):
-        for batch, logits in see(forwards, loaders, flips=flips):
+            forwards.append(BatchForward(model, device=device, amp_dtype=amp_dtype, log=log))
+    with _evaluation_mode(models):
+        for batch, logits in forward_views(forwards, loaders, flips=flips):
             records.add_unreadable(batch.unreadable)
             if masked is not None:
                 masked.add_unreadable(batch.unreadable)
@@ -154,18 +102,18 @@ def collect(
     results = records.gather()
     return Collected(
         results,
-        None if masked is None or columns is None else _relabelled(masked.gather(), columns.cpu()),
+        None if masked is None or columns is None else _with_labels(masked.gather(), columns.cpu()),
         None if kept is None else sum_over_ranks(kept.to(device)).cpu()[results.indices],
     )
 
 
-def _relabelled(results: ImageResults, columns: Tensor) -> ImageResults:
-    """Results whose classes are numbered by their place in `columns`, under the model's labels."""
+def _with_labels(results: ImageResults, columns: Tensor) -> ImageResults:
+    """Results with the model's labels in place of positions in `columns`."""
     return replace(results, labels=columns[results.labels], predictions=columns[results.predictions])
 
 
 @contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     were_training = [model.training for model in models]
     for model in models:
         model.eval()
@@ -174,21 +122,3 @@ def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for model, was_training in zip(models, were_training):
             model.train(was_training)
-
-
-def evaluate(
-    model: nn.Module, loader: Loader, *, device: torch.device, amp_dtype: torch.dtype | None = None
-) -> Metrics:
-    """Metrics of a model over all images of a loader, and of the loaders of all other processes.
-
-    Args:
-        model: left in the mode that it was in; a copy is evaluated where it lies on another device.
-        loader: from `create_eval_loader`, its images on `device`.
-        amp_dtype: precision of automatic mixed precision; None is off.
-
-    A batch that does not fit in memory is halved, which is said on stderr; with sharded weights it raises ValueError.
-    """
-    if next(model.parameters()).device != device:
-        model = copy.deepcopy(model).to(device)
-    found = collect([model], [loader], device=device, amp_dtype=amp_dtype, say=note)
-    return found.results.metrics(loader.class_names)

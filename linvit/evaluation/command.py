@@ -1,4 +1,4 @@
-"""`linvit eval`."""
+"""The command `linvit eval`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from linvit.settings.fields import height_and_width
 from linvit.settings.flags import check_files, parse_options
 
 if TYPE_CHECKING:
-    from linvit.evaluation.run import Evaluated
+    from linvit.evaluation.source import Evaluation
 
 SUMMARY = "evaluate a run, a checkpoint or a timm model"
 
@@ -37,44 +37,45 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_command(options: EvalOptions) -> int:
-    """`linvit eval`: evaluate each source at each size, show tables and write files; returns the exit status.
+    """Evaluate each source at each size, print tables and write files; returns the exit status.
 
-    Raises ValueError where sources, data or options do not fit together.
+    Raises UsageError for a file that cannot be written, and ValueError if sources, data or options do not fit together.
     """
     from linvit.distributed import joined_ranks
-    from linvit.evaluation.run import evaluate_source
+    from linvit.evaluation.source import evaluate_source
 
     check_files(*options.files)
     sizes: list[tuple[int, int] | None] = [height_and_width(size) for size in options.img_size]
     with joined_ranks(options.device) as ranks:
-        evaluated = [
+        evaluations = [
             evaluate_source(source, size, options, ranks)
             for source in (options.source, *options.compare)
             for size in sizes or [None]
         ]
         if ranks.is_primary:
-            _report(evaluated, options)
+            _report(evaluations, options)
     return 0
 
 
-def _report(evaluated: list["Evaluated"], options: EvalOptions) -> None:
+def _report(evaluations: list["Evaluation"], options: EvalOptions) -> None:
     from linvit.evaluation.confusion import confusion, write_confusion
-    from linvit.evaluation.report import add_comparisons, report
-    from linvit.evaluation.show import show, write_images, write_markdown, write_sweep
+    from linvit.evaluation.report import add_comparisons, build_report
+    from linvit.evaluation.show import show
+    from linvit.evaluation.write import write_images, write_markdown, write_size_plot
     from linvit.output.files import write_json
 
-    reports = [report(each, options) for each in evaluated]
-    add_comparisons(reports, evaluated, options)
+    reports = [build_report(each, options) for each in evaluations]
+    add_comparisons(reports, evaluations, options)
     show(reports)
     if options.json_file is not None:
-        # One result gives an object, several a list of them.
+        # One result is written as an object, several as a list.
         write_json(options.json_file, reports if len(reports) > 1 else reports[0])
     if options.csv_file is not None:
-        write_images(evaluated, options.csv_file)
+        write_images(evaluations, options.csv_file)
     if options.markdown_file is not None:
         write_markdown(reports, options.markdown_file)
     if options.plot_file is not None:
-        write_sweep(reports, options.plot_file)
+        write_size_plot(reports, options.plot_file)
     for path in options.confusion:
-        collected = evaluated[0].collected
-        write_confusion(confusion(collected.masked or collected.results, evaluated[0].match.class_names), path)
+        collected = evaluations[0].collected
+        write_confusion(confusion(collected.masked or collected.results, evaluations[0].match.class_names), path)

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the matrix as CSV or PNG, and its largest entries."""
+"""The confusion matrix as CSV or PNG, and its largest entries."""
 
 import csv
 import io
@@ -9,21 +9,22 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from linvit.evaluation.classes import describe
+from linvit.evaluation.classes import with_lemma
 from linvit.evaluation.metrics import ImageResults
-from linvit.output.files import write_file, write_text
+from linvit.output.files import write_text
+from linvit.output.plots import drawable, save_figure
 
 OTHER = "any other class"
 MOST_CLASSES = 5000
-# Beyond these the picture has no room for numbers, and for names.
-MOST_NUMBERS, MOST_NAMES = 20, 60
+# A plot with more classes has no room for the counts, or for the names.
+MOST_COUNTS, MOST_NAMES = 20, 60
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """A row per class that has images, a column per class that they are taken for: counts (R, C).
+    """Counts (R, C): a row per class with images, a column per predicted class.
 
-    The columns are the rows' classes, in the same order, and OTHER where images were taken for a class without any.
+    The columns are the classes of the rows in the same order, then OTHER if a class without images was predicted.
     """
 
     names: list[str]
@@ -32,6 +33,7 @@ class Confusion:
 
 
 def confusion(results: ImageResults, class_names: Sequence[str]) -> Confusion:
+    """The confusion matrix of all images."""
     labels, predictions = results.labels.numpy(), results.predictions.numpy()
     present = np.unique(labels)
     column_of = np.full(len(class_names), len(present))
@@ -46,7 +48,7 @@ def confusion(results: ImageResults, class_names: Sequence[str]) -> Confusion:
 
 
 def most_confused(results: ImageResults, class_names: Sequence[str], *, most: int) -> list[tuple[str, str, int]]:
-    """Class, the class that it was taken for, and how often, the most frequent first."""
+    """The `most` most frequent errors: label, prediction and number of images, most frequent first."""
     wrong = ~results.correct.numpy()
     pairs = results.labels.numpy()[wrong] * len(class_names) + results.predictions.numpy()[wrong]
     codes, counts = np.unique(pairs, return_counts=True)
@@ -57,35 +59,36 @@ def most_confused(results: ImageResults, class_names: Sequence[str], *, most: in
     ]
 
 
-def write_confusion(found: Confusion, path: Path) -> None:
-    """Write counts as CSV, or draw them, as the file's ending says."""
+def write_confusion(matrix: Confusion, path: Path) -> None:
+    """Write the counts as CSV, or plot them as PNG, by the file's extension."""
     if path.suffix == ".png":
-        figure = draw(found)
-        write_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
+        save_figure(path, draw(matrix))
         return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["label", *found.columns])
-    writer.writerows([name, *row] for name, row in zip(found.names, found.counts.tolist()))
+    writer.writerow(["label", *matrix.columns])
+    writer.writerows([name, *row] for name, row in zip(matrix.names, matrix.counts.tolist()))
     write_text(path, text.getvalue())
 
 
-def draw(found: Confusion) -> Figure:
-    """The share of each class's images that were taken for each class, dark where it is high."""
-    shares = found.counts / found.counts.sum(1, keepdims=True)
-    num_rows = len(found.names)
+def draw(matrix: Confusion) -> Figure:
+    """A plot of each row's shares, dark where they are high."""
+    shares = matrix.counts / matrix.counts.sum(1, keepdims=True)
+    num_rows = len(matrix.names)
     side = 4.5 + 0.3 * min(num_rows, MOST_NAMES)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="label")
     if num_rows <= MOST_NAMES:
-        axes.set_xticks(range(len(found.columns)), [describe(name) for name in found.columns], rotation=90)
-        axes.set_yticks(range(num_rows), [describe(name) for name in found.names])
-    if num_rows <= MOST_NUMBERS:
-        for row, column in zip(*found.counts.nonzero()):
+        # The columns begin with the names of the rows.
+        names = drawable([with_lemma(name) for name in matrix.columns])
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(num_rows), names[:num_rows])
+    if num_rows <= MOST_COUNTS:
+        for row, column in zip(*matrix.counts.nonzero()):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            text = str(found.counts[row, column])
+            text = str(matrix.counts[row, column])
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("share of the label's images")

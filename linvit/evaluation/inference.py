@@ -1,70 +1,83 @@
-"""How a trained classifier is used: the input it wants, its precision, batches that fit in memory."""
+"""Run a trained classifier: its input and precision, batches that fit in memory, test-time augmentation."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from linvit.data.augment.build import InputSpec, resolve_input
+from linvit.data.loader import Batch, Loader
 from linvit.data.options import InputOptions
 from linvit.device import autocast, autocast_dtype
 from linvit.runs.folder import Classifier
 from linvit.settings.fields import validate
 
+# Options of a command that override the run's settings of the same names.
+OVERRIDES = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}
 
-def input_spec(
-    classifier: Classifier, *, img_size: tuple[int, int] | None = None, given: Mapping[str, Any] | None = None
-) -> InputSpec:
-    """How images are prepared: as `given`, else as the run's settings say, else as the model says itself.
+Flips = Literal["none", "hflip"]
+
+
+def override_settings(classifier: Classifier, options: BaseModel) -> Classifier:
+    """The classifier with the OVERRIDES that `options` sets in place of its run's settings."""
+    given = options.model_dump(include=OVERRIDES, exclude_unset=True, exclude_none=True)
+    return replace(classifier, settings={**classifier.settings, **given})
+
+
+def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = None) -> InputSpec:
+    """How to prepare images: by the run's settings, else by the model's own.
 
     Args:
-        img_size: (height, width) in pixels; default the size that the model has now, whatever that of the run was.
-        given: values for fields of InputOptions.
+        img_size: (height, width) in pixels; by default the model's current size, whatever the run's was.
 
-    Raises ValueError for a setting that is none, and a model that does not take RGB.
+    Raises ValueError for an invalid setting and for a model that does not take RGB.
     """
     settings = {name: classifier.settings.get(name) for name in InputOptions.model_fields}
-    return resolve_input(classifier.model, validate(InputOptions, {**settings, **(given or {}), "img_size": img_size}))
+    return resolve_input(classifier.model, validate(InputOptions, {**settings, "img_size": img_size}))
 
 
-def amp_precision(classifier: Classifier, given: Mapping[str, Any] | None = None) -> torch.dtype | None:
-    """The precision of automatic mixed precision, None is off: `amp` and `amp_dtype` as `given`, else as in the run."""
-    settings = {"amp": False, "amp_dtype": "bfloat16", **classifier.settings, **(given or {})}
+def amp_precision(classifier: Classifier) -> torch.dtype | None:
+    """The precision of automatic mixed precision in the run's settings; None disables it."""
+    settings = {"amp": False, "amp_dtype": "bfloat16", **classifier.settings}
     return autocast_dtype(settings["amp"], settings["amp_dtype"])
 
 
 class BatchForward:
-    """A model's logits of one batch after the other; a batch that memory does not hold is halved, from then on.
+    """A model's logits, batch by batch. When a batch does not fit in memory, the batch size is halved for good.
 
     Args:
         model: in evaluation mode, on `device`.
-        amp_dtype: precision of automatic mixed precision; None is off.
-        say: takes a sentence when a batch has been halved.
+        amp_dtype: precision of automatic mixed precision; None disables it.
+        log: called with a sentence when the batch size is halved.
 
     Attributes:
-        size: images at once, at most; None where none were too many so far.
+        size: maximum number of images per forward pass; None while every batch fitted.
     """
 
     def __init__(
-        self, model: nn.Module, *, device: torch.device, amp_dtype: torch.dtype | None, say: Callable[[str], object]
+        self, model: nn.Module, *, device: torch.device, amp_dtype: torch.dtype | None, log: Callable[[str], object]
     ) -> None:
         self.model = model
         self.device = device
         self.amp_dtype = amp_dtype
-        self.say = say
+        self.log = log
         self.size: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, C) in float32 of images (B, 3, H, W); ValueError where not even one image fits in memory."""
+        """Logits (B, C) in float32 for images (B, 3, H, W); ValueError if a single image does not fit in memory."""
         logits = self._try(images)
         while logits is None:
             self._halve(images)
             logits = self._try(images)
         return logits
 
-    # Not around the caller's loop: inside of a generator it would turn gradients off for the generator's user.
+    # Gradients are disabled here, not around the caller's loop: inside a generator they would stay disabled for the
+    # generator's user.
     @torch.no_grad()
     def _try(self, images: Tensor) -> Tensor | None:
         try:
@@ -78,13 +91,13 @@ class BatchForward:
         if before == 1:
             height, width = images.shape[-2:]
             raise ValueError(
-                f"a single image of {height}×{width} px does not fit in the memory of {self.device}: set a smaller "
-                "--img-size, --amp, or --device cpu"
+                f"a single image of {height}×{width} px does not fit in the memory of {self.device}; use a smaller "
+                "--img-size, --amp or --device cpu"
             )
         self.size = (before + 1) // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.say(f"out of memory with {before} images at once: going on with {self.size}")
+        self.log(f"out of memory with {before} images at once; continuing with {self.size}")
 
 
 class ShardedForward:
@@ -129,3 +142,38 @@ class ShardedForward:
             if isinstance(module, FSDPModule):
                 # Outside of training the outermost module keeps its weights gathered.
                 module.reshard()
+
+
+def forward_views(
+    forwards: Sequence[Callable[[Tensor], Tensor]], loaders: Sequence[Loader], *, flips: Flips
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of the first loader with their logits (B, C), or the log of the mean probability over several views.
+
+    Args:
+        forwards: one function from images to logits per loader.
+        loaders: the same images, at one size per loader.
+        flips: whether to add the mirror image of each.
+    """
+    for batches in zip(*loaders, strict=True):
+        assert all(torch.equal(batch.indices, batches[0].indices) for batch in batches)
+        if not len(batches[0].images):
+            yield batches[0], torch.empty(0)
+            continue
+        views = []
+        for forward, batch in zip(forwards, batches):
+            views.append(forward(batch.images))
+            if flips == "hflip":
+                views.append(forward(batch.images.flip(3)))
+        yield batches[0], views[0] if len(views) == 1 else mean_log_probability(views)
+
+
+def mean_log_probability(views: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean probability over several views, from the logits of each, (B, C)."""
+    stacked = torch.stack([view.float().log_softmax(1) for view in views])
+    return stacked.logsumexp(0) - math.log(len(views))
+
+
+def scaled_size(size: tuple[int, int], scale: float, *, multiple: int) -> tuple[int, int]:
+    """A (height, width) times `scale`, each side rounded to the nearest positive multiple of `multiple`."""
+    height, width = (max(round(side * scale / multiple), 1) * multiple for side in size)
+    return height, width

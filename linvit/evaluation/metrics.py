@@ -1,8 +1,8 @@
-"""Accuracy and loss over a data set, exact: from one record per image, however the images were batched and spread.
+"""Exact accuracy and loss over a data set, independent of batches and processes.
 
-timm's `ClassificationEvaluator` adds up batch means in the order of the batches; here every image's loss and hits are
-kept under its index, so that the result does not depend on the number of processes, an image that was evaluated twice
-or not at all is found, and accuracy per class comes for free.
+timm's `ClassificationEvaluator` sums batch means in the order of the batches. Here the loss and hits of every image are
+recorded under its index: the result does not depend on the number of processes, an image that was evaluated twice or
+not at all is detected, and accuracy per class needs no extra work.
 """
 
 import math
@@ -18,12 +18,12 @@ from linvit.distributed import sum_over_ranks
 
 @dataclass(frozen=True)
 class Metrics:
-    """What an evaluation found; accuracies in percent, the loss is the mean cross-entropy."""
+    """Accuracies in percent, and the mean cross-entropy loss."""
 
     loss: float
     top1: float
     top5: float
-    # Those that the values are over.
+    # Number of images that were read and evaluated.
     num_images: int
     # Accuracy of each class; None for a class without images.
     per_class: dict[str, float | None]
@@ -32,22 +32,22 @@ class Metrics:
     unreadable: tuple[int, ...] = ()
 
     def value(self, metric: str) -> float:
-        """The metric of that name: top1, top5 or loss."""
+        """The value of the metric "top1", "top5" or "loss"."""
         return {"top1": self.top1, "top5": self.top5, "loss": self.loss}[metric]
 
 
 def best_of(metrics: Mapping[str, Metrics], metric: str) -> str | None:
-    """The name of the best, the first of equals; None where no loss is finite."""
+    """The name of the best metrics, the first of equals; None if no loss is finite."""
     best = None
     for name, each in metrics.items():
-        held = None if best is None else metrics[best].value(metric)
-        if math.isfinite(each.loss) and is_better(each.value(metric), held, metric):
+        best_value = None if best is None else metrics[best].value(metric)
+        if math.isfinite(each.loss) and is_better(each.value(metric), best_value, metric):
             best = name
     return best
 
 
 def is_better(new: float, old: float | None, metric: str) -> bool:
-    """Whether `new` beats `old` (None: nothing yet); a value that is not finite beats nothing."""
+    """Whether `new` beats `old`, or is the first value if that is None; a value that is not finite beats nothing."""
     if not math.isfinite(new):
         return False
     return old is None or (new < old if metric == "loss" else new > old)
@@ -55,7 +55,7 @@ def is_better(new: float, old: float | None, metric: str) -> bool:
 
 @dataclass(frozen=True)
 class ImageResults:
-    """What is kept of every image that could be read, in the order of the data set: tensors (N,) on the CPU."""
+    """The results of the N images that could be read, in the order of the data set: tensors (N,) on the CPU."""
 
     # Indices in the data set.
     indices: Tensor
@@ -75,7 +75,7 @@ class ImageResults:
         return self.predictions == self.labels
 
     def take(self, rows: Tensor) -> "ImageResults":
-        """Those of some images, by their place among these."""
+        """The results of some of the images, selected by position."""
         return replace(
             self,
             indices=self.indices[rows],
@@ -87,12 +87,12 @@ class ImageResults:
         )
 
     def metrics(self, class_names: Sequence[str]) -> Metrics:
-        """Means over the images, and over those of each class."""
+        """Means over all images, and accuracy over the images of each class."""
         num_images = len(self.labels)
         images = torch.bincount(self.labels, minlength=len(class_names)).tolist()
         hits = torch.bincount(self.labels[self.correct], minlength=len(class_names)).tolist()
         return Metrics(
-            # fsum rounds once, so that no order of the images changes the last digit.
+            # fsum rounds once, so the order of the images does not change the last digit.
             loss=math.fsum(self.losses.tolist()) / num_images,
             top1=100 * int(self.correct.sum()) / num_images,
             top5=100 * int(self.in_top5.sum()) / num_images,
@@ -106,11 +106,11 @@ class ImageResults:
 
 
 class ImageRecords:
-    """Results of every image of a data set, filled batch by batch on the model's device; 28 bytes an image."""
+    """Results of every image of a data set, recorded batch by batch on the model's device in 28 bytes per image."""
 
     def __init__(self, num_images: int, device: torch.device) -> None:
-        # Columns: times seen, label, loss, prediction, its probability, top-5 hit, unreadable; float32 holds each
-        # exactly, labels and predictions below 2^24.
+        # Columns: times seen, label, loss, prediction, its probability, top-5 hit, unreadable. float32 is exact for all
+        # of them, for labels and predictions below 2^24.
         self.records = torch.zeros(num_images, 7, device=device)
 
     def add(self, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -127,14 +127,14 @@ class ImageRecords:
         self.records.index_add_(0, indices.to(rows.device), rows)
 
     def add_unreadable(self, indices: Sequence[int]) -> None:
-        """Record images that there is nothing to evaluate of."""
+        """Record images that could not be read."""
         if indices:
             self.records[list(indices), 6] += 1
 
     def gather(self) -> ImageResults:
-        """The results of all processes, which all call this; every image must have been recorded exactly once.
+        """The results of all processes. All of them must call this; every image must have been recorded exactly once.
 
-        Raises ValueError where none of them could be read.
+        Raises ValueError if none of the images could be read.
         """
         records = sum_over_ranks(self.records).cpu()
         seen, unreadable = records[:, 0], records[:, 6]
@@ -156,5 +156,5 @@ class ImageRecords:
         )
 
     def compute(self, class_names: Sequence[str]) -> Metrics:
-        """`gather`, as metrics."""
+        """The metrics of all processes; see `gather`."""
         return self.gather().metrics(class_names)

@@ -1,4 +1,4 @@
-"""Options of `linvit eval`; imports nothing heavy, so that `--help` stays quick."""
+"""Options of `linvit eval`. Heavy imports are avoided to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -16,57 +16,62 @@ class EvalOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field(
-        description="a run's folder, a folder with config.json and weights, a checkpoint, or a timm model name"
-    )
+    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
     data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
     split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
-    compare: tuple[str, ...] = Field((), description="further sources, each compared with the first, image by image")
+    compare: tuple[str, ...] = Field((), description="more sources to compare with the first, image by image")
 
     allow_subset: bool = Field(
-        False, description="evaluate on the classes that both the model and the data have, where one has more"
+        False, description="allow classes that only the model or only the data has; evaluate on the common ones"
     )
-    real_labels: bool = Field(False, description="ImageNet's validation images: accuracy on ReaL labels, too")
+    real_labels: bool = Field(False, description="report accuracy on ReaL labels too (ImageNet's validation images)")
     temperature: Literal["fit"] | PositiveNumber | None = Field(
-        None, description="calibrate: divide the logits by this number, or by one fitted on other images"
+        None, description="calibrate: divide the logits by this number; fit finds it on other images"
     )
     temperature_split: str | None = Field(
-        None, description="split to fit the temperature on; a random half of the images if none, the other half judged"
+        None,
+        description="split to fit the temperature on (default: a random half of the images, the other half reported)",
     )
-    tta: Literal["none", "hflip"] = Field("none", description="average the probabilities of images and mirrored ones")
+    tta: Literal["none", "hflip"] = Field(
+        "none", description="test-time augmentation: average the probabilities of each image and its mirror image"
+    )
     tta_scales: tuple[PositiveNumber, ...] = Field(
-        (), description="average over image sizes, as 0.875 1.0 1.125, rounded to whole patches"
+        (), description="average over multiples of the image size, as 0.875 1.0 1.125, rounded to whole patches"
     )
-    bootstrap: int = Field(1000, ge=0, description="resamples of the images for 95 % intervals; 0: no intervals")
-    seed: int = Field(0, ge=0, description="of the resamples, and of the half to fit the temperature on")
+    bootstrap: int = Field(1000, ge=0, description="number of resamples for 95 % intervals; 0 disables them")
+    seed: int = Field(0, ge=0, description="seed of the resamples and of the half to fit the temperature on")
 
-    weights: Literal["best", "last"] = Field("best", description="which weights of a run's folder")
-    use_ema: bool = Field(False, description="take the averaged weights of a checkpoint file that has both")
-    model: str | None = Field(None, description="model name for a checkpoint file that does not say it")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the model")
+    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
+    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
+    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
 
     img_size: tuple[ImageSize, ...] = Field(
-        (), description="one or more sizes, as 384 or 768x512; the model's own if not given"
+        (), description="one or more sizes, as 384 or 768x512 (default: the model's own)"
     )
-    crop_pct: CropShare | None = Field(None, description="share of the image that the centre crop keeps")
-    crop_mode: CropMode | None = Field(None, description="how the crop is taken: center, squash or border")
-    mean: Mean | None = Field(None, description="mean that images are normalised by")
-    std: Std | None = Field(None, description="standard deviation that images are normalised by")
-    interpolation: Interpolation | None = Field(None, description="how images are resized")
+    crop_pct: CropShare | None = Field(
+        None, description="fraction of the image that the centre crop keeps (default: the run's)"
+    )
+    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
+    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
+    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
+    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
 
-    batch_size: int | None = Field(None, gt=0, description="images a batch; the run's own, else 64")
-    workers: int = Field(4, ge=0, description="processes that read images")
+    batch_size: int | None = Field(None, gt=0, description="images per batch (default: the run's, else 64)")
+    workers: int = Field(4, ge=0, description="number of processes that read images")
     on_bad_image: Literal["stop", "skip"] = Field(
-        "stop", description="an image that cannot be read ends the evaluation, or is left out and listed"
+        "stop", description="stop at an image that cannot be read, or skip and list it"
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    amp: bool = Field(False, description="evaluate under automatic mixed precision")
-    amp_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="precision under --amp")
-    json_file: Path | None = Field(None, description="file that the results are written to")
-    csv_file: Path | None = Field(None, description="file for a row per image: label, prediction, probability, loss")
-    markdown_file: Path | None = Field(None, description="file for the results as tables to paste")
-    confusion: tuple[Path, ...] = Field((), description="file for the confusion matrix, .png or .csv, or both")
-    plot_file: Path | None = Field(None, description="PNG file for top-1 over --img-size")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
+    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
+    amp_dtype: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
+    )
+    json_file: Path | None = Field(None, description="write the results to this JSON file")
+    csv_file: Path | None = Field(None, description="write a CSV row per image: label, prediction, probability, loss")
+    markdown_file: Path | None = Field(None, description="write the results as Markdown tables")
+    confusion: tuple[Path, ...] = Field((), description="write the confusion matrix as .png, .csv or both")
+    plot_file: Path | None = Field(None, description="plot top-1 over --img-size as .png")
 
     @model_validator(mode="after")
     def _check(self) -> EvalOptions:
@@ -74,21 +79,22 @@ class EvalOptions(BaseModel):
             raise ValueError("--temperature-split needs --temperature fit")
         if self.temperature_split == self.split:
             raise ValueError(
-                f"--temperature-split {self.split} is what is reported: give another split, or none for a half of it"
+                f"--temperature-split {self.split} is the split to evaluate; choose another, or omit the option to fit "
+                "on a random half"
             )
         num_results = (1 + len(self.compare)) * max(len(self.img_size), 1)
         if self.confusion and num_results > 1:
-            raise ValueError("--confusion is of one source at one size: leave out --compare and further sizes")
+            raise ValueError("--confusion takes one source at one size; omit --compare and give at most one --img-size")
         for path in self.confusion:
             if path.suffix not in (".png", ".csv"):
-                raise ValueError(f"--confusion {path}: name a .png or .csv file")
+                raise ValueError(f"--confusion {path}: the name must end in .png or .csv")
         if self.plot_file is not None and (self.plot_file.suffix != ".png" or len(self.img_size) < 2):
-            raise ValueError("--plot is a .png file and takes several sizes: give --img-size 224 384, for example")
+            raise ValueError("--plot takes a .png file and needs several sizes, such as --img-size 224 384")
         return self
 
     @property
     def files(self) -> list[tuple[str, Path | None]]:
-        """All that is written, by its flag."""
+        """The files to write, with their flags."""
         return [
             ("--json", self.json_file),
             ("--csv", self.csv_file),

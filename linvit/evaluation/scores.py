@@ -1,8 +1,7 @@
-"""Figures over images, from what was kept of each: accuracies, F1 and calibration error in percent, and the loss.
+"""Scores from the results of each image: accuracies, F1, calibration error, temperature scaling, ReaL accuracy.
 
-Temperature scaling (Guo et al. 2017): logits divided by one number, fitted on images that do not judge it.
-
-ReaL labels: ImageNet's validation images with every label that is right (Beyer et al. 2020, "Are we done ...?").
+Temperature scaling divides the logits by one number, fitted on other images than it is evaluated on (Guo et al. 2017).
+ReaL labels are all correct labels of ImageNet's validation images (Beyer et al. 2020, "Are we done with ImageNet?").
 """
 
 import math
@@ -21,24 +20,28 @@ from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.uncertainty import bootstrap
 
 NUM_BINS = 15
+# If all predictions are correct, the likelihood grows without limit as the temperature falls.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+_BISECTION_STEPS = 60
+_IMAGE_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 
 
 def scorer(results: ImageResults, *, num_classes: int) -> Callable[[np.ndarray], dict[str, float]]:
-    """A function from how often each image counts, (N,), to the figures.
+    """A function from the number of times each image counts, (N,), to scores; all but the loss in percent.
 
-    top1, top5: share of images whose label is the most probable class, or among the five most probable.
+    top1, top5: fraction of images whose label is the most probable class, or among the five most probable.
     loss: mean negative log-likelihood, in nats.
-    balanced_accuracy: mean over classes of the share of their images that are right.
+    balanced_accuracy: mean recall over classes.
     macro_f1: mean over classes of 2 TP / (2 TP + FP + FN).
     ece: expected calibration error over 15 bins of equal width (Guo et al. 2017): the mean gap between confidence and
         accuracy.
 
-    The means over classes are over those that have images.
+    Means over classes include only classes with images.
     """
     labels, predictions = results.labels.numpy(), results.predictions.numpy()
     correct, in_top5 = results.correct.numpy().astype(float), results.in_top5.numpy().astype(float)
     losses, confidence = results.losses.numpy(), results.probabilities.numpy()
-    bins = bin_of(confidence)
+    bins = confidence_bins(confidence)
 
     def score(counts: np.ndarray) -> dict[str, float]:
         weights = counts.astype(float)
@@ -62,26 +65,21 @@ def scorer(results: ImageResults, *, num_classes: int) -> Callable[[np.ndarray],
     return score
 
 
-def bin_of(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each probability in 0..1: bin m holds those in (m / 15, (m + 1) / 15]."""
+def confidence_bins(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each probability: bin m holds those in (m / 15, (m + 1) / 15], and bin 0 also holds 0."""
     bins: np.ndarray = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
     return bins
-
-
-# Where all predictions are right, the likelihood only grows as the temperature falls.
-LOWEST, HIGHEST = 0.01, 100.0
-_STEPS = 60
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature with the highest likelihood of `labels` (N,) under `logits` (N, C) divided by it.
 
-    It lies between 0.01 and 100. The likelihood is concave in its inverse, so that bisection finds it.
+    It lies between 0.01 and 100. The log-likelihood is concave in the inverse temperature, so bisection finds it.
     """
     logits = logits.double()
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    low, high = math.log(1 / HIGHEST), math.log(1 / LOWEST)
-    for _ in range(_STEPS):
+    low, high = math.log(1 / MAX_TEMPERATURE), math.log(1 / MIN_TEMPERATURE)
+    for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
         expected = ((math.exp(middle) * logits).softmax(1) * logits).sum(1)
         if (expected - own).mean() <= 0:
@@ -111,43 +109,43 @@ def calibration(results: ImageResults, logits: Tensor, temperature: float) -> di
     }
 
 
-def halves(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Two random halves of 0 .. N - 1, each ascending; the second has one more where N is odd."""
+def random_halves(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of 0 .. N - 1, each in ascending order; if N is odd, the second is larger."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(num_images))
     return order[: num_images // 2].sort().values, order[num_images // 2 :].sort().values
 
 
-_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
-
-
-def image_numbers(images: ImageSet) -> list[int]:
-    """The number of each image among ImageNet's validation images; ValueError for an image that is none of them."""
+def imagenet_numbers(images: ImageSet) -> list[int]:
+    """The number of each image in ImageNet's validation set; ValueError for a file name that has none."""
     numbers = []
     for index in range(len(images)):
         name = images.path(index).name
-        found = _NUMBER.match(name)
-        if found is None or not 1 <= int(found[1]) <= len(real_labels()):
+        match = _IMAGE_NUMBER.match(name)
+        if match is None or not 1 <= int(match[1]) <= len(real_labels()):
             raise ValueError(
-                f"--real-labels: {images.path(index)} is no image of ImageNet's validation set, which are named "
-                "ILSVRC2012_val_00000001.JPEG and so on"
+                f"--real-labels: {images.path(index)} is not an image of ImageNet's validation set; name its images "
+                "as in the original, ILSVRC2012_val_00000001.JPEG and so on"
             )
-        numbers.append(int(found[1]))
+        numbers.append(int(match[1]))
     return numbers
 
 
 def real_accuracy(
     results: ImageResults, numbers: list[int], class_names: list[str], *, num_resamples: int, seed: int
 ) -> dict[str, Any]:
-    """The share of images whose most probable class is among the right ones, in percent; images without any are out."""
+    """ReaL accuracy: the percentage of images whose most probable class is a ReaL label, with its interval.
+
+    Images without ReaL labels are excluded. Raises ValueError if none has one.
+    """
     allowed = [{synsets()[label] for label in real_labels()[numbers[i] - 1]} for i in results.indices.tolist()]
     hits = np.array(
         [class_names[label] in names for label, names in zip(results.predictions.tolist(), allowed) if names], float
     )
     if not len(hits):
-        raise ValueError("--real-labels: none of these images has a ReaL label")
+        raise ValueError("--real-labels: none of these images has a ReaL label; evaluate more images")
 
-    def share(counts: np.ndarray) -> dict[str, float]:
+    def accuracy(counts: np.ndarray) -> dict[str, float]:
         return {"top1": 100 * float(counts @ hits / counts.sum())}
 
-    intervals = bootstrap(share, len(hits), num_resamples=num_resamples, seed=seed)
-    return {**share(np.ones(len(hits))), "num_images": len(hits), "confidence": intervals}
+    intervals = bootstrap(accuracy, len(hits), num_resamples=num_resamples, seed=seed)
+    return {**accuracy(np.ones(len(hits))), "num_images": len(hits), "confidence": intervals}

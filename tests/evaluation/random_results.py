@@ -1,4 +1,4 @@
-"""Logits and labels at random, and what is kept of them."""
+"""Random logits and labels, and the results recorded from them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from linvit.evaluation.metrics import ImageRecords, ImageResults
 
 
 def random_logits(num_images: int = 60, num_classes: int = 7, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (N, C), right in about half, and labels (N,) of all classes but the last."""
+    """Logits (N, C), correct for about half of the images, and labels (N,) of all classes but the last."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, num_classes - 1, (num_images,), generator=generator)
     logits = 2 * torch.randn(num_images, num_classes, generator=generator)

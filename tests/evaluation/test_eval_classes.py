@@ -1,8 +1,8 @@
-"""Classes of the data are found among the model's by what they are called."""
+"""Classes of the data are matched with those of the model by name, WordNet id, lemma or number."""
 
 import pytest
 
-from linvit.evaluation.classes import ClassMatch, describe, lemmas, match_classes, published_subset, synsets
+from linvit.evaluation.classes import ClassMatch, lemmas, match_classes, published_subset, synsets, with_lemma
 
 IMAGENET = list(synsets())
 TENCH, GOLDFISH, CRANE_BIRD, CRANE, CHURCH = 0, 1, 134, 517, 497
@@ -30,7 +30,7 @@ def match(found: list[str], known: list[str] | None, *, allow_subset: bool = Fal
         ),
     ],
 )
-def test_what_a_class_is_called(found: list[str], known: list[str], labels: tuple[int, ...], how: str) -> None:
+def test_classes_match_by_name_or_lemma(found: list[str], known: list[str], labels: tuple[int, ...], how: str) -> None:
     made = match(found, known)
     assert made.labels == labels
     assert made.class_names == known
@@ -38,14 +38,14 @@ def test_what_a_class_is_called(found: list[str], known: list[str], labels: tupl
     assert (made.note, made.is_subset) == (None, False)
 
 
-def test_folders_of_imagenet_v2_are_numbers() -> None:
+def test_numbers_are_labels_as_in_imagenet_v2() -> None:
     found = sorted(map(str, range(1000)))
     made = match(found, IMAGENET)
     assert found[:4] == ["0", "1", "10", "100"]
     assert made.labels[:4] == (0, 1, 10, 100)
     assert made.how == "by index"
-    assert made.note == "classes of the data are numbers, taken for labels from 0 on"
-    # From 1 on they would all be shifted.
+    assert made.note == "the data's classes are numbers and were used as labels, counted from 0"
+    # Counted from 1, all labels would be shifted.
     with pytest.raises(ValueError, match="none of its classes"):
         match([str(number) for number in range(1, 1001)], IMAGENET)
 
@@ -62,7 +62,7 @@ def test_a_lemma_of_two_classes_is_refused() -> None:
     sentence = "DATA: the class 'crane' may be 'n02012849 crane' or 'n03126707 crane'; rename it to one of them"
     with pytest.raises(ValueError, match=sentence):
         match(["crane", "tench"], IMAGENET, allow_subset=True)
-    # Alone it is the name of one, though also a lemma of another.
+    # The first lemma of one class wins over another lemma of a second.
     made = match(["missile", "tench"], IMAGENET, allow_subset=True)
     assert made.labels == (IMAGENET.index("n03773504"), TENCH)
 
@@ -74,11 +74,11 @@ def test_a_name_that_the_model_has_twice_is_refused() -> None:
 
 
 def test_two_folders_of_one_class_are_refused() -> None:
-    with pytest.raises(ValueError, match="DATA: 'n01440764' and 'tench' are both the class 'n01440764'; merge them"):
+    with pytest.raises(ValueError, match="DATA: 'n01440764' and 'tench' both match the class 'n01440764'; merge them"):
         match(["n01440764", "tench"], IMAGENET, allow_subset=True)
 
 
-def test_a_subset_must_be_meant() -> None:
+def test_a_subset_needs_permission() -> None:
     found = [IMAGENET[label] for label in (CHURCH, TENCH)]
     with pytest.raises(
         ValueError, match=r"DATA: lacks 'n01443537', .* and 993 more of the 1000 classes of MODEL; add "
@@ -89,23 +89,23 @@ def test_a_subset_must_be_meant() -> None:
     assert made.note == "the data has 2 of the model's 1000 classes"
 
 
-def test_an_unknown_class_must_be_meant() -> None:
+def test_an_unknown_class_needs_permission() -> None:
     with pytest.raises(ValueError, match=r"DATA: 'gren' is not among the 3 classes of MODEL \(is 'gren' 'green'\?\); "):
         match(["blue", "gren", "red"], ["red", "blue", "green"])
     made = match(["blue", "gren", "red"], ["red", "blue", "green"], allow_subset=True)
     assert (made.labels, made.present) == ((1, None, 0), [0, 1])
     assert made.note == (
-        "the data has 2 of the model's 3 classes; images of 'gren' were left out: the model does not know the class"
+        "the data has 2 of the model's 3 classes; skipped the images of 'gren', which the model does not know"
     )
 
 
-def test_nothing_in_common_is_never_meant() -> None:
-    with pytest.raises(ValueError, match=r"DATA: none of its classes \(cat, dog\) is one of MODEL's \(red, blue\)"):
+def test_nothing_in_common_is_always_an_error() -> None:
+    with pytest.raises(ValueError, match=r"DATA: none of its classes \(cat, dog\) is a class of MODEL \(red, blue\); "):
         match(["cat", "dog"], ["red", "blue"], allow_subset=True)
 
 
 @pytest.mark.parametrize(("name", "some"), [("ImageNet-A", "n01498041"), ("ImageNet-R", "n01484850")])
-def test_published_subsets_are_no_surprise(name: str, some: str) -> None:
+def test_published_subsets_need_no_permission(name: str, some: str) -> None:
     classes = next(set(found) for found in _subsets() if published_subset(set(found)) == name)
     assert some in classes
     assert len(classes) == 200
@@ -121,31 +121,29 @@ def _subsets() -> list[list[str]]:
     return [(folder / f"imagenet_{letter}_synsets.txt").read_text().split() for letter in "ar"]
 
 
-def test_without_names_the_order_is_said() -> None:
+def test_the_order_of_the_folders_is_used_and_reported_if_the_model_has_no_names() -> None:
     made = match(["a", "b", "c"], None, num_classes=3)
     assert (made.labels, made.class_names, made.how) == ((0, 1, 2), ["a", "b", "c"], "by order")
-    assert (
-        made.note == "the weights do not name their classes: folders, sorted by name, were taken for labels 0, 1, ..."
-    )
-    with pytest.raises(ValueError, match="MODEL has 4 classes without names, but DATA holds 3"):
+    assert made.note == "the weights contain no class names: the folders, sorted by name, were used as labels 0, 1, ..."
+    with pytest.raises(ValueError, match="MODEL has 4 unnamed classes, but DATA has 3"):
         match(["a", "b", "c"], None, num_classes=4, allow_subset=True)
 
 
-def test_without_names_numbers_are_labels() -> None:
+def test_numbers_are_labels_if_the_model_has_no_names() -> None:
     found = sorted(map(str, range(11)))
     made = match(found, None, num_classes=11)
     assert (made.labels[2], made.class_names[10], made.how) == (10, "10", "by index")
-    with pytest.raises(ValueError, match=r"'1' and '01' are both|'01' and '1' are both"):
+    with pytest.raises(ValueError, match=r"'1' and '01' both match|'01' and '1' both match"):
         match(["01", "1"], None, num_classes=2)
 
 
-def test_a_thousand_classes_without_names_are_imagenets_where_folders_are() -> None:
+def test_a_thousand_unnamed_classes_are_imagenets_if_the_folders_are() -> None:
     made = match([IMAGENET[GOLDFISH], IMAGENET[CHURCH]], None, num_classes=1000, allow_subset=True)
     assert made.labels == (GOLDFISH, CHURCH)
     assert made.note is not None
-    assert "taken for ImageNet's, in the order of the WordNet ids" in made.note
+    assert "assumed ImageNet's classes in the order of their WordNet ids" in made.note
 
 
-def test_names_are_described_for_people() -> None:
-    assert describe("n01440764") == "n01440764 tench"
-    assert describe("scratch") == "scratch"
+def test_wordnet_ids_are_shown_with_their_lemma() -> None:
+    assert with_lemma("n01440764") == "n01440764 tench"
+    assert with_lemma("scratch") == "scratch"

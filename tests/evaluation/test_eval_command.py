@@ -1,4 +1,4 @@
-"""`linvit eval` beyond one run on its own classes: subsets, comparisons, views, temperature, files, processes."""
+"""`linvit eval`: subsets of classes, comparisons, views, temperature, files, several processes."""
 
 import contextlib
 import csv
@@ -20,7 +20,8 @@ from tiny_runs import make_images, train
 
 from linvit.cli import main
 from linvit.evaluation.classes import real_labels, synsets
-from linvit.evaluation.command import evaluate, evaluate_command
+from linvit.evaluation.collect import evaluate
+from linvit.evaluation.command import evaluate_command
 from linvit.evaluation.options import EvalOptions
 from linvit.runs.folder import load_classifier
 
@@ -41,12 +42,12 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(folder: Path, class_names: list[str] | None, *, num_classes: int, seed: int = 0) -> Path:
-    """A folder with an untrained model of these classes."""
+    """A folder with an untrained model for these classes."""
     torch.manual_seed(seed)
     name, *_ = MODEL.values()
     settings = {key: value for key, value in MODEL.items() if key != "model_name"}
     model = timm.create_model(name, img_size=32, num_classes=num_classes, **settings)
-    # Untrained weights give each class much the same logit.
+    # With the initial weights all logits are nearly equal.
     torch.nn.init.normal_(model.head.weight, std=3.0)
     config = {"model_args": {"img_size": 32, **settings}, "label_names": class_names}
     timm.models.save_for_hf(model, folder, model_config=config, safe_serialization=True)
@@ -72,7 +73,7 @@ def test_a_subset_is_reported_among_all_classes_and_among_its_own(data: Path, tm
     kept = rows(tmp_path / "images.csv")
     assert [row["label"] for row in kept] == [name for name in CLASSES for _ in range(5)]
     assert {row["masked_prediction"] for row in kept} <= set(CLASSES)
-    assert {row["prediction"] for row in kept} - set(CLASSES), "nothing was taken for a class that is not there"
+    assert {row["prediction"] for row in kept} - set(CLASSES), "no image was predicted as a class that the data lacks"
     for scores, prefix in ((found, ""), (found["masked"], "masked_")):
         hits = [row["label"] == row[f"{prefix}prediction"] for row in kept]
         assert [row[f"{prefix}correct"] for row in kept] == [str(int(hit)) for hit in hits]
@@ -82,39 +83,39 @@ def test_a_subset_is_reported_among_all_classes_and_among_its_own(data: Path, tm
     assert found["notes"] == ["the data has 3 of the model's 5 classes"]
 
 
-def test_masking_leaves_the_other_logits_out(data: Path, tmp_path: Path) -> None:
+def test_masking_removes_the_other_logits(data: Path, tmp_path: Path) -> None:
     names = ["n01443537", *reversed(CLASSES), "n01484850"]
-    whole = saved(tmp_path / "whole", names, num_classes=5)
-    cut = saved(tmp_path / "cut", list(reversed(CLASSES)), num_classes=3)
-    weights = timm.create_model(f"local-dir:{whole}", pretrained=True)
-    model = timm.create_model(f"local-dir:{cut}", pretrained=True)
+    five = saved(tmp_path / "five", names, num_classes=5)
+    three = saved(tmp_path / "three", list(reversed(CLASSES)), num_classes=3)
+    weights = timm.create_model(f"local-dir:{five}", pretrained=True)
+    model = timm.create_model(f"local-dir:{three}", pretrained=True)
     state = {name: value[1:4] if name.startswith("head.") else value for name, value in weights.state_dict().items()}
     model.load_state_dict(state)
-    config = json.loads((cut / "config.json").read_text())
+    config = json.loads((three / "config.json").read_text())
     timm.models.save_for_hf(
         model,
-        cut,
+        three,
         model_config={"model_args": config["model_args"], "label_names": config["label_names"]},
         safe_serialization=True,
     )
-    masked = evaluated(whole, data, tmp_path, allow_subset=True)["masked"]
-    expected = evaluated(cut, data, tmp_path)
+    masked = evaluated(five, data, tmp_path, allow_subset=True)["masked"]
+    expected = evaluated(three, data, tmp_path)
     for name in ("top1", "top5", "macro_f1", "balanced_accuracy", "per_class", "most_confused"):
         assert masked[name] == expected[name]
     assert (masked["loss"], masked["ece"]) == pytest.approx((expected["loss"], expected["ece"]), rel=1e-5)
 
 
-def test_images_of_unknown_classes_are_left_out(run: Path, data: Path, tmp_path: Path) -> None:
+def test_images_of_unknown_classes_are_skipped(run: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "val", tmp_path / "data/val")
-    # In the middle, so that every index after it is another.
+    # In the middle, so that every later index changes.
     shutil.copytree(data / "val" / CLASSES[0], tmp_path / "data/val/n02000000")
     with pytest.raises(ValueError, match="'n02000000' is not among the 3 classes of"):
         evaluated(run, tmp_path / "data", tmp_path)
-    whole = evaluated(run, data, tmp_path, csv_file=tmp_path / "whole.csv")
+    expected = evaluated(run, data, tmp_path, csv_file=tmp_path / "expected.csv")
     found = evaluated(run, tmp_path / "data", tmp_path, allow_subset=True, csv_file=tmp_path / "more.csv")
-    assert (found["top1"], found["loss"]) == (whole["top1"], pytest.approx(whole["loss"], rel=1e-6))
-    assert "images of 'n02000000' were left out" in found["notes"][0]
-    names = [[Path(row["path"]).parts[-2:] for row in rows(tmp_path / name)] for name in ("whole.csv", "more.csv")]
+    assert (found["top1"], found["loss"]) == (expected["top1"], pytest.approx(expected["loss"], rel=1e-6))
+    assert "skipped the images of 'n02000000'" in found["notes"][0]
+    names = [[Path(row["path"]).parts[-2:] for row in rows(tmp_path / name)] for name in ("expected.csv", "more.csv")]
     assert names[0] == names[1]
 
 
@@ -146,7 +147,7 @@ def test_sources_are_compared_image_by_image(
     assert (against["only_baseline"], against["only_here"]) == (hits.count((True, False)), hits.count((False, True)))
     assert against["is_masked"]
     assert against["num_images"] == 15
-    assert "Against run at 32, top-1 in points:" in capsys.readouterr().out
+    assert "Compared with run at 32, top-1 in percentage points:" in capsys.readouterr().out
 
 
 def test_sources_that_know_other_classes_are_compared_on_what_both_know(run: Path, data: Path, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_sources_that_know_other_classes_are_compared_on_what_both_know(run: Pat
 
 
 def test_views_are_averaged(run: Path, data: Path, tmp_path: Path) -> None:
-    # Of the model's size, so that no crop tells an image from its mirror image.
+    # At the model's size, so that the crop does not depend on mirroring.
     square, mirrored = tmp_path / "square", tmp_path / "mirrored"
     for folder in (square, mirrored):
         shutil.copytree(data / "val", folder / "val")
@@ -188,7 +189,7 @@ def test_scales_are_sizes_of_the_model(run: Path, data: Path, tmp_path: Path) ->
     assert both["loss"] not in (larger["loss"], evaluated(run, data, tmp_path)["loss"])
 
 
-def test_a_temperature_is_never_judged_by_what_it_was_fitted_on(run: Path, data: Path, tmp_path: Path) -> None:
+def test_a_temperature_is_never_evaluated_on_the_images_it_was_fitted_on(run: Path, data: Path, tmp_path: Path) -> None:
     half = evaluated(run, data, tmp_path, temperature="fit")["calibration"]
     assert (half["fitted_on"], half["num_images"]) == ("a random half (7 images)", 8)
     found = evaluated(run, data, tmp_path, temperature="fit", temperature_split="train")
@@ -220,7 +221,7 @@ def test_all_files_are_written(run: Path, data: Path, tmp_path: Path, capsys: py
     assert "English springer" in capsys.readouterr().out
 
 
-def test_real_labels_go_by_the_files_number(tmp_path: Path) -> None:
+def test_real_labels_go_by_the_number_in_the_file_name(tmp_path: Path) -> None:
     names = list(synsets())
     data, rng = tmp_path / "data", torch.Generator().manual_seed(0)
     for number in range(1, 9):
@@ -235,15 +236,15 @@ def test_real_labels_go_by_the_files_number(tmp_path: Path) -> None:
         allowed = real_labels()[int(Path(row["path"]).stem[-8:]) - 1]
         counted += bool(allowed)
         hits += names.index(row["prediction"]) in allowed
-    assert 0 < counted < 8, "the first image has no label that is right"
+    assert 0 < counted < 8, "the first image has no correct label"
     assert (found["real"]["num_images"], found["real"]["top1"]) == (counted, pytest.approx(100 * hits / counted))
     next(data.glob("val/*/*2.JPEG")).rename(data / "val" / names[0] / "cat.JPEG")
-    with pytest.raises(ValueError, match=r"cat\.JPEG is no image of ImageNet's validation set"):
+    with pytest.raises(ValueError, match=r"cat\.JPEG is not an image of ImageNet's validation set"):
         evaluated(source, data, tmp_path, allow_subset=True, real_labels=True)
 
 
 class Hungry(torch.nn.Module):
-    """A model that takes at most three images at once."""
+    """A model that runs out of memory with more than three images at once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -269,10 +270,10 @@ def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytes
     expected, found = (evaluate(each, loader, device=device) for each in (model, Hungry(model)))
     assert found.top1 == expected.top1
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
-    said = capsys.readouterr().err
-    assert said.splitlines() == [
-        "out of memory with 8 images at once: going on with 4",
-        "out of memory with 4 images at once: going on with 2",
+    messages = capsys.readouterr().err
+    assert messages.splitlines() == [
+        "out of memory with 8 images at once; continuing with 4",
+        "out of memory with 4 images at once; continuing with 2",
     ]
 
 
@@ -280,11 +281,17 @@ def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytes
     ("arguments", "sentence"),
     [
         (["--temperature-split", "train"], "--temperature-split needs --temperature fit"),
-        (["--temperature", "fit", "--temperature-split", "val"], "--temperature-split val is what is reported"),
+        (
+            ["--temperature", "fit", "--temperature-split", "val"],
+            "--temperature-split val is the split to evaluate; choose another, or omit the option",
+        ),
         (["--temperature", "-1"], "--temperature takes one of 'fit' or a number of more than 0, or none, not -1"),
-        (["--confusion", "a.svg"], "--confusion a.svg: name a .png or .csv file"),
-        (["--confusion", "a.png", "--img-size", "32", "64"], "--confusion is of one source at one size"),
-        (["--plot", "a.png"], "--plot is a .png file and takes several sizes"),
+        (["--confusion", "a.svg"], "--confusion a.svg: the name must end in .png or .csv"),
+        (
+            ["--confusion", "a.png", "--img-size", "32", "64"],
+            "--confusion takes one source at one size; omit --compare",
+        ),
+        (["--plot", "a.png"], "--plot takes a .png file and needs several sizes"),
         (["--tta", "vflip"], "--tta takes one of 'none', 'hflip', not 'vflip'"),
     ],
 )
@@ -295,7 +302,7 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys
     assert error.count("\n") == 1
 
 
-def test_a_file_that_cannot_be_written_is_said_before_the_work(
+def test_a_file_that_cannot_be_written_is_an_error_before_the_work(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 2
@@ -303,11 +310,11 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(run: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(run: Path, data: Path, tmp_path: Path) -> None:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    # One image at a time, so that all batches are the same.
+    # One image at a time, so that all batches are equal.
     options = ["-b", "1", "-j", "0", "--device", "cpu", "--bootstrap", "20", "--temperature", "fit"]
     command = ["eval", str(run), str(data), *options]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "linvit"]
@@ -326,4 +333,4 @@ def test_two_processes_give_the_figures_of_one(run: Path, data: Path, tmp_path: 
         del found["images_per_second"]
     assert one == two
     assert files["one.csv"].read_bytes() == files["two.csv"].read_bytes()
-    assert done.stdout.count("top-1 %") == 2, "one process speaks for both: the figures and the classes"
+    assert done.stdout.count("top-1 %") == 2, "only one process prints the tables of scores and classes"

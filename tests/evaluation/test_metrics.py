@@ -21,7 +21,7 @@ def record(logits: Tensor, labels: Tensor, batches: list[Tensor]) -> Metrics:
     return records.compute(CLASSES)
 
 
-def test_metrics_are_those_of_the_definitions() -> None:
+def test_metrics_equal_the_definitions() -> None:
     logits, labels = random_results()
     metrics = record(logits, labels, [torch.arange(50)])
     order = logits.argsort(dim=1, descending=True)
@@ -54,7 +54,7 @@ def test_two_classes_have_a_top5_of_all() -> None:
 
 
 @pytest.mark.parametrize("indices", [torch.arange(49), torch.tensor([*range(50), 3])])
-def test_an_image_missed_or_counted_twice_is_found(indices: Tensor) -> None:
+def test_an_image_that_is_missed_or_counted_twice_is_detected(indices: Tensor) -> None:
     logits, labels = random_results()
     with pytest.raises(AssertionError, match="not each of 50 images once"):
         record(logits, labels, [indices])

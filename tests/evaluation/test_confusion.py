@@ -1,4 +1,7 @@
+"""The confusion matrix counts every image once, and is written and plotted with any class names."""
+
 import csv
+import warnings
 from pathlib import Path
 
 import cv2
@@ -6,7 +9,7 @@ import numpy as np
 import torch
 from random_results import random_logits, recorded
 
-from linvit.evaluation.confusion import OTHER, confusion, most_confused, write_confusion
+from linvit.evaluation.confusion import OTHER, confusion, draw, most_confused, write_confusion
 
 NAMES = list("abcdefg")
 
@@ -20,7 +23,7 @@ def test_every_image_is_in_its_cell() -> None:
     labels, predictions = results.labels.tolist(), results.predictions.tolist()
     assert NAMES.index("g") in predictions
     found = confusion(results, NAMES)
-    # There are no images of the last class, though some are taken for it.
+    # The last class has no images, though it is predicted for some.
     assert found.names == NAMES[:-1]
     assert found.columns == [*NAMES[:-1], OTHER]
     expected = [[counted(labels, predictions, row, column) for column in range(7)] for row in range(6)]
@@ -49,6 +52,27 @@ def test_csv_and_png(tmp_path: Path) -> None:
     assert [row[0] for row in rows] == NAMES[:-1]
     assert np.array_equal(np.array([row[1:] for row in rows], int), found.counts)
     write_confusion(found, tmp_path / "matrix.png")
-    picture = cv2.imread(str(tmp_path / "matrix.png"))
-    assert picture is not None
-    assert picture.std() > 10
+    image = cv2.imread(str(tmp_path / "matrix.png"))
+    assert image is not None
+    assert image.std() > 10
+
+
+def test_any_class_name_is_drawn(tmp_path: Path) -> None:
+    names = ["$x$", "a_b^c", "$\\frac{", "猫", "café", "n01440764"]
+    found = confusion(recorded(*random_logits(num_classes=6)), names)
+    figure = draw(found)
+    (axes, _) = figure.axes
+    # The fonts of matplotlib lack Chinese: the class is shown by its number.
+    shown = ["$x$", "a_b^c", "$\\frac{", "#3", "café"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == shown
+    assert [label.get_text() for label in axes.get_xticklabels()] == [*shown, OTHER]
+    with warnings.catch_warnings():
+        # A glyph that the font lacks is a warning.
+        warnings.simplefilter("error")
+        write_confusion(found, tmp_path / "matrix.png")
+    plain = confusion(recorded(*random_logits(num_classes=6)), list("abcdef"))
+    write_confusion(plain, tmp_path / "plain.png")
+    one, other = (cv2.imread(str(tmp_path / name)) for name in ("matrix.png", "plain.png"))
+    assert one is not None
+    assert one.shape == other.shape
+    assert not np.array_equal(one, other)

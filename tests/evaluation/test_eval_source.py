@@ -1,4 +1,4 @@
-"""`linvit eval` and evaluation during training are the same, whatever the weights come from."""
+"""`linvit eval` equals the evaluation during training, for every kind of source."""
 
 import json
 import shutil
@@ -17,7 +17,8 @@ from linvit.data.augment.build import resolve_input
 from linvit.data.loader import create_eval_loader
 from linvit.data.options import InputOptions
 from linvit.data.sources.folder import open_folder
-from linvit.evaluation.command import evaluate, evaluate_command
+from linvit.evaluation.collect import evaluate
+from linvit.evaluation.command import evaluate_command
 from linvit.evaluation.options import EvalOptions
 from linvit.runs.folder import load_classifier
 
@@ -29,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crop, mean and interpolation that no model has by itself, classes in an order of their own."""
+    """Crop, mean and interpolation differ from every model's defaults, and classes are not in alphabetical order."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "classes.txt").write_text("red\nblue\ngreen\n")
     settings = {
@@ -58,7 +59,7 @@ def values(result: dict[str, Any]) -> tuple[float, ...]:
     return result["top1"], result["top5"], result["loss"]
 
 
-def test_the_last_digit_is_that_of_training(run: Path, data: Path, tmp_path: Path) -> None:
+def test_results_equal_those_of_training_to_the_last_digit(run: Path, data: Path, tmp_path: Path) -> None:
     row = read_summary(run)[-1]
     assert values(evaluated(run, data, tmp_path, weights="last")) == columns(row)
     state = run / "checkpoints/state-0002-000000"
@@ -72,7 +73,7 @@ def test_the_last_digit_is_that_of_training(run: Path, data: Path, tmp_path: Pat
 
 def test_a_folder_with_config_is_enough(run: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "last", tmp_path / "copy")
-    # The batch size is not in the folder; one image's result does not depend on it.
+    # The folder does not contain the batch size, which changes the last digits.
     found = evaluated(tmp_path / "copy", data, tmp_path, batch_size=SETTINGS["batch_size"])
     assert values(found) == columns(read_summary(run)[-1])
 
@@ -84,7 +85,7 @@ def test_mixed_precision_is_the_runs_own(data: Path, tmp_path: Path) -> None:
     assert values(evaluated(tmp_path / "run", data, tmp_path, amp=False)) != columns(row)
 
 
-def test_json_says_what_was_found_on_what(run: Path, data: Path, tmp_path: Path) -> None:
+def test_json_describes_model_data_and_results(run: Path, data: Path, tmp_path: Path) -> None:
     found = evaluated(run, data, tmp_path)
     assert {"top1", "top5", "loss", "num_images", "img_size", "num_tokens", "per_class"} <= found.keys()
     assert (found["num_images"], found["img_size"], found["num_tokens"]) == (15, 32, 16)
@@ -110,7 +111,7 @@ def test_several_sizes_give_a_list_and_a_table(
     assert f"{second['top1']:.2f}" in shown
 
 
-def test_another_size_is_that_of_set_input_size(run: Path, data: Path, tmp_path: Path) -> None:
+def test_another_size_equals_set_input_size(run: Path, data: Path, tmp_path: Path) -> None:
     found = evaluated(run, data, tmp_path, img_size=(64,))
     classifier = load_classifier(str(run))
     classifier.model.set_input_size((64, 64))
@@ -122,7 +123,7 @@ def test_another_size_is_that_of_set_input_size(run: Path, data: Path, tmp_path:
     assert (metrics.top1, metrics.loss) == (found["top1"], pytest.approx(found["loss"], rel=1e-6))
 
 
-def test_evaluation_leaves_the_model_as_it_was(run: Path, data: Path) -> None:
+def test_evaluation_does_not_change_the_model(run: Path, data: Path) -> None:
     model = load_classifier(str(run)).model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spec = resolve_input(model, InputOptions())
@@ -156,16 +157,16 @@ def test_plain_weights_need_the_models_name(
         **preparation,
     )
     assert (found["num_images"], found["model"]) == (15, SETTINGS["model"])
-    # Nor do they name their classes, and the run had them in another order than that of the folders.
+    # The weights contain no class names either, and the run's order differs from that of the folders.
     assert found["labels"] == "by order"
     assert list(found["per_class"]) == ["blue", "green", "red"]
-    assert "the weights do not name their classes" in capsys.readouterr().out
+    assert "the weights contain no class names" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not fit"):
         evaluated(weights, data, tmp_path, model="linvit_mini_patch8_288")
 
 
 def test_classes_are_matched_by_name(run: Path, data: Path, tmp_path: Path) -> None:
-    # One folder the fewer shifts every label that goes by order.
+    # With one folder less, labels by order would shift.
     for name, change in (("renamed", "rename"), ("missing", "remove"), ("more", "add")):
         folder = tmp_path / name
         shutil.copytree(data / "val", folder / "val")
@@ -182,7 +183,7 @@ def test_classes_are_matched_by_name(run: Path, data: Path, tmp_path: Path) -> N
 def test_a_model_without_class_names_needs_as_many_classes(run: Path, data: Path, tmp_path: Path) -> None:
     model = timm.create_model("linvit_mini_patch4_64", num_classes=4)
     timm.models.save_for_hf(model, tmp_path / "model", safe_serialization=True)
-    with pytest.raises(ValueError, match=r"has 4 classes without names, but .* holds 3"):
+    with pytest.raises(ValueError, match=r"has 4 unnamed classes, but .* has 3"):
         evaluated(tmp_path / "model", data, tmp_path)
 
 
@@ -212,7 +213,7 @@ def test_a_timm_name_knows_imagenets_classes(tmp_path: Path, monkeypatch: pytest
         (".", "is neither a run nor a folder with config.json"),
     ],
 )
-def test_a_source_that_is_none_is_one_sentence(
+def test_an_invalid_source_is_one_sentence(
     source: str, sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -222,7 +223,7 @@ def test_a_source_that_is_none_is_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_an_unreadable_image_ends_the_evaluation_or_is_listed_and_not_counted(
+def test_an_unreadable_image_stops_the_evaluation_or_is_listed_and_not_counted(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("with", "without"):
@@ -234,7 +235,7 @@ def test_an_unreadable_image_ends_the_evaluation_or_is_listed_and_not_counted(
     with pytest.raises(ValueError, match=r"blue/0\.png: is truncated"):
         evaluated(run, tmp_path / "with", tmp_path)
     capsys.readouterr()
-    # One image at a time, so that the batches are the same in both.
+    # One image at a time, so that all batches are equal.
     found = evaluated(run, tmp_path / "with", tmp_path, on_bad_image="skip", batch_size=1)
     shown = capsys.readouterr().out
     assert f"2 of 15 images cannot be read and are not counted: {broken[0]}, {broken[1]}\n" in shown
@@ -255,14 +256,14 @@ def test_nothing_to_evaluate_is_an_error(run: Path, data: Path, tmp_path: Path) 
         evaluated(run, tmp_path, tmp_path, on_bad_image="skip")
 
 
-def test_a_run_without_weights_yet_is_said(run: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_without_weights_is_an_error(run: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     shutil.copy(run / "args.yaml", tmp_path / "new")
     with pytest.raises(ValueError, match="new is a run without best/ weights yet"):
         evaluated(tmp_path / "new", data, tmp_path)
 
 
-def test_a_missing_split_is_said(run: Path, data: Path, tmp_path: Path) -> None:
+def test_a_missing_split_is_an_error(run: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no split 'holdout'"):
         evaluated(run, data, tmp_path, split="holdout")
 
@@ -274,6 +275,6 @@ def test_options_read_sizes_as_people_write_them() -> None:
         EvalOptions(source="a", data_dir="b", img_size=["224px"])
 
 
-def test_states_hold_plain_values_alone(run: Path) -> None:
+def test_states_contain_only_plain_values(run: Path) -> None:
     # read_state loads with weights_only=True.
     assert read_state(run, "state-0002-000000")["class_names"] == ["red", "blue", "green"]

@@ -1,9 +1,11 @@
-"""One source at one size: loaded, its classes found in the data, run over all images."""
+"""Evaluate one source (a run, a checkpoint or a timm model) at one image size."""
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -14,73 +16,107 @@ from linvit.data.sources.base import ImageSet
 from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
-from linvit.evaluation.collect import Collected, RelabelledImages, collect, scaled_size
+from linvit.evaluation.collect import Collected, collect
 from linvit.evaluation.confusion import MOST_CLASSES
-from linvit.evaluation.inference import amp_precision, input_spec
+from linvit.evaluation.inference import amp_precision, input_spec, override_settings, scaled_size
 from linvit.evaluation.options import EvalOptions
-from linvit.evaluation.scores import calibration, fit_temperature, halves, image_numbers
+from linvit.evaluation.scores import calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
-from linvit.output.terminal import note
+from linvit.output.terminal import format_bytes, note
 from linvit.runs.folder import Classifier, load_classifier
 
 DEFAULT_BATCH_SIZE = 64
-# Sizes of models that are no ViTs are multiples of this, as most convolutional networks want it.
+# With --tta-scales, sizes of models other than ViTs are rounded to multiples of this, the stride of most CNNs.
 USUAL_STRIDE = 32
-# What logits may take that are kept to fit a temperature.
+# Memory limit for the logits that fitting a temperature needs.
 MOST_LOGIT_BYTES = 8 * 2**30
 
 Size = tuple[int, int]
 
 
+class MatchedImages(ImageSet):
+    """The images of a data set whose classes a model knows, with the model's labels.
+
+    Args:
+        images: the data set whose classes were matched.
+        match: the model's label for each of its classes.
+
+    Attributes:
+        original_indices: index of each image in `images`, ascending, (N,).
+    """
+
+    def __init__(self, images: ImageSet, match: ClassMatch) -> None:
+        labels = np.array([-1 if label is None else label for label in match.labels])[np.asarray(images.labels)]
+        self._images = images
+        self.original_indices = np.flatnonzero(labels >= 0)
+        super().__init__(
+            images.root,
+            split=images.split,
+            class_names=match.class_names,
+            labels=labels[self.original_indices],
+        )
+
+    def path(self, index: int) -> Path:
+        return self._images.path(int(self.original_indices[index]))
+
+    def read_bytes(self, index: int) -> bytes:
+        return self._images.read_bytes(int(self.original_indices[index]))
+
+
 @dataclass(frozen=True)
-class Evaluated:
-    """A source at a size, and what came out; the same in all processes."""
+class Evaluation:
+    """A source evaluated at one size; the same in all processes."""
 
     source: str
-    # Architecture, and where the weights come from.
+    # Architecture, and the file or model name of the weights.
     model: str
     weights: str
     device: str
     size: Size
-    # Patches; None for models that are no ViTs.
+    # Number of patches; None for models other than ViTs.
     num_tokens: int | None
-    # (height, width) of every view, more than one with `--tta-scales`.
+    # (height, width) of every view; several with `--tta-scales`.
     sizes: list[Size]
     images: ImageSet
     match: ClassMatch
     collected: Collected
     seconds: float
     calibration: dict[str, Any] | None
-    # Of each image in ImageNet's validation set, with `--real-labels`.
+    # Number of each image in ImageNet's validation set, with `--real-labels`.
     numbers: list[int] | None
 
     @property
-    def places(self) -> Tensor:
-        """Where each image of the results lies in the data, whichever classes the model knows; (N,)."""
+    def data_indices(self) -> Tensor:
+        """Index of each evaluated image in the data, independent of the classes that the model knows; (N,)."""
         indices = self.collected.results.indices
-        return torch.from_numpy(self.images.kept)[indices] if isinstance(self.images, RelabelledImages) else indices
+        if isinstance(self.images, MatchedImages):
+            return torch.from_numpy(self.images.original_indices)[indices]
+        return indices
 
 
-def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks: Ranks) -> Evaluated:
-    """Evaluate a source at a (height, width), or at its own size.
+def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks: Ranks) -> Evaluation:
+    """Evaluate a source at a (height, width), or at its own size if `size` is None.
 
-    Raises ValueError where source, data and options do not fit together.
+    Raises ValueError if source, data and options do not fit together.
     """
     classifier = _load(source, size, options)
     images, match = _open_images(source, classifier, options, split=options.split)
     if options.confusion and len(match.present) > MOST_CLASSES:
-        raise ValueError(f"--confusion is for {MOST_CLASSES:,} classes at most, not {len(match.present):,}: take --csv")
-    numbers = image_numbers(images) if options.real_labels else None
+        raise ValueError(
+            f"--confusion supports at most {MOST_CLASSES:,} classes, not {len(match.present):,}; use --csv instead"
+        )
+    numbers = imagenet_numbers(images) if options.real_labels else None
     views = _views(classifier, source, size, options, ranks.device)
-    run = _Run(options, ranks, classifier, views, match)
+    evaluator = _Evaluator(options, ranks, classifier, views, match)
     temperature = None if options.temperature == "fit" else options.temperature
     if options.temperature_split is not None:
-        temperature = run.fit(_open_images(source, classifier, options, split=options.temperature_split)[0])
+        split_images, _ = _open_images(source, classifier, options, split=options.temperature_split)
+        temperature = evaluator.fit_temperature(split_images)
     started = time.perf_counter()
-    collected = run.collect(images, keeps_logits=options.temperature is not None)
+    collected = evaluator.collect(images, keep_logits=options.temperature is not None)
     seconds = time.perf_counter() - started
     model, spec = views[0]
-    return Evaluated(
+    return Evaluation(
         source=source,
         model=model.pretrained_cfg["architecture"],
         weights=classifier.weights,
@@ -90,7 +126,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
         sizes=[spec.size for _, spec in views],
         images=images,
         match=match,
-        # Of several sources, neither logits nor models pile up.
+        # Neither logits nor models accumulate over several sources.
         collected=replace(collected, logits=None),
         seconds=seconds,
         calibration=_calibrate(collected, temperature, options),
@@ -99,8 +135,8 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A classifier and the views of images that it is shown."""
+class _Evaluator:
+    """A classifier with the model and input of each view."""
 
     options: EvalOptions
     ranks: Ranks
@@ -108,38 +144,36 @@ class _Run:
     views: list[tuple[TimmModel, InputSpec]]
     match: ClassMatch
 
-    def collect(self, images: ImageSet, *, keeps_logits: bool) -> Collected:
+    def collect(self, images: ImageSet, *, keep_logits: bool) -> Collected:
         num_bytes = 4 * len(images) * len(self.match.class_names)
-        if keeps_logits and num_bytes > MOST_LOGIT_BYTES:
+        if keep_logits and num_bytes > MOST_LOGIT_BYTES:
             raise ValueError(
-                f"--temperature keeps all logits, {num_bytes / 2**30:.1f} GiB for {len(images):,} images: evaluate "
-                "fewer images, or without it"
+                f"--temperature keeps all logits in memory, {format_bytes(num_bytes)} for {len(images):,} images; "
+                "evaluate fewer images or omit --temperature"
             )
         return collect(
             [model for model, _ in self.views],
             [self._loader(images, spec) for _, spec in self.views],
             device=self.ranks.device,
-            amp_dtype=amp_precision(
-                self.classifier, self.options.model_dump(include={"amp", "amp_dtype"}, exclude_unset=True)
-            ),
-            say=note,
+            amp_dtype=amp_precision(self.classifier),
+            log=note,
             flips=self.options.tta,
             present=self.match.present if self.match.is_subset else None,
-            num_logits=len(self.match.class_names) if keeps_logits else None,
+            num_logits=len(self.match.class_names) if keep_logits else None,
         )
 
-    def fit(self, images: ImageSet) -> float:
-        collected = self.collect(images, keeps_logits=True)
+    def fit_temperature(self, images: ImageSet) -> float:
+        collected = self.collect(images, keep_logits=True)
         assert collected.logits is not None
         return fit_temperature(collected.logits, collected.results.labels)
 
     def _loader(self, images: ImageSet, spec: InputSpec) -> Loader:
         settings = self.classifier.settings
-        of_run = settings.get("validation_batch_size") or settings.get("batch_size", DEFAULT_BATCH_SIZE)
+        own_batch_size = settings.get("validation_batch_size") or settings.get("batch_size", DEFAULT_BATCH_SIZE)
         return create_eval_loader(
             images,
             spec,
-            batch_size=self.options.batch_size or of_run,
+            batch_size=self.options.batch_size or own_batch_size,
             workers=usable_workers(self.options.workers),
             device=self.ranks.device,
             rank=self.ranks.rank,
@@ -150,7 +184,7 @@ class _Run:
 
 
 def num_patches(model: nn.Module, size: Size) -> int | None:
-    """Patches that a ViT cuts an image of that size into, prefix tokens not counted; None for other models."""
+    """Number of patches of a ViT for an image of that size, without prefix tokens; None for other models."""
     embedding = getattr(model, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed):
         return None
@@ -159,7 +193,7 @@ def num_patches(model: nn.Module, size: Size) -> int | None:
 
 
 def _load(source: str, size: Size | None, options: EvalOptions) -> Classifier:
-    return load_classifier(
+    classifier = load_classifier(
         source,
         weights=options.weights,
         img_size=size,
@@ -167,13 +201,14 @@ def _load(source: str, size: Size | None, options: EvalOptions) -> Classifier:
         model_kwargs=options.model_kwargs,
         use_ema=options.use_ema,
     )
+    return override_settings(classifier, options)
 
 
 def _views(
     classifier: Classifier, source: str, size: Size | None, options: EvalOptions, device: torch.device
 ) -> list[tuple[TimmModel, InputSpec]]:
-    """The model at each size that images are shown at, the first that of the evaluation."""
-    base = _input_spec(classifier, options, size)
+    """A model and its input for each image size; the first has the size of the evaluation, if that is among them."""
+    base = input_spec(classifier, img_size=size)
     views = [(classifier.model.to(device), base)]
     embedding = getattr(classifier.model, "patch_embed", None)
     multiple = embedding.patch_size[0] if isinstance(embedding, PatchEmbed) else USUAL_STRIDE
@@ -181,15 +216,8 @@ def _views(
     for other in sizes:
         if other != base.size:
             scaled = _load(source, other, options)
-            views.append((scaled.model.to(device), _input_spec(scaled, options, other)))
-    # The evaluation's own size is one of the views only where its scale was asked for.
+            views.append((scaled.model.to(device), input_spec(scaled, img_size=other)))
     return views[1:] if sizes and base.size not in sizes else views
-
-
-def _input_spec(classifier: Classifier, options: EvalOptions, size: Size | None) -> InputSpec:
-    names = ("crop_pct", "crop_mode", "mean", "std", "interpolation")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return input_spec(classifier, img_size=size, given=given)
 
 
 def _open_images(
@@ -204,12 +232,12 @@ def _open_images(
         data=str(images.root),
         allow_subset=options.allow_subset,
     )
-    is_as_it_is = match.class_names == images.class_names
-    return images if is_as_it_is else RelabelledImages(images, match), match
+    has_same_classes = match.class_names == images.class_names
+    return images if has_same_classes else MatchedImages(images, match), match
 
 
 def _calibrate(collected: Collected, temperature: float | None, options: EvalOptions) -> dict[str, Any] | None:
-    """Loss and ECE at the temperature given, or fitted on images that are not among those it is judged by."""
+    """Loss and ECE at the given temperature, or at one fitted on half of the images and evaluated on the others."""
     if options.temperature is None:
         return None
     results, logits = collected.results, collected.logits
@@ -219,8 +247,8 @@ def _calibrate(collected: Collected, temperature: float | None, options: EvalOpt
         fitted_on = "given" if split is None else f"split {split}"
         return {"fitted_on": fitted_on, **calibration(results, logits, temperature)}
     if len(results.labels) < 2:
-        raise ValueError("--temperature fit needs an image to fit and another to judge; there is one only")
-    fitted, judged = halves(len(results.labels), seed=options.seed)
+        raise ValueError("--temperature fit needs at least two images, one to fit on and one to evaluate; add images")
+    fitted, held_out = random_halves(len(results.labels), seed=options.seed)
     temperature = fit_temperature(logits[fitted], results.labels[fitted])
-    found = calibration(results.take(judged), logits[judged], temperature)
-    return {"fitted_on": f"a random half ({len(fitted)} images)", **found}
+    values = calibration(results.take(held_out), logits[held_out], temperature)
+    return {"fitted_on": f"a random half ({len(fitted)} images)", **values}
