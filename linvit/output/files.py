@@ -46,9 +46,9 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json_text(value, indent=indent))
 
 
-def json_text(value: Any, *, indent: int | None = 2) -> str:
+def json_text(value: Any, *, indent: int | None = 2, ensure_ascii: bool = True) -> str:
     """`value` as strict JSON with a final line break; numbers that are not finite become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -59,6 +59,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return value
+
+
+def valid_utf8(text: str) -> str:
+    """`text` for a format that holds valid Unicode only: bytes of a path that are not UTF-8 become `�`."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def replace_files(scratch: Path, folder: Path) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from linvit.output.files import valid_utf8
+
 # Columns of a table that goes to a file or a pipe.
 PAGE_WIDTH = 100
 # A cell without a value.
@@ -45,8 +47,7 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 def printable(text: str) -> str:
     """`text` on one line: control characters, line breaks and bytes that are not UTF-8 become `�`."""
-    decoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(character if character.isprintable() else "�" for character in decoded)
+    return "".join(character if character.isprintable() else "�" for character in valid_utf8(text))
 
 
 def format_bytes(count: float | None) -> str:

@@ -1,1 +1,1 @@
-"""Prediction on loose images: which ones, whole or in tiles, what is made of them, and where it is written."""
+"""Predictions on image files and arrays, optionally in tiles: `linvit predict` and `linvit.Predictor`."""

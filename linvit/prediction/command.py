@@ -1,4 +1,4 @@
-"""`linvit predict`."""
+"""The command `linvit predict`."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
         PredictOptions,
         argv,
         prog="linvit predict",
-        description="Predict the classes of loose images, in folders or lists, whole or in tiles.",
+        description="Predict the classes of images, given as files, folders or lists, optionally in tiles.",
         positionals={"source": "SOURCE", "images": "IMAGE"},
         spellings={
             "output": ["-o", "--output"],

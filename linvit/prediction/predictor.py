@@ -1,4 +1,4 @@
-"""A classifier's predictions on loose images: `linvit.Predictor`."""
+"""Predict the classes of images with `linvit.Predictor`."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +22,13 @@ from linvit.prediction.tiling import Box, create_tiling
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.settings.fields import height_and_width
 
-# Pixels of a batch that is large enough to keep a device busy: 32 or 256 images of 224 px.
+# Pixels per batch that keep a device busy: 32 or 256 images of 224 px.
 BATCH_PIXELS = {"cpu": 32 * 224**2, "cuda": 256 * 224**2}
 
 
 @dataclass(frozen=True)
 class TilePrediction:
-    """A tile's most probable classes, the first being the most probable."""
+    """The most probable classes of a tile, in descending order."""
 
     box: Box
     labels: tuple[str, ...]
@@ -37,40 +37,41 @@ class TilePrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's most probable classes, the first being the most probable; none where it cannot be read."""
+    """The most probable classes of an image, in descending order; empty if the image cannot be read."""
 
-    # As it was given or found; None for an image that comes from no file.
+    # As given or found; None for an image that does not come from a file.
     path: str | None
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     # Why the image cannot be read.
     error: str | None = None
-    # Those of the image's tiles, of which it has at least one where large images are cut.
+    # With tiling, at least one; else empty.
     tiles: tuple[TilePrediction, ...] = ()
 
 
 class Predictor:
-    """Predicts on files, folders, patterns, arrays (H, W, 3) uint8 RGB and Pillow's images, prepared as in evaluation.
+    """Predicts the classes of files, folders, globs, arrays (H, W, 3) uint8 RGB and PIL images, as evaluation does.
 
         predictor = linvit.Predictor("output/RUN")
         for prediction in predictor(["a.jpg", "folder"]):
             print(prediction.path, prediction.labels[0], prediction.probabilities[0])
 
     Args:
-        source: a run's folder, a folder with config.json and weights, a checkpoint, a timm name, or a `Classifier`.
-        weights: which weights of a run's folder.
-        img_size: size that the model gets, one number or (height, width); default its own.
-        topk: number of most probable classes (all, where there are fewer).
+        source: run folder, folder with config.json and weights, checkpoint, timm model name, or a `Classifier`.
+        weights: which weights of a run folder to use.
+        img_size: image size of the model, one number or (height, width); by default its own.
+        topk: number of most probable classes to return, or all if there are fewer.
         tile: cut larger images into tiles of this side, or (height, width), in pixels; see `Tiling`.
-        overlap: pixels that neighbouring tiles share, at least; default an eighth of a tile.
-        merge: what the tiles' probabilities of a class become.
-        batch_size: images or tiles a batch; default by the device and the size. Where memory runs out it is halved.
-        workers: processes that read images; 0 reads them in this one.
-        device: cpu, cuda, cuda:1, ...; "auto" takes a GPU where there is one.
-        amp: automatic mixed precision on or off; default as the run was trained.
-        say: takes notes, such as that a batch has been halved.
+        overlap: minimum number of pixels that neighbouring tiles share; by default an eighth of a tile.
+        merge: how to merge the tiles' probabilities of a class.
+        batch_size: images or tiles per batch; by default chosen by device and image size. It is halved when memory
+            runs out.
+        workers: number of processes that read images; 0 reads them in this process.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" uses a GPU if there is one.
+        amp: whether to use automatic mixed precision; by default as in the run.
+        say: called with messages, such as that the batch size was halved.
 
-    Raises ValueError where `source` is none of these or the options do not fit it.
+    Raises ValueError if `source` cannot be loaded or the options do not fit it.
     """
 
     def __init__(
@@ -100,27 +101,30 @@ class Predictor:
         model = classifier.model.to(self.device)
         self.class_names = classifier.class_names or [str(label) for label in range(model.num_classes)]
         if len(self.class_names) != model.num_classes:
-            raise ValueError(f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names")
+            raise ValueError(
+                f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names; give one "
+                "name per class"
+            )
         self.topk = min(topk, len(self.class_names))
         self.spec = input_spec(classifier, img_size=size)
         self.batch_size = batch_size or default_batch_size(self.device, self.spec.size)
         self.workers = usable_workers(workers)
-        self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), say=say)
+        self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), log=say)
 
     def __call__(self, images: Input | Iterable[Input]) -> Iterator[Prediction]:
-        """A prediction for every image, in the order of the images; a folder's are in natural order.
+        """A prediction for every image, in order; images of a folder are in natural order.
 
-        A path that does not exist is an image that cannot be read. Raises ValueError for a folder without images, and
-        for what is no image.
+        A path that does not exist counts as an image that cannot be read. Raises ValueError for a folder without images
+        and for an input that is not an image.
         """
         is_one = isinstance(images, str | PathLike | np.ndarray | Image.Image)
         return self.predict(find_images(cast(Iterable[Input], [images] if is_one else images)))
 
     def predict(self, images: LooseImages) -> Iterator[Prediction]:
-        """A prediction for every image, in order, while they are read."""
-        return self._predict_whole(images) if self.tiling is None else self._predict_tiled(images)
+        """A prediction for every image, in order, while further images are being read."""
+        return self._predict_full(images) if self.tiling is None else self._predict_tiled(images)
 
-    def _predict_whole(self, images: LooseImages) -> Iterator[Prediction]:
+    def _predict_full(self, images: LooseImages) -> Iterator[Prediction]:
         loader = create_eval_loader(
             images,
             self.spec,
@@ -131,16 +135,16 @@ class Predictor:
             on_bad_image="skip",
         )
         for batch in loader:
-            found = {
+            predictions = {
                 index: Prediction(images.name(index), error=_why_unreadable(images, index))
                 for index in batch.unreadable
             }
             if len(batch.images):
                 best = self._best(self._probabilities(batch.images))
                 for index, (labels, probabilities) in zip(batch.indices.tolist(), best):
-                    found[index] = Prediction(images.name(index), labels, probabilities)
-            # A batch's images follow each other, those that cannot be read among them.
-            yield from (found[index] for index in sorted(found))
+                    predictions[index] = Prediction(images.name(index), labels, probabilities)
+            # A batch has consecutive indices, including those of unreadable images.
+            yield from (predictions[index] for index in sorted(predictions))
 
     def _predict_tiled(self, images: LooseImages) -> Iterator[Prediction]:
         assert self.tiling is not None
@@ -148,7 +152,7 @@ class Predictor:
             if isinstance(tiles, str):
                 yield Prediction(images.name(index), error=tiles)
                 continue
-            # (T, C) of all tiles, which take far less memory than the image.
+            # (T, C) for all tiles: much smaller than the image.
             probabilities = torch.cat(
                 [
                     self._probabilities(normalize(pixels.to(self.device), self.spec))
@@ -164,22 +168,22 @@ class Predictor:
         return self._forward(images).softmax(1)
 
     def _best(self, probabilities: Tensor) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Labels and probabilities of each row's most probable classes."""
+        """Labels and probabilities of the most probable classes of each row."""
         values, indices = probabilities.topk(self.topk)
         for row, labels in zip(values.cpu().numpy(), indices.tolist()):
-            # The shortest numbers that are these in float32.
+            # The shortest decimals that equal the float32 values.
             yield tuple(self.class_names[label] for label in labels), tuple(float(str(value)) for value in row)
 
 
 def default_batch_size(device: torch.device, size: tuple[int, int]) -> int:
-    """As many images as keep the device busy, at least one."""
+    """The number of images that keeps the device busy, at least one."""
     return max(BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]) // (size[0] * size[1]), 1)
 
 
 def _why_unreadable(images: LooseImages, index: int) -> str:
-    # Workers say which images they could not read, not why.
+    # Workers report which images they could not read, not why.
     try:
         images.read(index)
     except UnreadableImage as error:
         return str(error).removeprefix(f"{images.path(index)}: ")
-    return "cannot be read at first, but later; run this image again"
+    return "failed to be read once but not again; predict this image again"

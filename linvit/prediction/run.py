@@ -1,18 +1,16 @@
-"""`linvit predict`."""
+"""Load a classifier, predict on the images of a command line, and print or write the predictions."""
 
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from rich.console import Console
-from rich.progress import track
-
 from linvit.data.sources.base import PackedStrings
 from linvit.data.sources.loose import LooseImages, expand, read_list
 from linvit.distributed import choose_device
 from linvit.evaluation.classes import lemmas
-from linvit.output.terminal import note, printable
+from linvit.evaluation.inference import override_settings
+from linvit.output.terminal import note, printable, progress_bar
 from linvit.prediction.options import PredictOptions
 from linvit.prediction.predictor import Prediction, Predictor
 from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, Row, WriteRow, check_format, open_rows
@@ -20,15 +18,12 @@ from linvit.runs.folder import Classifier, load_classifier
 from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_files
 
-# Options that, where they are given, stand in place of the run's settings of the same names.
-_SETTINGS = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}
-
 
 def predict_command(options: PredictOptions) -> int:
-    """`linvit predict`: a prediction for every image, in order, to a file or stdout; returns the exit status.
+    """Write a prediction for every image, in order, to a file or stdout; returns the exit status.
 
-    The status is 1 where none of the images can be read. Raises UsageError for a path that does not exist and a file
-    that cannot be written, before anything is loaded; ValueError where the source does not fit the options.
+    The status is 1 if none of the images can be read. Raises UsageError, before anything is loaded, for a path that
+    does not exist and a file that cannot be written; ValueError if the source does not fit the options.
     """
     check_files(("--output", options.output), ("--tile-output", options.tile_output))
     try:
@@ -42,19 +37,19 @@ def predict_command(options: PredictOptions) -> int:
     predictor = _create_predictor(options)
     with ExitStack() as files:
         write_image: WriteRow = _print_row
-        write_tile: WriteRow = _leave_out
+        write_tile: WriteRow = _discard
         if options.output is not None:
             write_image = files.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
         if options.tile_output is not None:
             write_tile = files.enter_context(open_rows(options.tile_output, TILE_COLUMNS, topk=predictor.topk))
         predictions = predictor.predict(images)
         if options.output is not None:
-            predictions = _with_bar(predictions, len(images))
+            predictions = _with_progress(predictions, len(images))
         num_unreadable = _write(predictions, write_image, write_tile)
     if options.output is not None:
         print(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
     if num_unreadable:
-        note(f"{num_unreadable:,} of {len(images):,} images cannot be read; their rows say why")
+        note(f"{num_unreadable:,} of {len(images):,} images cannot be read; their rows give the reasons")
     return 1 if len(images) and num_unreadable == len(images) else 0
 
 
@@ -76,14 +71,9 @@ def _create_predictor(options: PredictOptions) -> Predictor:
         model_kwargs=options.model_kwargs,
         use_ema=options.use_ema,
     )
-    given = options.model_dump(include=_SETTINGS, exclude_unset=True, exclude_none=True)
-    classifier = replace(
-        classifier,
-        settings={**classifier.settings, **given},
-        class_names=_labels(classifier, options),
-    )
+    classifier = override_settings(classifier, options)
     return Predictor(
-        classifier,
+        replace(classifier, class_names=_labels(classifier, options)),
         img_size=size,
         topk=options.topk,
         tile=options.tile,
@@ -99,17 +89,19 @@ def _create_predictor(options: PredictOptions) -> Predictor:
 def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:
     names = classifier.class_names
     if names is None:
-        note(f"{options.source} does not name its classes: they are shown by their numbers")
+        note(f"{options.source} has no class names; predictions show class numbers")
     if options.label_type == "name":
         return names
-    words = lemmas()
-    if names is None or not words.keys() >= set(names):
-        raise ValueError(f"--label-type description: the classes of {options.source} are no WordNet ids; leave it out")
-    return [words[name] for name in names]
+    descriptions = lemmas()
+    if names is None or not descriptions.keys() >= set(names):
+        raise ValueError(
+            f"--label-type description: the classes of {options.source} are not WordNet ids; omit --label-type"
+        )
+    return [descriptions[name] for name in names]
 
 
 def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile: WriteRow) -> int:
-    """Write a row for every prediction, and one for each of its tiles; returns how many images cannot be read."""
+    """Write a row for every prediction and for each of its tiles; returns the number of unreadable images."""
     num_unreadable = 0
     for prediction in predictions:
         num_unreadable += prediction.error is not None
@@ -125,14 +117,11 @@ def _print_row(row: Row) -> None:
     print(f"{printable(row['path'])}: {'; '.join(best) if row['error'] is None else row['error']}")
 
 
-def _leave_out(row: Row) -> None:
+def _discard(row: Row) -> None:
     pass
 
 
-def _with_bar(predictions: Iterable[Prediction], num_images: int) -> Iterator[Prediction]:
-    """The same predictions, with a progress bar where stderr is a terminal."""
-    is_shown = sys.stderr.isatty()
-    console = Console(stderr=True)
-    yield from track(
-        predictions, description="", total=num_images, console=console, transient=True, disable=not is_shown
-    )
+def _with_progress(predictions: Iterable[Prediction], num_images: int) -> Iterator[Prediction]:
+    """The same predictions, with a progress bar if stderr is a terminal."""
+    with progress_bar() as bar:
+        yield from bar.track(predictions, total=num_images, description="predicting")

@@ -1,4 +1,4 @@
-"""Reading images as tiles, each resized to the model's size."""
+"""Read images in worker processes and cut them into tiles, each resized to the model's size."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ from linvit.prediction.tiling import Box, Tiling
 
 @dataclass(frozen=True)
 class Tiles:
-    """An image's T tiles: where they lie in it, and their pixels (T, height, width, 3) uint8 in the model's size."""
+    """The T tiles of an image: boxes in the image, and pixels (T, height, width, 3) uint8 at the model's size."""
 
     boxes: list[Box]
     pixels: Tensor
 
 
 def read_tiles(images: ImageSet, spec: InputSpec, tiling: Tiling, *, workers: int) -> Iterator[Tiles | str]:
-    """The tiles of one image after the other, in order; why it cannot be read in their place.
+    """The tiles of each image, in order, or the reason why an image cannot be read.
 
-    At most two images per worker are in memory, beside the one in use.
+    Memory holds at most two images per worker in addition to the current one.
     """
     loader: DataLoader[Any] = DataLoader(
         _TiledImages(images, spec, tiling),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=start_worker,
-        # Reading draws no numbers, and none are to be taken from torch's own generator.
+        # Otherwise the loader would draw a seed from torch's global generator.
         generator=torch.Generator(),
     )
     yield from loader
@@ -44,8 +44,8 @@ class _TiledImages(Dataset[Tiles | str]):
         self.images = images
         self.spec = spec
         self.tiling = tiling
-        self.whole_pipeline = build_eval_pipeline(spec)
-        # Of a tile nothing is cut off, or there would be gaps between tiles.
+        self.full_pipeline = build_eval_pipeline(spec)
+        # Tiles are not cropped, which would leave gaps between them.
         self.tile_pipeline = build_eval_pipeline(replace(spec, crop_pct=1.0, crop_mode="squash"))
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class _TiledImages(Dataset[Tiles | str]):
         except UnreadableImage as error:
             return str(error).removeprefix(f"{self.images.path(index)}: ")
         boxes = self.tiling.boxes(*image.shape[:2])
-        pipeline = self.whole_pipeline if len(boxes) == 1 else self.tile_pipeline
+        pipeline = self.full_pipeline if len(boxes) == 1 else self.tile_pipeline
         pixels = torch.empty((len(boxes), *self.spec.size, 3), dtype=torch.uint8)
         for tile, (top, left, height, width) in zip(pixels.numpy(), boxes):
             tile[:] = pipeline(image=image[top : top + height, left : left + width])["image"]

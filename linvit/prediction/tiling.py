@@ -1,4 +1,4 @@
-"""Large images as overlapping tiles: where these lie."""
+"""Where the overlapping tiles of a large image are. `tiles` reads them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from linvit.settings.fields import height_and_width
 
 
 class Box(NamedTuple):
-    """A window of an image, in its pixels."""
+    """A window of an image, in pixels of the image."""
 
     top: int
     left: int
@@ -18,14 +18,14 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut, and what the probabilities of their tiles become together.
+    """How images are cut into tiles, and how the probabilities of the tiles are merged.
 
     Args:
         size: (height, width) of a tile in pixels.
-        overlap: pixels that neighbours share, at least.
-        merge: the mean of the tiles' probabilities, or of every class the largest (these do not add up to 1).
+        overlap: minimum number of pixels that neighbouring tiles share.
+        merge: the mean of the tiles' probabilities, or the maximum for each class (which do not sum to 1).
 
-    Raises ValueError where tiles would not move on.
+    Raises ValueError if the overlap is negative or not smaller than a tile.
     """
 
     size: tuple[int, int]
@@ -36,14 +36,14 @@ class Tiling:
         if not 0 <= self.overlap < min(self.size):
             height, width = self.size
             raise ValueError(
-                f"an overlap of {self.overlap} px does not fit tiles of {height}×{width} px: set a smaller"
+                f"an overlap of {self.overlap} px does not fit tiles of {height}×{width} px; set a smaller overlap"
             )
 
     def boxes(self, height: int, width: int) -> list[Box]:
-        """The tiles of an image from its top left, row by row; the whole image where it is no larger than a tile.
+        """The tiles of an image, row by row from the top left; the full image if it is no larger than a tile.
 
-        The last tile of a row or column is moved back into the image, so that nothing is padded. In an image that is
-        narrower or flatter than a tile, tiles are smaller: as large as fits, of the same shape.
+        The last tile of a row or column is moved back into the image, so nothing is padded. If the image is smaller
+        than a tile in one dimension only, the tiles shrink to fit, with the same aspect ratio.
         """
         shrink = min(1.0, height / self.size[0], width / self.size[1])
         if height <= self.size[0] and width <= self.size[1]:
@@ -60,7 +60,7 @@ class Tiling:
 def create_tiling(
     size: int | tuple[int, int] | None, *, overlap: int | None = None, merge: Literal["mean", "max"] = "mean"
 ) -> Tiling | None:
-    """Tiles of that side, or height and width, that overlap by an eighth unless told otherwise; None for None."""
+    """Tiles of this side, or (height, width), that overlap by an eighth by default; None if `size` is None."""
     if size is None:
         return None
     height, width = height_and_width(size)
@@ -68,6 +68,6 @@ def create_tiling(
 
 
 def _starts(length: int, tile: int, overlap: int) -> Iterator[int]:
-    """Where tiles begin along a side of an image."""
+    """The offsets of the tiles along one side of an image."""
     yield from range(0, length - tile, tile - overlap)
     yield length - tile

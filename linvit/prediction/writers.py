@@ -1,54 +1,53 @@
-"""Files of predictions, written row by row: CSV, JSON lines or Parquet, by the file's extension."""
+"""Write predictions row by row as CSV, JSON lines or Parquet, by the file's extension."""
 
 import csv
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
-from linvit.output.files import cannot_write, scratch_of, sync_folder
+from linvit.output.files import cannot_write, json_text, scratch_of, sync_folder, valid_utf8
 
 Row: TypeAlias = dict[str, Any]
 WriteRow: TypeAlias = Callable[[Row], None]
 
-# The columns of a row; "labels" and "probabilities" are lists, which CSV spreads over columns of their own.
+# "labels" and "probabilities" are lists, which CSV spreads over several columns.
 IMAGE_COLUMNS = ("path", "labels", "probabilities", "error")
 TILE_COLUMNS = ("path", "top", "left", "height", "width", "labels", "probabilities")
 _LISTS = {"labels": "label", "probabilities": "probability"}
-# Rows that Parquet keeps together, and so that are held in memory.
+# Rows per group of a Parquet file, which are held in memory.
 _GROUP_SIZE = 4096
 
 
 def check_format(path: Path) -> None:
-    """Raises ValueError where files of such a kind cannot be written here."""
+    """Raise ValueError if a package for the file's format is missing."""
     if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow, or end the name in .csv or .jsonl")
+        raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow, or choose a .csv or .jsonl file")
 
 
 @contextmanager
 def open_rows(path: Path, columns: Sequence[str], *, topk: int) -> Iterator[WriteRow]:
-    """A function that writes a row to the file, by its extension.
+    """A function that writes a row to the file, in the format of its extension.
 
-    JSON lines grow as rows come, so that a run that is stopped leaves all that it had; a file of another kind appears
-    when it is whole, or not at all.
+    JSON lines are written as rows arrive, so a run that is interrupted leaves all finished rows. Other files appear
+    when they are complete, or not at all.
 
     Args:
-        columns: the names in a row; a row that lacks one has nothing there.
+        columns: the names in a row; a name that a row lacks stays empty.
         topk: length of the lists in a row.
 
-    Raises OSError, naming the file, where it cannot be written.
+    Raises OSError, naming the file, if it cannot be written.
     """
-    kind = path.suffix.lower()
-    place = path if kind == ".jsonl" else scratch_of(path)
+    extension = path.suffix.lower()
+    target = path if extension == ".jsonl" else scratch_of(path)
     with _naming(path):
-        file = place.open("wb")
+        file = target.open("wb")
     try:
         with _naming(path):
-            rows = _WRITERS[kind](file, columns, topk)
+            rows = _WRITERS[extension](file, columns, topk)
 
         def write(row: Row) -> None:
             with _naming(path):
@@ -60,14 +59,14 @@ def open_rows(path: Path, columns: Sequence[str], *, topk: int) -> Iterator[Writ
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            place.replace(path)
+            target.replace(path)
             sync_folder(path.parent)
     except BaseException:
-        # Closing writes what is left, and on a full disk fails again.
+        # Closing flushes the rest, which fails again on a full disk.
         with suppress(OSError):
             file.close()
-        if place != path:
-            place.unlink(missing_ok=True)
+        if target != path:
+            target.unlink(missing_ok=True)
         raise
 
 
@@ -83,8 +82,8 @@ class _JsonLines:
         self.columns = columns
 
     def write(self, row: Row) -> None:
-        line = json.dumps({name: row.get(name) for name in self.columns}, ensure_ascii=False) + "\n"
-        # Bytes of a path that are no UTF-8 become JSON's own escapes.
+        line = json_text({name: row.get(name) for name in self.columns}, indent=None, ensure_ascii=False)
+        # Bytes of a path that are not UTF-8 become JSON escapes.
         self.file.write(line.encode(errors="backslashreplace"))
         self.file.flush()
 
@@ -104,7 +103,7 @@ class _Csv:
         self.rows.writerow([value for column in self.columns for value in self._values(column, row.get(column))])
 
     def finish(self) -> None:
-        # Else the text would close the file.
+        # Otherwise the text wrapper would close the file.
         self.text.detach()
 
     def _names(self, column: str) -> list[str]:
@@ -127,21 +126,21 @@ class _Parquet:
         self.schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in columns])
         self.table_of = pyarrow.Table.from_pylist
         self.file = pyarrow.parquet.ParquetWriter(file, self.schema)
-        self.held: list[Row] = []
+        self.group: list[Row] = []
 
     def write(self, row: Row) -> None:
-        self.held.append({**row, "path": valid_utf8(row["path"])})
-        if len(self.held) == _GROUP_SIZE:
-            self._write_held()
+        self.group.append({**row, "path": valid_utf8(row["path"])})
+        if len(self.group) == _GROUP_SIZE:
+            self._write_group()
 
     def finish(self) -> None:
-        self._write_held()
+        self._write_group()
         self.file.close()
 
-    def _write_held(self) -> None:
-        if self.held:
-            self.file.write_table(self.table_of(self.held, self.schema))
-            self.held.clear()
+    def _write_group(self) -> None:
+        if self.group:
+            self.file.write_table(self.table_of(self.group, self.schema))
+            self.group.clear()
 
 
 _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {
@@ -151,13 +150,9 @@ _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {
 }
 
 
-def valid_utf8(path: str) -> str:
-    """A path with its bytes that are no UTF-8 replaced."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
+    """Turn an OSError into one that names the file."""
     try:
         yield
     except OSError as error:

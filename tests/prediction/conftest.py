@@ -1,4 +1,4 @@
-"""A trained run with settings that no model has by itself, and the folder that it was trained on."""
+"""A trained run whose settings differ from every model's defaults, and the folder that it was trained on."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`linvit predict`: what is given, what comes out and with which exit status."""
+"""`linvit predict`: inputs, outputs and exit statuses."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def test_a_table_of_a_folder_in_natural_order(
     assert capsys.readouterr().out == f"{tmp_path / 'p.csv'}: predictions on 6 of 6 images\n"
 
 
-def test_lines_on_stdout_and_a_count_of_what_cannot_be_read(
+def test_lines_on_stdout_and_a_count_of_unreadable_images(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.png").touch()
@@ -50,7 +50,7 @@ def test_lines_on_stdout_and_a_count_of_what_cannot_be_read(
     assert first.endswith(" %")
     assert second == f"{tmp_path / 'empty.png'}: is empty; restore or remove the file"
     assert predict(run, tmp_path / "empty.png") == 1
-    assert capsys.readouterr().err == "1 of 1 images cannot be read; their rows say why\n"
+    assert capsys.readouterr().err == "1 of 1 images cannot be read; their rows give the reasons\n"
 
 
 def test_stdin_gives_image_files_and_their_order(
@@ -96,7 +96,7 @@ def test_a_folder_with_weights_and_config_is_enough(run: Path, data: Path, tmp_p
     assert (tmp_path / "copy.csv").read_text() == (tmp_path / "run.csv").read_text()
 
 
-def test_options_stand_in_place_of_the_runs_settings(run: Path, data: Path, tmp_path: Path) -> None:
+def test_options_override_the_runs_settings(run: Path, data: Path, tmp_path: Path) -> None:
     for name, options in {
         "plain": [],
         "crop": ["--crop-pct", "1.0"],
@@ -107,7 +107,7 @@ def test_options_stand_in_place_of_the_runs_settings(run: Path, data: Path, tmp_
     assert len({(tmp_path / f"{name}.csv").read_text() for name in ("plain", "crop", "amp", "size")}) == 4
 
 
-def test_precision_that_is_not_given_is_the_runs(run: Path, data: Path, tmp_path: Path) -> None:
+def test_precision_is_the_runs_by_default(run: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "amp")
     settings = (run / "args.yaml").read_text()
     (tmp_path / "amp/args.yaml").write_text(settings.replace("\namp: false\n", "\namp: true\n"))
@@ -118,7 +118,7 @@ def test_precision_that_is_not_given_is_the_runs(run: Path, data: Path, tmp_path
     assert (tmp_path / "run.csv").read_text() != (tmp_path / "off.csv").read_text()
 
 
-def test_wordnet_ids_in_words(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_descriptions_of_wordnet_ids(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict(run, data / "val/red/0.png", "--label-type", "description") == 1
     assert "--label-type description: the classes of" in capsys.readouterr().err
     shutil.copytree(run / "best", tmp_path / "best")
@@ -137,15 +137,15 @@ def test_wordnet_ids_in_words(run: Path, data: Path, tmp_path: Path, capsys: pyt
         (["empty"], "empty: holds no images"),
         (["here.png", "-o", "p.xlsx"], "--output p.xlsx: the name must end in .csv, .jsonl or .parquet"),
         (["here.png", "-o", "nowhere/p.csv"], "--output nowhere/p.csv: there is no folder nowhere; make it first"),
-        (["here.png", "--tile-output", "t.csv"], "--overlap and --tile-output are for tiles: give --tile SIZE as well"),
+        (["here.png", "--tile-output", "t.csv"], "--overlap and --tile-output need --tile SIZE"),
         (["here.png", "--tile", "32", "--overlap", "32"], "an overlap of 32 px does not fit tiles of 32×32 px"),
-        (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv: give two files"),
+        (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv; choose two files"),
         (["here.png", "--topk", "0"], "--topk takes a whole number of at least 1, not 0"),
         (["here.png", "--merge", "median"], "--merge takes one of 'mean', 'max', not 'median'"),
         ([], "the following arguments are required: IMAGE"),
     ],
 )
-def test_wrong_usage_is_found_before_the_model_is_loaded(
+def test_wrong_usage_is_reported_before_the_model_is_loaded(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -155,14 +155,14 @@ def test_wrong_usage_is_found_before_the_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.png").touch()
     (tmp_path / "empty").mkdir()
-    # No model is there, which loading would say.
+    # Loading would report that there is no model.
     assert main(["predict", "no-run", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
-def test_a_source_that_is_none_is_failed_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_source_has_exit_status_1(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict("runs/nothing", data / "val") == 1
     assert "runs/nothing: there is no such file or folder, and it is not a timm model name" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Predictions are evaluation's own, whole or in tiles, from files or memory, however they are batched."""
+"""Predictions equal those of evaluation, with or without tiles, from files or memory, at any batch size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ import linvit
 from linvit.data.decode import read_image
 from linvit.data.loader import create_eval_loader
 from linvit.data.sources.folder import open_folder
-from linvit.evaluation.command import evaluate
+from linvit.evaluation.collect import evaluate
 from linvit.prediction.predictor import Predictor, default_batch_size
 from linvit.runs.folder import Classifier, load_classifier
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """70 × 90 pixels, so larger than the run's 32 × 32, in a lossless file."""
+    """A lossless file of 70 × 90 pixels, larger than the run's 32 × 32."""
     pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     assert cv2.imwrite(str(tmp_path / "photo.png"), pixels)
     return tmp_path / "photo.png"
@@ -35,7 +35,7 @@ def by_label(prediction: Any) -> dict[str, float]:
     return dict(zip(prediction.labels, prediction.probabilities, strict=True))
 
 
-def test_three_lines_predict(run: Path, data: Path) -> None:
+def test_three_lines_give_a_prediction(run: Path, data: Path) -> None:
     predictor = linvit.Predictor(run)
     (prediction,) = predictor(data / "val/red/0.png")
     assert prediction.path == str(data / "val/red/0.png")
@@ -45,7 +45,7 @@ def test_three_lines_predict(run: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_hits_and_probabilities_are_those_of_evaluation(run: Path, data: Path, workers: int) -> None:
+def test_hits_and_probabilities_equal_those_of_evaluation(run: Path, data: Path, workers: int) -> None:
     predictor = Predictor(run, batch_size=4, workers=workers, device="cpu")
     classifier = load_classifier(str(run))
     dataset = open_folder(data, split="val", class_names=classifier.class_names)
@@ -83,9 +83,9 @@ def test_an_unreadable_image_keeps_its_place(
 
 
 def test_arrays_and_pillow_images_are_predicted_like_their_file(run: Path, photo: Path) -> None:
-    file, array, picture = Predictor(run)([photo, read_image(photo), Image.open(photo)])
-    assert (array.path, picture.path) == (None, None)
-    assert file.probabilities == array.probabilities == picture.probabilities
+    file, array, pillow = Predictor(run)([photo, read_image(photo), Image.open(photo)])
+    assert (array.path, pillow.path) == (None, None)
+    assert file.probabilities == array.probabilities == pillow.probabilities
 
 
 def test_memory_that_runs_out_halves_the_batch(
@@ -101,14 +101,14 @@ def test_memory_that_runs_out_halves_the_batch(
         return forward(images)
 
     monkeypatch.setattr(classifier.model, "forward", crowded)
-    said: list[str] = []
-    found = list(Predictor(classifier, batch_size=8, say=said.append)(data / "val"))
+    messages: list[str] = []
+    found = list(Predictor(classifier, batch_size=8, say=messages.append)(data / "val"))
     assert [prediction.path for prediction in found] == [prediction.path for prediction in expected]
     for one, other in zip(found, expected):
         assert by_label(one) == pytest.approx(by_label(other), rel=1e-5)
-    # Once for each halving, not for each batch.
-    assert len(said) == 2
-    assert said[-1] == "out of memory with 4 images at once: going on with 2"
+    # One message per halving, not per batch.
+    assert len(messages) == 2
+    assert messages[-1] == "out of memory with 4 images at once; continuing with 2"
 
 
 @pytest.mark.parametrize(("merge", "merged"), [("mean", np.mean), ("max", np.max)])
@@ -119,7 +119,7 @@ def test_tiles_of_the_models_size_are_seen_pixel_by_pixel(
     assert [tile.box[:2] for tile in prediction.tiles] == [
         (top, left) for top in (0, 24, 38) for left in (0, 24, 48, 58)
     ]
-    # What the model says of the same windows as images of their own, of which nothing is cropped.
+    # The same windows, predicted as images without a crop.
     classifier = load_classifier(str(run))
     uncropped = Classifier(
         classifier.model, classifier.class_names, classifier.weights, {**classifier.settings, "crop_pct": 1.0}
@@ -133,11 +133,11 @@ def test_tiles_of_the_models_size_are_seen_pixel_by_pixel(
     assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
 
 
-def test_larger_tiles_are_shrunk_whole(run: Path, photo: Path) -> None:
+def test_larger_tiles_are_shrunk_without_a_crop(run: Path, photo: Path) -> None:
     (prediction,) = Predictor(run, tile=64, overlap=0)(photo)
     boxes = [tile.box for tile in prediction.tiles]
     assert [(box.height, box.width) for box in boxes] == [(64, 64)] * 4
-    # A change in a corner of a tile, where a centre crop would not see it.
+    # Change a corner of a tile, which a centre crop would remove.
     pixels = read_image(photo).copy()
     pixels[:8, :8] = 255
     (changed,) = Predictor(run, tile=64, overlap=0)(pixels)
@@ -160,7 +160,7 @@ def test_classes_without_names_go_by_number() -> None:
     assert set(prediction.labels) < set("0123456")
 
 
-def test_precision_is_the_runs_own_unless_it_is_given(run: Path, photo: Path) -> None:
+def test_precision_is_the_runs_by_default_in_python(run: Path, photo: Path) -> None:
     classifier = load_classifier(str(run))
     amp = Classifier(classifier.model, classifier.class_names, "", {**classifier.settings, "amp": True})
     (full,) = Predictor(run)(photo)
@@ -182,7 +182,7 @@ def test_the_batch_is_smaller_for_larger_images() -> None:
     assert default_batch_size(CPU, (2048, 2048)) == 1
 
 
-def test_names_that_are_too_few_are_refused() -> None:
+def test_too_few_names_are_an_error() -> None:
     model: Any = nn.Identity()
     model.num_classes = 3
     with pytest.raises(ValueError, match=r"w.pt has 3 classes, but 2 names"):

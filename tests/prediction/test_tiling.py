@@ -1,4 +1,4 @@
-"""Tiles cover the image, overlap as asked, and never leave it."""
+"""Tiles cover the image, overlap as requested, and stay inside it."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def test_every_pixel_is_covered_and_neighbours_overlap(size: tuple[int, int], ov
 
 
 @pytest.mark.parametrize(("height", "width"), [(1024, 1024), (1, 1024), (700, 300)])
-def test_an_image_no_larger_than_a_tile_stays_whole(height: int, width: int) -> None:
+def test_an_image_no_larger_than_a_tile_is_one_tile(height: int, width: int) -> None:
     assert Tiling((1024, 1024), overlap=128).boxes(height, width) == [Box(0, 0, height, width)]
 
 
@@ -52,11 +52,11 @@ def test_tiles_of_a_narrow_image_are_smaller_and_of_the_same_shape() -> None:
 
 
 def test_an_overlap_as_large_as_a_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match="an overlap of 64 px does not fit tiles of 64×96 px: set a smaller"):
+    with pytest.raises(ValueError, match="an overlap of 64 px does not fit tiles of 64×96 px; set a smaller overlap"):
         Tiling((64, 96), overlap=64)
 
 
-def test_the_overlap_is_an_eighth_unless_it_is_given() -> None:
+def test_the_overlap_is_an_eighth_by_default() -> None:
     assert create_tiling(1024) == Tiling((1024, 1024), overlap=128)
     assert create_tiling((64, 32), overlap=0, merge="max") == Tiling((64, 32), overlap=0, merge="max")
     assert create_tiling(None) is None

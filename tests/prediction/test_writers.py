@@ -1,4 +1,4 @@
-"""Rows come out of a file as they went in, and a file is whole or absent."""
+"""Rows are read back as they were written, and a file is complete or absent."""
 
 import csv
 import errno
@@ -51,12 +51,17 @@ def test_parquet_has_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row == {"path": "\ufffd.png", "labels": [], "probabilities": [], "error": "is empty"}
 
 
-def test_a_path_that_is_no_text_is_kept(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
     path = os.fsdecode(b"\xff.png")
     for name in ("p.csv", "p.jsonl"):
         write(tmp_path / name, [{**ROWS[1], "path": path}])
     assert b"\xff.png" in (tmp_path / "p.csv").read_bytes()
     assert json.loads((tmp_path / "p.jsonl").read_bytes())["path"] == path
+
+
+def test_a_probability_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", [{**ROWS[0], "probabilities": (float("nan"), 1.0)}])
+    assert json.loads((tmp_path / "p.jsonl").read_bytes())["probabilities"] == [None, 1.0]
 
 
 def fail_after_a_row(path: Path) -> None:
@@ -65,17 +70,17 @@ def fail_after_a_row(path: Path) -> None:
         raise OSError("the camera is gone")
 
 
-def test_a_table_is_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_table(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("old")
     with pytest.raises(OSError, match=r"^the camera is gone$"):
         fail_after_a_row(tmp_path / "p.csv")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]
 
 
-def test_json_lines_keep_what_there_was(tmp_path: Path) -> None:
+def test_json_lines_keep_finished_rows(tmp_path: Path) -> None:
     with open_rows(tmp_path / "p.jsonl", IMAGE_COLUMNS, topk=2) as write_row:
         write_row(ROWS[0])
-        # While they are being written, too.
+        # While the file is still open, too.
         assert json.loads((tmp_path / "p.jsonl").read_bytes())["path"] == ROWS[0]["path"]
     with pytest.raises(OSError, match="camera"):
         fail_after_a_row(tmp_path / "p.jsonl")
@@ -97,7 +102,7 @@ def test_a_full_disk_names_the_file(name: str, moment: str, tmp_path: Path, monk
     assert not (tmp_path / ".p.csv.part").exists()
 
 
-def test_what_cannot_be_written_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_format(tmp_path / "p.csv")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"p.parquet: Parquet needs pyarrow; pip install pyarrow"):
