@@ -206,18 +206,24 @@ def test_a_timm_name_knows_imagenets_classes(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("source", "sentence"),
+    ("source", "status", "sentence"),
     [
-        ("linvit_mini_patch4_46", "unknown model 'linvit_mini_patch4_46'; did you mean 'linvit_mini_patch4_64'?"),
-        ("runs/nothing", "runs/nothing: there is no such file or folder, and it is not a timm model name"),
-        (".", "is neither a run nor a folder with config.json"),
+        ("linvit_mini_patch4_46", 2, "unknown model 'linvit_mini_patch4_46'; did you mean 'linvit_mini_patch4_64'?"),
+        ("runs/nothing", 1, "runs/nothing: there is no such file or folder, and it is not a timm model name"),
+        (".", 1, "is neither a run nor a folder with config.json"),
     ],
 )
 def test_an_invalid_source_is_one_sentence(
-    source: str, sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    source: str,
+    status: int,
+    sentence: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", source, str(data)]) == 1
+    assert main(["eval", source, str(data)]) == status
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1

@@ -80,7 +80,7 @@ def test_options_override_settings_only_if_given() -> None:
     run = Classifier(model, None, weights="", settings={"crop_pct": 0.5, "amp": True, "amp_dtype": "float16"})
     options = EvalOptions(source="a", data_dir="b", std=(0.25,), seed=3)
     overridden = override_settings(run, options)
-    assert overridden.settings == {**run.settings, "std": (0.25,)}
+    assert overridden.settings == {**run.settings, "std": (0.25, 0.25, 0.25)}
     assert amp_precision(overridden) == torch.float16
     off = override_settings(run, EvalOptions(source="a", data_dir="b", amp=False))
     assert amp_precision(off) is None

@@ -43,7 +43,7 @@ WRONG = [
     (TRAINING, ["--opt", "adahessian"], "--opt adahessian needs second derivatives"),
     (TRAINING, ["--opt-betas", "0.9"], "--opt-betas takes 2 numbers for adamw, not 1"),
     (TRAINING, ["--opt", "sgd", "--opt-betas", "0.9", "0.9"], "--opt-betas is for optimizers with betas, not for sgd"),
-    (TRAINING, ["--aa", "nosuch"], "--aa 'nosuch' is not known; choose from"),
+    (TRAINING, ["--aa", "nosuch"], "--aa 'nosuch' is unknown: choose one of 'rand-m9-mstd0.5-inc1', "),
     (TRAINING, ["--model", "nosuch"], "unknown model 'nosuch'"),
     (("train",), ["--sched", "cosin"], "not 'cosin' (did you mean 'cosine'?)"),
     (TRAINING, ["--share", "foo"], "--share takes one of 'none', 'headwise', 'kv', 'layerwise', not 'foo'"),
