@@ -25,7 +25,8 @@ from provenance import provenance
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from linvit.conversion.distil import Comparison, DistilOptions, distil
+from linvit.conversion.comparison import Comparison
+from linvit.conversion.distil import DistilOptions, distil
 from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.options import InputOptions
 from linvit.data.sources.loose import load_batches, sample_paths
@@ -104,7 +105,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
 
         add(original, model="original")
-        add(start, model="converted", held_out=held_out.of(start).mean_cosine)
+        add(start, model="converted", held_out=held_out.fidelity(start).mean_cosine)
         for images_seen, batch_size, rate in product(args.images_seen, args.batch_sizes, args.rates):
             torch.manual_seed(args.seed)
             model = copy.deepcopy(start)

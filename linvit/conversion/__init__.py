@@ -1,1 +1,1 @@
-"""Pretrained Vision Transformers become Linformers: `linvit.convert_vit` and `linvit convert`."""
+"""Convert pretrained Vision Transformers to Linformers: `linvit.convert_vit` and `linvit convert`."""

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from linvit.conversion.options import ConvertOptions
 from linvit.settings.flags import parse_options
 
-SUMMARY = "turn a pretrained Vision Transformer into a Linformer"
+SUMMARY = "convert a pretrained Vision Transformer to a Linformer"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert, and return the exit status."""
+    """Run `linvit convert` with these arguments and return its exit status."""
     options = parse_options(
         ConvertOptions,
         argv,
         prog="linvit convert",
-        description="Turn a pretrained Vision Transformer into a Linformer, fitted to it on images without labels.",
+        description="Convert a pretrained Vision Transformer to a Linformer and fit it on unlabelled images.",
         positionals={"source": "MODEL"},
         spellings={"json_file": ["--json"], "output": ["-o", "--output"], "batch_size": ["-b", "--batch-size"]},
     )

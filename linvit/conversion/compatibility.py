@@ -1,7 +1,8 @@
-"""Which of timm's Vision Transformers can become a LinformerViT, and by what keywords.
+"""Which timm Vision Transformers can be converted, and which keywords build the matching LinformerViT.
 
-timm keeps few of the keywords that a model was built with, and weights, classifier and size may have changed since. So
-they are read off its modules. Every value can be written as JSON: a converted model is saved with them.
+timm keeps only some of the keywords that built a model, and its classifier and size may have changed since. So the
+keywords are read from the model's modules. All values can be written as JSON, because a converted model is saved with
+them.
 """
 
 from collections.abc import Mapping
@@ -16,37 +17,37 @@ from torch import nn
 from linvit.model.mlp import LeanMlp
 from linvit.model.vit import LinformerViT
 
-# Why models that are no plain VisionTransformer cannot be converted, by their class.
-_ROPE = "rotary position embedding turns each query and key by its own position, and a projected key has none"
-_RELATIVE = "its attention adds a bias for every two positions, and a projected key has none"
-_WINDOWS = "it attends within windows, whose sequences are short already"
+# Why other model classes cannot be converted.
+_ROPE = "rotary position embedding rotates queries and keys by their position, and a projected key has no position"
+_RELATIVE = "its attention adds a bias for every pair of positions, and a projected key has no position"
+_WINDOWS = "it attends within windows, whose sequences are already short"
 _REFUSED: dict[str, str] = {
     "Eva": _ROPE,
-    "NaFlexVit": "it takes sequences of any grid packed into one batch, and a projection belongs to a grid",
+    "NaFlexVit": "it packs images of any grid into one batch, and a projection is made for one grid",
     "Beit": _RELATIVE,
     "VisionTransformerRelPos": _RELATIVE,
     "VisionTransformerSAM": f"{_WINDOWS}, with relative positions",
     "SwinTransformer": _WINDOWS,
     "SwinTransformerV2": _WINDOWS,
-    "VisionTransformerDistilled": "its distillation token has a classifier of its own",
+    "VisionTransformerDistilled": "its distillation token has its own classifier",
 }
 _REFUSED_BLOCKS: dict[str, str] = {
-    "ResPostBlock": "its blocks normalise behind attention and MLP",
-    "ParallelScalingBlock": "its blocks have one layer for attention and MLP in parallel",
-    "DiffParallelScalingBlock": "its blocks have one layer for attention and MLP in parallel",
-    "ParallelThingsBlock": "its blocks have several attention layers in parallel",
+    "ResPostBlock": "its blocks normalise after attention and MLP",
+    "ParallelScalingBlock": "its blocks run attention and MLP in parallel",
+    "DiffParallelScalingBlock": "its blocks run attention and MLP in parallel",
+    "ParallelThingsBlock": "its blocks run several attention layers in parallel",
 }
 
 _NORMS = ("layernorm", "rmsnorm", "simplenorm", "layernormfp32", "rmsnormfp32", "simplenormfp32")
 _ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu", "silu", "relu", "mish", "hard_swish", "leaky_relu")
 
 
-def read_layout(model: nn.Module) -> dict[str, Any]:
-    """Keywords by which `LinformerViT` builds what `model` is, but for its attention.
+def linformer_keywords(model: nn.Module) -> dict[str, Any]:
+    """Keywords with which `LinformerViT` builds the same model, except for its projections.
 
-    Raises ValueError, naming the layout and the reason, for a model that cannot be converted.
+    Raises ValueError, naming the class and the reason, for a model that cannot be converted.
     """
-    _refuse_other_models(model)
+    _check_convertible(model)
     assert isinstance(model, VisionTransformer)
     block, embed = model.blocks[0], model.patch_embed
     has_fc_norm = not isinstance(model.fc_norm, nn.Identity)
@@ -64,7 +65,7 @@ def read_layout(model: nn.Module) -> dict[str, Any]:
         "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
-        # Nothing is 0 here: timm drops a keyword that is None, and a registered model may have LayerScale by default.
+        # 0 is no LayerScale. timm drops keywords that are None, and registered models may have it by default.
         "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else 0.0,
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
@@ -76,40 +77,40 @@ def read_layout(model: nn.Module) -> dict[str, Any]:
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
-        **_mlp(block.mlp, model.embed_dim),
-        **_norms(model),
+        **_mlp_keywords(block.mlp, model.embed_dim),
+        **_norm_keywords(model),
         **_drop_rates(model),
     }
 
 
-def _refuse_other_models(model: Any) -> None:
+def _check_convertible(model: Any) -> None:
     if type(model) is not VisionTransformer:
-        known = [_REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _REFUSED]
-        reason = known[0] if known else "only timm's VisionTransformer is converted"
+        reasons = [_REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _REFUSED]
+        reason = reasons[0] if reasons else "only timm's VisionTransformer can be"
         if isinstance(model, LinformerViT):
-            reason = "its attention is projected already"
+            reason = "its attention is already projected"
         raise ValueError(f"{type(model).__name__} cannot be converted: {reason}")
     blocks = list(model.blocks)
     for layer in (block for block in blocks if type(block) is not Block):
-        raise _cannot(layer, _REFUSED_BLOCKS.get(type(layer).__name__, "its blocks are not timm's Block"))
+        raise _refusal(layer, _REFUSED_BLOCKS.get(type(layer).__name__, "its blocks are not timm's Block"))
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
-        raise _cannot(embed, "its patches are not embedded by timm's PatchEmbed")
+        raise _refusal(embed, "its patch embedding is not timm's PatchEmbed")
     if embed.img_size is None:
-        raise _cannot(embed, "it has no image size, and a projection belongs to a grid")
+        raise _refusal(embed, "it has no fixed image size, and a projection is made for one grid")
     for attention in (block.attn for block in blocks):
         if type(attention) is not Attention or type(attention.qkv) is not nn.Linear:
-            raise _cannot(attention, "its attention is not timm's Attention with one linear layer qkv")
+            raise _refusal(attention, "its attention is not timm's Attention with a single linear layer for q, k and v")
         if attention.gate is not None:
-            raise _cannot(attention, "its attention has gates")
+            raise _refusal(attention, "its attention is gated")
 
 
-def _cannot(part: nn.Module, reason: str) -> ValueError:
+def _refusal(part: nn.Module, reason: str) -> ValueError:
     return ValueError(f"a VisionTransformer with {type(part).__name__} cannot be converted: {reason}")
 
 
-def _mlp(mlp: nn.Module, dim: int) -> dict[str, Any]:
-    """MLP, its activation, and the ratio that `int(dim * ratio)` makes its width of."""
+def _mlp_keywords(mlp: nn.Module, dim: int) -> dict[str, Any]:
+    """The MLP's kind and activation, and a ratio for which `int(dim * ratio)` is its width."""
     if type(mlp) in (Mlp, LeanMlp):
         name, hidden = "mlp", mlp.fc1
     elif type(mlp) is GluMlp and not mlp.gate_last:
@@ -117,36 +118,36 @@ def _mlp(mlp: nn.Module, dim: int) -> dict[str, Any]:
     elif type(mlp) is SwiGLU:
         name, hidden = "swiglu", mlp.fc1_x
     else:
-        raise _cannot(mlp, "its MLP is not timm's Mlp, SwiGLU or SwiGLUPacked")
+        raise _refusal(mlp, "its MLP is not timm's Mlp, SwiGLU or SwiGLUPacked")
     assert isinstance(hidden, nn.Linear)
     width = hidden.out_features
     exact = width / dim
     ratio = exact if int(dim * exact) == width else (width + 0.5) / dim
-    return {"mlp_layer": name, "mlp_ratio": ratio, **_activation(mlp.act)}
+    return {"mlp_layer": name, "mlp_ratio": ratio, **_activation_keywords(mlp.act)}
 
 
-def _activation(act: Any) -> dict[str, Any]:
+def _activation_keywords(act: Any) -> dict[str, Any]:
     if type(act) is nn.GELU and act.approximate == "none":
         return {}
     name = next((name for name in _ACTIVATIONS if get_act_layer(name) is type(act)), None)
     if name is None:
-        raise _cannot(act, "timm has no name for its activation")
+        raise _refusal(act, "timm has no name for its activation")
     return {"act_layer": name}
 
 
-def _norms(model: VisionTransformer) -> dict[str, Any]:
-    """Normalisation of the blocks, and of the patch embedding where it has one."""
-    own = model.blocks[0].norm1
-    names: dict[str, Any] = {"norm_layer": _norm_name(own)}
+def _norm_keywords(model: VisionTransformer) -> dict[str, Any]:
+    """The normalisation of the blocks, and of the patch embedding if it has one."""
+    norm = model.blocks[0].norm1
+    names: dict[str, Any] = {"norm_layer": _norm_name(norm)}
     if not isinstance(model.patch_embed.norm, nn.Identity):
         names["embed_norm_layer"] = _norm_name(model.patch_embed.norm)
-    return {**names, "norm_eps": own.eps}
+    return {**names, "norm_eps": norm.eps}
 
 
 def _norm_name(norm: nn.Module) -> str:
     name = next((name for name in _NORMS if norm_class(name) is type(norm)), None)
     if name is None:
-        raise _cannot(norm, "timm has no name for its normalisation")
+        raise _refusal(norm, "timm has no name for its normalisation")
     return name
 
 
@@ -158,6 +159,6 @@ def _drop_rates(model: VisionTransformer) -> Mapping[str, float]:
         "patch_drop_rate": model.patch_drop.prob if isinstance(model.patch_drop, PatchDropout) else 0.0,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        # timm lets it grow from nothing to this in the last block.
+        # timm raises the rate linearly from 0 to this value in the last block.
         "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0),
     }

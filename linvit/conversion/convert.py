@@ -1,4 +1,4 @@
-"""A timm Vision Transformer as a LinformerViT, all its weights kept: `linvit.convert_vit`."""
+"""Convert a timm Vision Transformer to a LinformerViT with the same weights: `linvit.convert_vit`."""
 
 import contextlib
 import math
@@ -12,38 +12,38 @@ from timm.models import VisionTransformer
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from linvit.conversion.compatibility import read_layout
+from linvit.conversion.compatibility import linformer_keywords
 from linvit.model import registry
 from linvit.model.attention import LinformerAttention
 from linvit.model.vit import LinformerViT, ProjectedLength, Share, plain_lengths
 from linvit.runs.weights import compact
 
-# What a pretrained configuration says of images and classes, and goes along with the weights.
+# Entries of timm's pretrained_cfg on preprocessing, licence and classes, which stay true of the converted weights.
 _KEPT_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "license", "label_names", "label_descriptions")
-# Largest difference of the outputs with ordinary attention, as a share of the largest output.
-EXACTNESS = 1e-5
+# Largest allowed difference between the outputs with ordinary attention, relative to the largest output.
+TOLERANCE = 1e-5
 
 
 def convert_vit(
     model: nn.Module, *, k: ProjectedLength = 64, projection: str = "separable", share: Share = "kv"
 ) -> LinformerViT:
-    """The same Vision Transformer with Linformer attention: weights, settings, device, dtype and mode are kept.
+    """Convert a Vision Transformer to Linformer attention; weights, settings, device, dtype and mode stay the same.
 
-    E and F start at the averages over the cells of the grid; fitting them to images is what `linvit convert` does. That
-    a layout is understood is not taken on trust: with ordinary attention in place of the projections the new model must
-    give the old one's outputs on random images.
+    E and F start as averages over cells of the grid; `linvit convert` also fits them to images. Every conversion is
+    checked: with ordinary attention in place of the projections, the new model must give the old model's outputs on
+    random images.
 
     Args:
-        model: a timm `VisionTransformer`; it is left as it is.
-        k: projected length, as in `LinformerViT`: an int, one per layer (None: ordinary attention), or per head.
+        model: a timm `VisionTransformer`; it is not changed.
+        k: projected length, as in `LinformerViT`: an int, one per layer (None: ordinary attention), or one per head.
         projection: kind of E and F; `"identity"` gives the model's own outputs.
-        share: who shares E and F.
+        share: which heads and layers share E and F.
 
-    Returns a registered model, the nearest in patch and width, with all else as its arguments: `save_for_hf` writes a
-    folder from which `timm.create_model("local-dir:…", pretrained=True)` makes it again.
+    Returns the registered model that is nearest in patch size and width, with all other settings as its arguments:
+    `save_for_hf` writes a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
-    Raises ValueError, naming layout and reason, for a model that cannot be converted (rotary embedding, windows,
-    parallel blocks, …), and where k, projection and share do not go together.
+    Raises ValueError, naming the class and the reason, for a model that cannot be converted (rotary embedding, windows,
+    parallel blocks, …), and if k, projection and share do not fit together.
     """
     converted = convert_unchecked(model, k=k, projection=projection, share=share)
     assert isinstance(model, VisionTransformer)
@@ -52,22 +52,22 @@ def convert_vit(
 
 
 def convert_unchecked(model: nn.Module, *, k: ProjectedLength, projection: str, share: Share) -> LinformerViT:
-    """`convert_vit` without the comparison of outputs."""
-    layout = read_layout(model)
+    """Do the work of `convert_vit`, but without comparing outputs; raises ValueError likewise."""
+    keywords = linformer_keywords(model)
     assert isinstance(model, VisionTransformer)
     cfg = getattr(model, "pretrained_cfg", {})
-    # What is drawn at random here is overwritten, but for a random projection.
+    # These random weights are overwritten, except for a random projection.
     with torch.random.fork_rng():
         converted: LinformerViT = timm.create_model(
-            nearest_name(layout),
+            nearest_name(keywords),
             pretrained_cfg_overlay={key: cfg[key] for key in _KEPT_CFG if key in cfg},
-            # Written to config.json, which has no NumPy numbers.
+            # config.json holds plain numbers, not NumPy's.
             k=plain_lengths(k),
             projection=projection,
             share=share,
-            # The noise that tells rows apart in training would undo weights that are trained already.
+            # The noise that distinguishes rows in training from scratch would harm pretrained weights.
             projection_init="average",
-            **layout,
+            **keywords,
             **get_device_dtype(model),
         )
     _copy_weights(model, converted)
@@ -77,19 +77,19 @@ def convert_unchecked(model: nn.Module, *, k: ProjectedLength, projection: str, 
 
 
 def use_ordinary_attention(model: LinformerViT, layers: Sequence[int]) -> None:
-    """Take the projections out of these layers, for good: `k`, by which the model is built again, says None there."""
+    """Remove the projections of these layers, also from the `k` with which the model is saved and built again."""
     for layer in layers:
         model.blocks[layer].attn.set_projections(None)
     update_model_args(model, k=projected_lengths(model))
 
 
 def projected_lengths(model: LinformerViT) -> list[int | list[int] | None]:
-    """`k` of each layer as `LinformerViT` takes it; None where attention is ordinary."""
+    """The projected length `k` of each layer, as `LinformerViT` takes it; None for ordinary attention."""
     lengths: list[int | list[int] | None] = []
     for attention in attentions(model):
         pair = attention.projections()
-        own = None if pair is None else pair[0].lengths
-        lengths.append(own if own is None or len(set(own)) > 1 else own[0])
+        by_head = None if pair is None else pair[0].lengths
+        lengths.append(by_head if by_head is None or len(set(by_head)) > 1 else by_head[0])
     return lengths
 
 
@@ -98,8 +98,8 @@ def attentions(model: LinformerViT) -> list[LinformerAttention]:
     return [block.attn for block in model.blocks]
 
 
-def nearest_name(layout: dict[str, Any]) -> str:
-    """The registered model whose patch, then width, then image is nearest by ratio."""
+def nearest_name(keywords: dict[str, Any]) -> str:
+    """The registered model with the nearest patch size, then width, then image size, compared by ratio."""
 
     def side(size: int | list[int]) -> float:
         return float(size) if isinstance(size, int) else math.sqrt(size[0] * size[1])
@@ -108,25 +108,29 @@ def nearest_name(layout: dict[str, Any]) -> str:
         _, variant, sizes = name.split("_", 2)
         patch, image = (int(part) for part in sizes.removeprefix("patch").split("_"))
         width = getattr(registry, variant.upper())["embed_dim"]
-        pairs = ((patch, side(layout["patch_size"])), (width, layout["embed_dim"]), (image, side(layout["img_size"])))
-        return [abs(math.log(own / wanted)) for own, wanted in pairs]
+        pairs = (
+            (patch, side(keywords["patch_size"])),
+            (width, keywords["embed_dim"]),
+            (image, side(keywords["img_size"])),
+        )
+        return [abs(math.log(registered / wanted)) for registered, wanted in pairs]
 
     return min((name.partition(".")[0] for name in registry.default_cfgs), key=distance)
 
 
-def without_counterpart(model: VisionTransformer, converted: LinformerViT) -> set[str]:
-    """Weights and buffers, but for E and F, that only one of the two has, or in another shape."""
-    own, theirs = converted.state_dict(), model.state_dict()
-    extra = {name for name in own if name not in theirs}
-    foreign = {name for name in extra if "key_projection." not in name and "value_projection." not in name}
-    missing = {name for name, value in theirs.items() if name not in own or own[name].shape != value.shape}
-    return foreign | missing
+def unmatched_weights(model: VisionTransformer, converted: LinformerViT) -> set[str]:
+    """Weights and buffers, except E and F, that only one of the models has or whose shapes differ."""
+    old, new = model.state_dict(), converted.state_dict()
+    added = {name for name in new if name not in old}
+    unexpected = {name for name in added if "key_projection." not in name and "value_projection." not in name}
+    missing = {name for name, value in old.items() if name not in new or new[name].shape != value.shape}
+    return unexpected | missing
 
 
 def _copy_weights(model: VisionTransformer, converted: LinformerViT) -> None:
-    """All weights and buffers, and which of them are trained; ValueError where any but E and F would be left over."""
-    if differing := without_counterpart(model, converted):
-        raise ValueError(f"this VisionTransformer cannot be converted: its {compact(differing)} have no counterpart")
+    """Copy weights, buffers and `requires_grad`; raises ValueError if any weight but E and F has no counterpart."""
+    if unmatched := unmatched_weights(model, converted):
+        raise ValueError(f"this VisionTransformer cannot be converted: its {compact(unmatched)} have no counterpart")
     converted.load_state_dict({**converted.state_dict(), **model.state_dict()})
     is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in converted.named_parameters():
@@ -135,19 +139,19 @@ def _copy_weights(model: VisionTransformer, converted: LinformerViT) -> None:
 
 @torch.no_grad()
 def _check_identity(model: VisionTransformer, converted: LinformerViT) -> None:
-    """Raise ValueError unless both give the same outputs when all attention is ordinary."""
+    """Raise ValueError unless both models give the same outputs with ordinary attention."""
     weight = model.patch_embed.proj.weight
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator).to(weight)
     with _evaluating(model), _evaluating(converted), _ordinary_attention(converted):
-        expected, found = _outputs(model, images), _outputs(converted, images)
-    bound = max(EXACTNESS, 4 * torch.finfo(weight.dtype).eps)
+        expected, outputs = _outputs(model, images), _outputs(converted, images)
+    bound = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
     for name, output in expected.items():
-        difference = (found[name] - output).abs().max() / output.abs().max().clamp(min=1e-30)
+        difference = (outputs[name] - output).abs().max() / output.abs().max().clamp(min=1e-30)
         if not difference <= bound:
             raise ValueError(
                 f"this VisionTransformer cannot be converted: its {name} differ by {difference:.1e} of the largest, "
-                "even with ordinary attention, so it has a setting or a layer that is not known here"
+                "even with ordinary attention, so it has a setting or a layer that linvit does not support"
             )
 
 

@@ -1,14 +1,16 @@
-"""A converted model fitted to the original, layer by layer, on images without labels.
+"""Fit a converted model to its original, layer by layer, on unlabelled images.
 
-Each layer sees the tokens that the layers before it, fitted already, give it, and is fitted to what makes its own
-tokens those of the original: so it also learns to undo what went wrong before it. In each layer
+Each layer receives the tokens that the fitted layers before it produce, and is fitted to produce the original's tokens.
+So it also learns to correct the errors of the layers before it. In each layer
 
-1. E, F, Wq, Wk, Wv, Wo by a short descent (`descent`),
-2. Wo and its bias, then the MLP's last layer and its bias, in closed form (`closedform`), from a part of each image's
-   patches: neighbours are alike, and more images are worth more than more of their patches.
+1. gradient descent fits E, F, Wq, Wk, Wv and Wo, if there are any steps;
+2. ridge regression fits Wo with its bias, then the MLP's last layer with its bias. It uses a part of each image's
+   patches, since neighbours are alike, and more images help more than more patches of each.
 
-Layers with ordinary attention take part in 2: they have nothing to lose, and something to undo. With
-share="layerwise" E stays at its averages, since every layer uses it, and the rest is fitted.
+A layer with ordinary attention takes part in step 2 if a layer before it has changed. With share="layerwise", E stays
+at its averages because every layer uses it, and the rest is fitted.
+
+n images, T tokens, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +22,20 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvit.conversion.closed_form import Moments, best_change, change, without
+from linvit.conversion.calibration import Activations, after_attention, after_mlp, relative_error
 from linvit.conversion.convert import projected_lengths, use_ordinary_attention
-from linvit.conversion.descent import Descent, descend
-from linvit.conversion.streams import Streams, attended, fed_forward, relative_error
+from linvit.conversion.solvers import (
+    DescentOptions,
+    Moments,
+    add_change,
+    best_change,
+    descend,
+    replaced_by_identity,
+)
 from linvit.model.attention import LinformerAttention
 from linvit.model.vit import LinformerViT, Share
 
-# Of each image, as many as this go into the regressions.
+# Patches of each image that a regression uses.
 PATCHES_FITTED = 256
 
 
@@ -35,125 +43,137 @@ PATCHES_FITTED = 256
 class FitOptions:
     """How layers are fitted.
 
-    `max_error`: a layer whose error is above this after fitting goes back to ordinary attention. Errors are of the
-    tokens behind a layer's attention, root mean square of the relative error of each.
+    `max_error`: a layer whose error stays above this returns to ordinary attention. The error is the root mean square
+    of the relative errors of the tokens after the layer's attention.
     """
 
-    descent: Descent = field(default_factory=Descent)
+    descent: DescentOptions = field(default_factory=DescentOptions)
     max_error: float | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One layer, on the images held out: errors of the tokens behind its attention, and behind its block."""
+    """One layer's errors on the held-out images: after its attention, before and after the fit, and after its block."""
 
     layer: int
     k: int | list[int] | None
     error_before: float
     error_after: float
     block_error: float
-    # Mean over tokens of the cosine to the original's, behind the block.
+    # Mean cosine between the tokens after the block and the original's.
     cosine: float
 
 
 def fit_layers(
     original: VisionTransformer,
     converted: LinformerViT,
-    streams: Streams,
+    activations: Activations,
     options: FitOptions,
     *,
     done: Sequence[LayerFit] = (),
     report: Callable[[LayerFit], object] = lambda fit: None,
 ) -> list[LayerFit]:
-    """Fit the layers of `converted` in place, and take `streams` along, to the tokens behind the last block.
+    """Fit the layers of `converted` in place; `activations` advance to the tokens after the last block.
 
-    Layers that are `done` already are only gone through; where all are, nothing happens. Both models are in evaluation
-    mode and single precision; `report` is told each layer when it is fitted.
+    Args:
+        original, converted: in evaluation mode and single precision.
+        activations: the tokens that enter the first block.
+        options: how layers are fitted.
+        done: layers that are fitted already. Their weights stay as they are; if all layers are done, this returns
+            at once.
+        report: called with each layer after its fit.
+
+    Returns the fits of all layers, including those in `done`.
     """
     fits = list(done)
     if len(fits) == len(converted.blocks):
         return fits
-    for layer, (block, own) in enumerate(zip(original.blocks, converted.blocks)):
-        wanted = streams.map(partial(attended, block), streams.original)
+    for layer, (original_block, block) in enumerate(zip(original.blocks, converted.blocks)):
+        target = activations.map(partial(after_attention, original_block), activations.original)
         if layer < len(done):
-            middle = _behind_attention(own, streams, _heads(own, streams))
+            attended = _add_attention(block, activations, _heads(block, activations))
         else:
-            middle, before, after = _fit_attention(block, converted, layer, streams, wanted, options)
-        streams.original = streams.map(partial(fed_forward, block), wanted)
-        if layer >= len(done) and not _is_untouched(converted, layer):
-            _refit_mlp(own, streams, middle, streams.original, _generator(options, layer))
-        streams.converted = streams.map(partial(fed_forward, own), middle)
+            attended, before, after = _fit_attention(original_block, converted, layer, activations, target, options)
+        activations.original = activations.map(partial(after_mlp, original_block), target)
+        if layer >= len(done) and not _is_unchanged(converted, layer):
+            _refit_mlp(block, activations, attended, activations.original, _generator(options, layer))
+        activations.converted = activations.map(partial(after_mlp, block), attended)
         if layer >= len(done):
-            fits.append(_measure(converted, layer, streams, before, after))
+            fits.append(_measure(converted, layer, activations, before, after))
             report(fits[-1])
     return fits
 
 
 def _fit_attention(
-    original: Block, converted: LinformerViT, layer: int, streams: Streams, wanted: Tensor, options: FitOptions
+    original: Block, converted: LinformerViT, layer: int, activations: Activations, target: Tensor, options: FitOptions
 ) -> tuple[Tensor, float, float]:
-    """Fit the attention of one layer; returns the tokens behind it, and its error before and after."""
+    """Fit the attention of one layer; returns the tokens after it, and its error before and after the fit."""
     block = converted.blocks[layer]
-    before = _error(streams, streams.map(partial(attended, block), streams.held_out(streams.converted)), wanted)
+    held_out = activations.held_out(activations.converted)
+    before = _error(activations, activations.map(partial(after_attention, block), held_out), target)
     if block.attn.projections() is not None:
         if options.descent.steps:
-            parameters = _own_parameters(block.attn, converted.share)
-            descend(block, parameters, streams, wanted, options.descent, _generator(options, layer))
-        middle = _refit_attention(block, streams, wanted, _generator(options, layer))
-        after = _error(streams, streams.held_out(middle), wanted)
+            parameters = _layer_parameters(block.attn, converted.share)
+            descend(block, parameters, activations, target, options.descent, _generator(options, layer))
+        attended = _refit_attention(block, activations, target, _generator(options, layer))
+        after = _error(activations, activations.held_out(attended), target)
         if options.max_error is None or after <= options.max_error:
-            return middle, before, after
+            return attended, before, after
         use_ordinary_attention(converted, [layer])
         block.attn.load_state_dict(original.attn.state_dict())
-    if _is_untouched(converted, layer):
-        middle = _behind_attention(block, streams, _heads(block, streams))
+    if _is_unchanged(converted, layer):
+        attended = _add_attention(block, activations, _heads(block, activations))
     else:
-        middle = _refit_attention(block, streams, wanted, _generator(options, layer))
-    return middle, before, _error(streams, streams.held_out(middle), wanted)
+        attended = _refit_attention(block, activations, target, _generator(options, layer))
+    return attended, before, _error(activations, activations.held_out(attended), target)
 
 
 def _generator(options: FitOptions, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed(options.seed * 1000 + layer)
 
 
-def _own_parameters(attention: LinformerAttention, share: Share) -> list[nn.Parameter]:
-    """What a layer may change: not the one E of all layers."""
-    everyones = attention.key_projection if share == "layerwise" else None
-    kept = set() if everyones is None else set(everyones.parameters())
+def _layer_parameters(attention: LinformerAttention, share: Share) -> list[nn.Parameter]:
+    """The parameters that belong to this layer alone: all except an E shared by all layers."""
+    shared = attention.key_projection if share == "layerwise" else None
+    kept = set() if shared is None else set(shared.parameters())
     return [parameter for parameter in attention.parameters() if parameter not in kept]
 
 
-def _heads(block: Block, streams: Streams) -> Tensor:
-    """What enters Wo of a layer."""
-    with without(block.attn, "proj"):
-        return streams.map(lambda x: block.attn(block.norm1(x)), streams.converted)
+def _heads(block: Block, activations: Activations) -> Tensor:
+    """The heads' outputs, which are the input of Wo: (n, T, D)."""
+    with replaced_by_identity(block.attn, "proj"):
+        return activations.map(lambda x: block.attn(block.norm1(x)), activations.converted)
 
 
-def _behind_attention(block: Block, streams: Streams, heads: Tensor) -> Tensor:
-    """The tokens behind a layer's attention, from what enters its Wo."""
-    return streams.map(lambda x, h: x + block.ls1(block.attn.proj(h)), streams.converted, heads)
+def _add_attention(block: Block, activations: Activations, heads: Tensor) -> Tensor:
+    """The tokens after a layer's attention, from the heads' outputs."""
+    return activations.map(lambda x, h: x + block.ls1(block.attn.proj(h)), activations.converted, heads)
 
 
-def _refit_attention(block: Block, streams: Streams, wanted: Tensor, generator: torch.Generator) -> Tensor:
-    """Refit Wo of a layer so that the tokens behind its attention are `wanted`; returns what they are then."""
-    heads = _heads(block, streams)
-    _refit(block.attn.proj, block.ls1, lambda h: h, streams, (heads, streams.converted, wanted), generator)
-    return _behind_attention(block, streams, heads)
+def _refit_attention(block: Block, activations: Activations, target: Tensor, generator: torch.Generator) -> Tensor:
+    """Refit Wo so that the tokens after the attention match `target`; returns these tokens."""
+    heads = _heads(block, activations)
+    tensors = (heads, activations.converted, target)
+    _refit(block.attn.proj, block.ls1, lambda h: h, activations, tensors, generator)
+    return _add_attention(block, activations, heads)
 
 
-def _refit_mlp(block: Block, streams: Streams, middle: Tensor, wanted: Tensor, generator: torch.Generator) -> None:
-    """Refit the last linear layer of an MLP so that tokens `middle` become `wanted` behind it."""
-    with without(block.mlp, "fc2") as layer:
-        _refit(layer, block.ls2, lambda x: block.mlp(block.norm2(x)), streams, (middle, middle, wanted), generator)
+def _refit_mlp(
+    block: Block, activations: Activations, attended: Tensor, target: Tensor, generator: torch.Generator
+) -> None:
+    """Refit the MLP's last layer so that the tokens after the MLP match `target`; `attended` enter it."""
+    with replaced_by_identity(block.mlp, "fc2") as layer:
+        tensors = (attended, attended, target)
+        _refit(layer, block.ls2, lambda x: block.mlp(block.norm2(x)), activations, tensors, generator)
 
 
 @torch.no_grad()
 def _refit(
     layer: nn.Linear,
     scale: nn.Module,
-    enter: Callable[[Tensor], Tensor],
-    streams: Streams,
+    layer_input: Callable[[Tensor], Tensor],
+    activations: Activations,
     tensors: tuple[Tensor, Tensor, Tensor],
     generator: torch.Generator,
 ) -> None:
@@ -161,27 +181,28 @@ def _refit(
 
     Args:
         layer, scale: W with b; γ.
-        enter: h, from the first of the tensors, for some of the tokens.
-        tensors: what h is made of, the tokens added to, and what they shall become, each (n, T, ·).
-        generator: of the patches that are fitted to.
+        layer_input: computes h from some tokens of the first tensor.
+        activations: gives the held-out images, batches and token weights.
+        tensors: the source of h, the tokens before the addition and the target after it; each (n, T, ·).
+        generator: samples the patches.
     """
     fitted, held_out = (Moments.empty(layer.in_features, layer.out_features, tensors[0].device) for _ in range(2))
-    weights = streams.weights(tensors[2])
-    for number, batch in enumerate(streams.batches(*tensors, weights)):
-        tokens, counts = _draw(batch[0].shape[1], streams.num_prefix_tokens, generator)
+    weights = activations.weights(tensors[2])
+    for number, batch in enumerate(activations.batches(*tensors, weights)):
+        tokens, counts = _sample_tokens(batch[0].shape[1], activations.num_prefix_tokens, generator)
         source, x, target, weight = (each[:, tokens] for each in batch)
-        with streams.precision():
-            h = enter(source)
-            missing = target - x - scale(layer(h))
+        with activations.precision():
+            h = layer_input(source)
+            residual = target - x - scale(layer(h))
         weight = weight * counts.to(weight.device)
-        num_fitted = min(max(streams.num_fitted - number * streams.batch_size, 0), len(x))
-        fitted.add(h[:num_fitted], missing[:num_fitted], weight[:num_fitted])
-        held_out.add(h[num_fitted:], missing[num_fitted:], weight[num_fitted:])
-    change(layer, scale, best_change(fitted, held_out, has_bias=layer.bias is not None))
+        num_fitted = min(max(activations.num_fitted - number * activations.batch_size, 0), len(x))
+        fitted.add(h[:num_fitted], residual[:num_fitted], weight[:num_fitted])
+        held_out.add(h[num_fitted:], residual[num_fitted:], weight[num_fitted:])
+    add_change(layer, scale, best_change(fitted, held_out, has_bias=layer.bias is not None))
 
 
-def _draw(num_tokens: int, num_prefix_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of the prefix tokens and of some patches, and for how many tokens each of them stands."""
+def _sample_tokens(num_tokens: int, num_prefix_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of all prefix tokens and of a sample of patches, and how many tokens each index represents."""
     num_patches = num_tokens - num_prefix_tokens
     patches = torch.randperm(num_patches, generator=generator)[:PATCHES_FITTED] + num_prefix_tokens
     tokens = torch.cat([torch.arange(num_prefix_tokens), patches])
@@ -190,24 +211,24 @@ def _draw(num_tokens: int, num_prefix_tokens: int, generator: torch.Generator) -
     return tokens, counts
 
 
-def _is_untouched(converted: LinformerViT, layer: int) -> bool:
-    """Whether everything up to this layer is still the original's."""
+def _is_unchanged(converted: LinformerViT, layer: int) -> bool:
+    """Whether all layers up to this one have ordinary attention, so that they still equal the original's."""
     return all(k is None for k in projected_lengths(converted)[: layer + 1])
 
 
-def _error(streams: Streams, found: Tensor, wanted: Tensor) -> float:
-    """Of tokens `found` on the images held out."""
-    held = streams.held_out(wanted)
-    return relative_error(found, held, streams.weights(held))
+def _error(activations: Activations, held_out: Tensor, target: Tensor) -> float:
+    """Relative error of the held-out images' tokens, for a target of all images."""
+    expected = activations.held_out(target)
+    return relative_error(held_out, expected, activations.weights(expected))
 
 
-def _measure(converted: LinformerViT, layer: int, streams: Streams, before: float, after: float) -> LayerFit:
-    own, theirs = streams.held_out(streams.converted), streams.held_out(streams.original)
+def _measure(converted: LinformerViT, layer: int, activations: Activations, before: float, after: float) -> LayerFit:
+    tokens, target = activations.held_out(activations.converted), activations.held_out(activations.original)
     return LayerFit(
         layer=layer,
         k=projected_lengths(converted)[layer],
         error_before=before,
         error_after=after,
-        block_error=relative_error(own, theirs, streams.weights(theirs)),
-        cosine=float(torch.cosine_similarity(own, theirs, dim=-1).mean()),
+        block_error=relative_error(tokens, target, activations.weights(target)),
+        cosine=float(torch.cosine_similarity(tokens, target, dim=-1).mean()),
     )

@@ -1,4 +1,4 @@
-"""`linvit convert`: from a timm name and weights to a folder that timm opens."""
+"""`linvit convert`: from a timm name and weights to a folder that timm loads."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from tiny_runs import make_images
 from vits import SMALL, make_vit
 
-import linvit.conversion.command
+import linvit.conversion.run
+import linvit.conversion.state
 from linvit.cli import main
 from linvit.conversion.options import ConvertOptions
 
@@ -31,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(data: Path, weights: Path, output: Path, *options: str, k: tuple[str, ...] = ("9",)) -> int:
-    """With `k` of nothing `--k` is left out."""
+    """Run the command; an empty `k` leaves out `--k`."""
     return main(
         [
             *("convert", NAME, "--weights", str(weights), "--images", str(data), "-o", str(output)),
@@ -41,7 +42,7 @@ def convert(data: Path, weights: Path, output: Path, *options: str, k: tuple[str
     )
 
 
-def test_the_folder_opens_and_is_nearer_than_pooling(
+def test_the_folder_loads_and_fidelity_is_higher_than_with_pooling(
     data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -56,7 +57,7 @@ def test_the_folder_opens_and_is_nearer_than_pooling(
     model = timm.create_model(f"local-dir:{output}", pretrained=True)
     assert model.num_classes == 3
     original = make_vit(NAME, num_classes=3).state_dict()
-    # What is fitted has changed, all else is kept.
+    # Only the fitted weights have changed.
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, original.get(name, value))}
     assert {name.split(".", 2)[2] for name in changed} >= {"attn.qkv.weight", "attn.proj.weight", "mlp.fc2.weight"}
     assert not any("norm" in name or "fc1" in name or "head" in name for name in changed)
@@ -78,7 +79,7 @@ def test_distillation_plan_and_layers(data: Path, weights: Path, tmp_path: Path)
     assert json.loads((tmp_path / "c/convert.json").read_text())["k"] == [None, 9, 16]
 
 
-def test_it_goes_on_from_an_earlier_one_at_another_size(
+def test_it_starts_from_an_earlier_conversion_at_another_size(
     data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(data, weights, tmp_path / "small", k=("9", "none", "16")) == 0
@@ -93,7 +94,7 @@ def test_it_goes_on_from_an_earlier_one_at_another_size(
     for wrong, words in (
         (("--start-from", str(data)), "is neither a run nor a folder with config.json"),
         (("--start-from", "nowhere"), "--start-from nowhere: there is no such folder"),
-        ((*small, "--k", "9"), "--start-from brings its own along: leave out --k"),
+        ((*small, "--k", "9"), "--start-from uses the settings of the earlier conversion: leave out --k"),
     ):
         capsys.readouterr()
         assert convert(data, weights, tmp_path / "wrong", *wrong, k=()) > 0
@@ -102,7 +103,7 @@ def test_it_goes_on_from_an_earlier_one_at_another_size(
 
 
 def test_both_models_are_timed(data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linvit.conversion.speed.can_read_peaks", lambda: False)
+    monkeypatch.setattr("linvit.conversion.comparison.can_read_peaks", lambda: False)
     assert convert(data, weights, tmp_path / "out", "--rounds", "2", "--target-size", "64", "96x128") == 0
     speeds = json.loads((tmp_path / "out/convert.json").read_text())["speed"]
     assert [(speed["img_size"], speed["patches"], speed["rounds"]) for speed in speeds] == [
@@ -111,7 +112,7 @@ def test_both_models_are_timed(data: Path, weights: Path, tmp_path: Path, monkey
     ]
 
 
-def test_fidelity_below_the_bound_is_refused_and_the_fit_is_kept(
+def test_fidelity_below_the_bound_is_refused_and_the_fit_is_saved(
     data: Path,
     weights: Path,
     tmp_path: Path,
@@ -120,14 +121,17 @@ def test_fidelity_below_the_bound_is_refused_and_the_fit_is_kept(
 ) -> None:
     output, poor = tmp_path / "out", ("--projection", "random")
     assert convert(data, weights, output, *poor, "--min-cosine", "0.99") == 1
-    assert "is not written: the lowest cosine of its features to the original's is 0." in capsys.readouterr().err
+    assert "was not written: the lowest cosine of its features to the original's is 0." in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [".out.convert"]
     assert convert(data, weights, output, *poor, k=("16",)) == 1
-    assert "was begun with another k: go on with the same, or delete" in capsys.readouterr().err
-    fitting = linvit.conversion.command.fit_layers
+    assert (
+        "was started with different settings (k): repeat the earlier command to resume it, or delete"
+        in capsys.readouterr().err
+    )
+    fitting = linvit.conversion.run.fit_layers
     done = []
     monkeypatch.setattr(
-        "linvit.conversion.command.fit_layers",
+        "linvit.conversion.run.fit_layers",
         lambda *args, **kwargs: done.extend(kwargs["done"]) or fitting(*args, **kwargs),
     )
     assert convert(data, weights, output, *poor, "--min-cosine", "0.1") == 0
@@ -142,13 +146,15 @@ def test_the_size_to_time_at_may_change_unless_it_was_planned_for(
     assert convert(data, weights, tmp_path / "start") == 0
     how = ("--speedup", "1.05") if planned else ("--start-from", str(tmp_path / "start"))
     assert convert(data, weights, tmp_path / "out", *how, "--min-cosine", "0.999999", k=()) == 1
-    assert "is not written" in capsys.readouterr().err
+    assert "was not written" in capsys.readouterr().err
     assert convert(data, weights, tmp_path / "out", *how, "--target-size", "96", k=()) == (1 if planned else 0)
     if planned:
-        assert "was begun with another target_size: go on with the same" in capsys.readouterr().err
+        assert (
+            "was started with different settings (target_size): repeat the earlier command" in capsys.readouterr().err
+        )
 
 
-def test_an_interruption_keeps_what_is_fitted(
+def test_fitted_layers_survive_an_interruption(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self, fit, converted):
@@ -162,28 +168,35 @@ def test_an_interruption_keeps_what_is_fitted(
         assert convert(data, weights, tmp_path / "out") == 130
     assert len(list((tmp_path / ".out.convert").glob("layer-*.json"))) == 2
     assert convert(data, weights, tmp_path / "out") == 0
-    assert convert(data, weights, tmp_path / "whole") == 0
-    stopped, whole = (timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True) for name in ("out", "whole"))
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in stopped.state_dict().items())
+    assert convert(data, weights, tmp_path / "uninterrupted") == 0
+    resumed, expected = (
+        timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).state_dict()
+        for name in ("out", "uninterrupted")
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
 
 
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--projection", "seperable"], 1, "unknown projection 'seperable'; did you mean 'separable'?"),
-        (["--layers", "7"], 1, "--layers names layer 7, but the model has 3: 0 to 2"),
-        (["--layers", "x"], 2, "--layers 'x' is no layer and no range of layers, such as 3 or 6-11"),
-        (["--speedup", "2"], 2, "--speedup is of a plan: leave out --k, or give --k plan"),
-        (["--distill-steps", "3", "--distill-minutes", "1"], 2, "--distill-steps and --distill-minutes say the same"),
+        (["--projection", "seperable"], 1, "unknown projection 'seperable': choose one of 'avgpool', 'conv', "),
+        (["--layers", "7"], 1, "--layers names layer 7, but the model has 3 layers: 0 to 2"),
+        (["--layers", "x"], 2, "--layers 'x' is not a layer or a range of layers, such as 3 or 6-11"),
+        (["--speedup", "2"], 2, "--speedup needs planned lengths: leave out --k, or give --k plan"),
+        (
+            ["--distill-steps", "3", "--distill-minutes", "1"],
+            2,
+            "--distill-steps and --distill-minutes exclude each other",
+        ),
         (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
         (["--images", "nowhere"], 1, "nowhere"),
         (["--weights", "nowhere"], 2, "--weights nowhere: there is no such file"),
         (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: there is no folder nowhere; make it first"),
-        (["--k", "plan", "--target-size", "48"], 2, "--target-size begins with a smaller size than 64x64"),
+        (["--k", "plan", "--target-size", "48"], 2, "--target-size starts with a size below 64x64"),
         (["--num-images", "3"], 2, "--num-images takes a whole number of at least 8, not 3"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(
+def test_errors_are_one_sentence(
     options: list[str],
     status: int,
     words: str,
@@ -199,7 +212,7 @@ def test_what_is_wrong_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_layouts_are_refused_before_weights_are_looked_for(
+def test_other_models_are_refused_before_their_weights_are_loaded(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--images", str(data), "-o", str(tmp_path / "out")]
@@ -210,7 +223,7 @@ def test_other_layouts_are_refused_before_weights_are_looked_for(
     assert "exists already: choose another folder" in capsys.readouterr().err
 
 
-def test_layers_are_read_as_people_write_them() -> None:
+def test_layers_are_read_as_numbers_and_ranges() -> None:
     options = ConvertOptions(source="a", images="b", output="c", k=9, layers=("6-8", "3", "7"))
     assert options.converted_layers == [3, 6, 7, 8]
     assert ConvertOptions(source="a", images="b", output="c").converted_layers is None

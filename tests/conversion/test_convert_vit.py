@@ -1,4 +1,4 @@
-"""`linvit.convert_vit`: which Vision Transformers can be converted, exactly, and what refuses the others."""
+"""`linvit.convert_vit`: supported Vision Transformers convert exactly, and the others are refused."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from torch import nn
 from vits import make_images, make_vit
 
 import linvit
-from linvit.conversion.compatibility import read_layout
+from linvit.conversion.compatibility import linformer_keywords
 from linvit.conversion.convert import nearest_name, projected_lengths, use_ordinary_attention
 from linvit.model.vit import LinformerViT
 
-# Names of timm's that between them have every setting; overrides keep them small.
-LAYOUTS = {
+# timm models that together cover every setting; overrides keep them small.
+MODELS = {
     "augreg": ("vit_small_patch16_224", {}),
     "DeiT-III": ("deit3_small_patch16_224", {}),
     "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {}),
@@ -28,7 +28,7 @@ LAYOUTS = {
     "packed SwiGLU": ("vit_giant_patch14_dinov2", {"embed_dim": 48, "mlp_ratio": 4.0}),
     "no class token": ("vit_medium_patch16_gap_256", {}),
     "one register": ("vit_base_patch14_reg1_tipsv2", {"num_classes": 0}),
-    "all else": (
+    "all other settings": (
         "vit_small_patch16_224",
         dict(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, qkv_bias=False, proj_bias=False)
         | dict(global_pool="avg", fc_norm=False, pool_include_prefix=True, dynamic_img_size=True, pos_embed="none")
@@ -37,25 +37,25 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", MODELS)
 @torch.no_grad()
-def test_identity_gives_the_models_own_outputs(layout):
-    name, kwargs = LAYOUTS[layout]
+def test_identity_gives_the_models_own_outputs(case):
+    name, kwargs = MODELS[case]
     model = make_vit(name, **kwargs)
     converted = linvit.convert_vit(model, projection="identity")
     assert isinstance(converted, LinformerViT)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
     torch.testing.assert_close(converted.forward_features(images), model.forward_features(images), rtol=0, atol=1e-5)
     torch.testing.assert_close(converted(images), model(images), rtol=0, atol=1e-5)
-    # The random weights are such that attention matters.
+    # With these random weights attention matters.
     pooled = linvit.convert_vit(model, k=4, projection="avgpool").forward_features(images)
     assert (pooled - model.forward_features(images)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", MODELS)
 @torch.no_grad()
-def test_timm_opens_what_is_saved(layout, tmp_path):
-    name, kwargs = LAYOUTS[layout]
+def test_timm_loads_a_saved_conversion(case, tmp_path):
+    name, kwargs = MODELS[case]
     model = make_vit(name, **kwargs)
     converted = linvit.convert_vit(model, k=[6, None, 12])
     save_for_hf(converted, tmp_path, safe_serialization=True)
@@ -67,7 +67,7 @@ def test_timm_opens_what_is_saved(layout, tmp_path):
     assert settings["pretrained_cfg"]["mean"][0] == model.pretrained_cfg["mean"][0]
 
 
-def test_what_a_model_is_like_is_kept():
+def test_dtype_mode_and_trained_weights_are_kept():
     model = make_vit(drop_path_rate=0.3).double().train()
     model.blocks[0].requires_grad_(False)
     model.set_grad_checkpointing()
@@ -92,7 +92,7 @@ def test_projections_start_at_averages():
             torch.testing.assert_close(converted(images), pooled(images), rtol=0, atol=1e-5)
 
 
-def test_the_global_random_state_stays():
+def test_the_global_random_state_is_unchanged():
     model = make_vit()
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -108,18 +108,22 @@ def test_the_global_random_state_stays():
         ("swin_tiny_patch4_window7_224", {}, "SwinTransformer cannot be converted: it attends within windows"),
         ("samvit_base_patch16_224", {}, "VisionTransformerSAM cannot be converted: it attends within windows"),
         ("vit_relpos_small_patch16_224", {}, "VisionTransformerRelPos cannot be converted: its attention adds a bias"),
-        ("beit_base_patch16_224", {}, "Beit cannot be converted: its attention adds a bias for every two positions"),
-        ("deit_tiny_distilled_patch16_224", {}, "its distillation token has a classifier of its own"),
-        ("resnet18", {}, "ResNet cannot be converted: only timm's VisionTransformer is"),
-        ("linvit_mini_patch4_64", {}, "LinformerViT cannot be converted: its attention is projected already"),
+        (
+            "beit_base_patch16_224",
+            {},
+            "Beit cannot be converted: its attention adds a bias for every pair of positions",
+        ),
+        ("deit_tiny_distilled_patch16_224", {}, "its distillation token has its own classifier"),
+        ("resnet18", {}, "ResNet cannot be converted: only timm's VisionTransformer can be"),
+        ("linvit_mini_patch4_64", {}, "LinformerViT cannot be converted: its attention is already projected"),
         ("vit_base_patch16_xp_224", {}, "a VisionTransformer with ParallelScalingBlock cannot be converted"),
         ("vit_small_patch16_224", {"block_fn": ParallelThingsBlock}, "several attention layers in parallel"),
-        ("vit_small_patch16_224", {"block_fn": ResPostBlock}, "its blocks normalise behind attention and MLP"),
+        ("vit_small_patch16_224", {"block_fn": ResPostBlock}, "its blocks normalise after attention and MLP"),
         ("vit_small_patch16_224", {"attn_layer": "diff"}, "a VisionTransformer with DiffAttention cannot be converted"),
         ("vit_small_r26_s32_224", {}, "a VisionTransformer with HybridEmbed cannot be converted"),
     ],
 )
-def test_other_layouts_are_refused_by_name(name, kwargs, words):
+def test_other_models_are_refused_by_name(name, kwargs, words):
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
     with pytest.raises(ValueError, match=words):
@@ -127,7 +131,7 @@ def test_other_layouts_are_refused_by_name(name, kwargs, words):
 
 
 @pytest.mark.parametrize("change", ["scale", "eps", "activation", "extra"])
-def test_a_model_that_is_not_understood_is_refused(change):
+def test_a_model_with_unknown_settings_is_refused(change):
     model = make_vit()
     if change == "scale":
         model.blocks[1].attn.scale *= 1.1
@@ -150,7 +154,7 @@ def test_k_that_does_not_shorten_is_refused():
         linvit.convert_vit(make_vit(), k=64)
 
 
-def test_layers_go_back_to_ordinary_attention_for_good(tmp_path):
+def test_layers_return_to_ordinary_attention_permanently(tmp_path):
     converted = linvit.convert_vit(make_vit(), k=9)
     use_ordinary_attention(converted, [1])
     assert projected_lengths(converted) == [9, None, 9]
@@ -160,7 +164,7 @@ def test_layers_go_back_to_ordinary_attention_for_good(tmp_path):
     assert torch.equal(again(images), converted(images))
 
 
-def test_lengths_of_heads_are_read_back():
+def test_lengths_per_head_are_read_back():
     converted = linvit.convert_vit(make_vit(), k=[[4, 6], None, [9, 9]], share="none")
     assert projected_lengths(converted) == [[4, 6], None, 9]
 
@@ -176,14 +180,14 @@ def test_lengths_of_heads_are_read_back():
         (8, 200, [224, 200], "linvit_tiny_patch8_224"),
     ],
 )
-def test_the_nearest_registered_name(patch_size, embed_dim, img_size, name):
+def test_the_nearest_registered_model(patch_size, embed_dim, img_size, name):
     assert nearest_name({"patch_size": patch_size, "embed_dim": embed_dim, "img_size": img_size}) == name
 
 
 @pytest.mark.parametrize("width", [48, 4304, 1152, 100])
-def test_the_mlps_width_comes_back_from_its_ratio(width):
+def test_the_ratio_gives_the_mlps_width(width):
     model = make_vit(embed_dim=36, num_heads=2, mlp_ratio=(width + 0.5) / 36)
-    ratio = read_layout(model)["mlp_ratio"]
+    ratio = linformer_keywords(model)["mlp_ratio"]
     assert int(36 * ratio) == width
 
 

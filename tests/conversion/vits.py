@@ -1,11 +1,11 @@
-"""Small timm Vision Transformers with weights that attend, and images on which that makes a difference."""
+"""Small timm Vision Transformers whose attention matters, and images for them."""
 
 import timm
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from linvit.conversion.streams import Streams, embed
+from linvit.conversion.calibration import Activations, embed
 
 torch.set_num_threads(1)
 
@@ -13,7 +13,7 @@ SMALL = dict(embed_dim=32, depth=3, num_heads=2, img_size=64, patch_size=8, num_
 
 
 def make_vit(name: str = "vit_small_patch16_224", *, weight: float = 0.15, **kwargs) -> VisionTransformer:
-    """A registered model, small, with random weights, biases and norms."""
+    """A small registered model with random weights, biases and norms."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
     with torch.no_grad():
@@ -33,7 +33,8 @@ def make_images(count: int, size: int = 64, seed: int = 1) -> Tensor:
     return smooth + 0.3 * torch.randn(count, 3, size, size, generator=generator)
 
 
-def make_streams(model: VisionTransformer, *, fitted: int = 16, held_out: int = 8) -> Streams:
+def make_activations(model: VisionTransformer, *, fitted: int = 16, held_out: int = 8) -> Activations:
+    """The tokens that enter the first block, for `make_images`."""
     with torch.no_grad():
         tokens = embed(model, make_images(fitted + held_out))
-    return Streams(tokens, tokens, held_out, model.num_prefix_tokens, batch_size=8)
+    return Activations(tokens, tokens, held_out, model.num_prefix_tokens, batch_size=8)
