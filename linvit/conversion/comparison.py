@@ -165,7 +165,7 @@ def resized_copy(model: VisionTransformer, img_size: tuple[int, int]) -> VisionT
 def _own_process_bytes(
     model: VisionTransformer, img_size: tuple[int, int], batch_size: int, dtype: DType
 ) -> int | None:
-    """Memory that a forward pass adds, measured in a separate process, apart from the memory of other models."""
+    """Memory that a forward pass adds, measured in a separate process that holds no other model."""
     if not can_read_peaks():
         return None
     spec = model_spec(model)

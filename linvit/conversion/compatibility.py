@@ -65,7 +65,7 @@ def linformer_keywords(model: nn.Module) -> dict[str, Any]:
         "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
-        # 0 is no LayerScale. timm drops keywords that are None, and registered models may have it by default.
+        # 0 disables LayerScale. timm drops keywords that are None, and registered models may have it by default.
         "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else 0.0,
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
