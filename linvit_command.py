@@ -1,12 +1,12 @@
 """The console script `linvit`.
 
-In a process that starts here, `import linvit` registers no models: that loads torch, and `--help` must not wait for
-it. A command that needs the models registers them itself.
+If a process starts here, `import linvit` does not register the models, because that imports torch and `--help` must
+not wait for it. Commands register the models when they need them.
 """
 
 
 def main() -> int:
-    """Run the command that the command line names, and return its exit status."""
+    """Run the command given on the command line; returns its exit status."""
     from linvit.cli import main as run_command
 
     return run_command()

@@ -31,7 +31,7 @@ from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.options import InputOptions
 from linvit.data.sources.loose import load_batches, sample_paths
 from linvit.data.sources.open import open_images
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.model.vit import LinformerViT
 
 HELD_OUT = 64

@@ -31,7 +31,7 @@ from linvit.data.options import InputOptions
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.loose import load_batches
 from linvit.data.sources.open import open_images
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.output.files import sha256_of
 from linvit.runs.weights import weights_file
 

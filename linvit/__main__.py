@@ -1,4 +1,4 @@
-"""`python -m linvit` is the `linvit` command."""
+"""`python -m linvit` runs the `linvit` command."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The `linvit` command: a table of commands.
 
-A command is a module with a `SUMMARY`, its options, and `main(arguments) -> exit status`. It imports what is heavy
-(torch, timm, numpy) inside functions, so that `--help` answers at once.
+A command is a module with a `SUMMARY`, its options, and `main(arguments) -> exit status`. It imports heavy packages
+(torch, timm, numpy) inside functions, so that `--help` is answered at once.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from linvit.settings.fields import unknown
 from linvit.settings.flags import UsageError, run
 from linvit.version import __version__
 
-# By the heading they have in `linvit --help`.
+# Module of each command, grouped under the headings of `linvit --help`.
 COMMANDS = {
     "train": {
         "train": "linvit.training.command",
@@ -41,19 +41,19 @@ MODULES = {name: module for group in COMMANDS.values() for name, module in group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `linvit` with these arguments, by default the process's own, and return its exit status."""
+    """Run `linvit` with these arguments (default: `sys.argv`); returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     return run(lambda: _dispatch(arguments))
 
 
 def load(name: str) -> ModuleType:
-    """The module of the command called `name`."""
+    """The module of a command."""
     return importlib.import_module(MODULES[name])
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv:
-        raise UsageError(f"name a command: {', '.join(MODULES)} (linvit --help describes them)")
+        raise UsageError(f"no command given: choose one of {', '.join(MODULES)} (see linvit --help)")
     name, *rest = argv
     if name in ("-h", "--help"):
         print(_usage())

@@ -37,7 +37,7 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     from linvit.bench.output import show_models, show_rows
     from linvit.bench.plan import Plan
     from linvit.bench.run import Bench, Results, exact_float32
-    from linvit.distributed import choose_device
+    from linvit.device import choose_device
     from linvit.output.terminal import page
 
     check_files(("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file))

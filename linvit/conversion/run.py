@@ -19,7 +19,7 @@ from linvit.conversion.planning import plan_lengths
 from linvit.conversion.results import ConversionResult
 from linvit.conversion.solvers import DescentOptions
 from linvit.conversion.state import FitState, load_converted
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.evaluation.inference import input_spec
 from linvit.measure.provenance import provenance
 from linvit.model.build import create_model

@@ -31,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
             "model": ["-m", "--model"],
         },
     )
-    from linvit.distributed import recorded
+    from linvit.distributed import record_errors
 
-    return recorded(evaluate_command)(options)
+    return record_errors(evaluate_command)(options)
 
 
 def evaluate_command(options: EvalOptions) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from linvit.data.decode import UnreadableImage
 from linvit.data.loader import create_eval_loader, normalize
 from linvit.data.sources.loose import Input, LooseImages, find_images
-from linvit.distributed import choose_device, usable_workers
+from linvit.device import choose_device
+from linvit.distributed import usable_workers
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
 from linvit.prediction.tiles import read_tiles
 from linvit.prediction.tiling import Box, create_tiling

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from linvit.data.sources.base import PackedStrings
 from linvit.data.sources.loose import LooseImages, expand, read_list
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.evaluation.classes import lemmas
 from linvit.evaluation.inference import override_settings
 from linvit.output.terminal import note, printable, progress_bar

@@ -8,7 +8,7 @@ import torch
 from rich.progress import Progress
 
 from linvit.data.sources.loose import load_images, sample_paths
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.evaluation.inference import input_spec
 from linvit.measure.provenance import provenance
 from linvit.output.files import write_text

@@ -22,7 +22,7 @@ from linvit.model.build import TimmModel
 from linvit.runs.folder import load_classifier
 from linvit.settings.fields import listed
 from linvit.training.config import TrainConfig
-from linvit.training.fsdp import load_whole
+from linvit.training.fsdp import load_full
 
 
 class Distillation:
@@ -75,7 +75,7 @@ class Distillation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.projected is not None:
-            load_whole(self.projected.projection, state)
+            load_full(self.projected.projection, state)
 
     def loss(self, outputs: Any, images: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
         """The labels' loss and the teacher's, each by its weight; `outputs` are what `trained` gave for `images`."""

@@ -1,7 +1,4 @@
-"""Images that cannot be read and are left out: told after each epoch, and kept in the run's bad_images.txt.
-
-Updates that are refused because loss or gradients are not finite: told, counted, after a row the end of the run.
-"""
+"""Faults that a run survives: images that cannot be read, and updates whose loss or gradients are not finite."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,23 +15,23 @@ from linvit.training.step import Update
 
 
 class BadImages:
-    """Collects them over an epoch and all processes.
+    """Collects the images that could not be read and were skipped, over an epoch and all processes.
 
     Args:
-        file: one path a line, sorted, each once; written where there is any.
-        is_primary: whether this process writes.
-        say: tells a line.
+        file: the run's bad_images.txt, one path per line, sorted; written if there are any.
+        is_primary: whether this process writes the file.
+        log: prints a line.
     """
 
-    def __init__(self, file: Path, *, is_primary: bool, say: Callable[[str], None]) -> None:
-        self.file, self.is_primary, self.say = file, is_primary, say
+    def __init__(self, file: Path, *, is_primary: bool, log: Callable[[str], None]) -> None:
+        self.file, self.is_primary, self.log = file, is_primary, log
         self._found: set[str] = set()
 
     def add(self, paths: Iterable[Path]) -> None:
         self._found |= {str(path) for path in paths}
 
     def end_epoch(self) -> None:
-        """Tell what was left out in the epoch, and add it to the file; every process calls it."""
+        """Log the images skipped in this epoch and add them to the file; all processes must call it."""
         found = [self._found]
         if dist.is_initialized():
             found = [set()] * dist.get_world_size()
@@ -44,50 +41,50 @@ class BadImages:
         if not names:
             return
         images = "1 image" if len(names) == 1 else f"{len(names):,} images"
-        self.say(f"left out {images} that cannot be read: {listed(names)} ({self.file})")
+        self.log(f"skipped {images} that cannot be read: {listed(names)} ({self.file})")
         if self.is_primary:
             before = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
             write_text(self.file, "".join(f"{name}\n" for name in sorted({*before, *names})))
 
 
 class NonFiniteLossError(ValueError):
-    """Loss or gradients were not finite in too many updates in a row; no weight has been touched by them."""
+    """Loss or gradients were not finite in too many updates in a row; none of these updates changed a weight."""
 
 
 class BadSteps:
-    """Watches the updates of a run.
+    """Logs and counts updates that were refused because loss or gradients are not finite.
 
     Args:
-        most_in_row: refused updates in a row after which the run ends.
-        path_of: from the index of an image to its file.
-        say: tells a line.
+        max_in_row: the run ends after this number of refused updates in a row.
+        path_of: returns the file of an image, given its index.
+        log: prints a line.
     """
 
-    def __init__(self, most_in_row: int, *, path_of: Callable[[int], Path], say: Callable[[str], None]) -> None:
-        self.most_in_row, self.path_of, self.say = most_in_row, path_of, say
-        # Indices of the images of each batch of the group.
+    def __init__(self, max_in_row: int, *, path_of: Callable[[int], Path], log: Callable[[str], None]) -> None:
+        self.max_in_row, self.path_of, self.log = max_in_row, path_of, log
+        # The image indices of each batch of the group.
         self._group: list[Tensor] = []
-        # Where the row of refused updates began.
+        # The progress before the first refused update of the current row.
         self._row_start: Progress | None = None
 
     def add_batch(self, indices: Tensor) -> None:
-        """Take note of a batch that the next update is of."""
+        """Add the image indices of a batch to the group of the next update."""
         self._group.append(indices)
 
     def check(self, update: Update, progress: Progress, *, group_start: int, save: Callable[[Progress], None]) -> None:
-        """Count an update in `progress`, and tell what was wrong with it.
+        """Count a refused update in `progress` and log its cause.
 
         Args:
-            progress: after the update.
-            group_start: the first batch of its group.
-            save: keeps the run's state with a progress.
+            progress: the progress after the update.
+            group_start: the first batch of the update's group.
+            save: saves the run's state with a given progress.
 
-        Raises NonFiniteLossError in all processes after too many refused updates in a row, with a state saved of when
-        the row began.
+        Raises NonFiniteLossError in all processes after too many refused updates in a row. A checkpoint from before
+        the first of them is saved.
         """
         group, self._group = self._group, []
         for note in update.notes:
-            self.say(note)
+            self.log(note)
         if update.outcome == "taken":
             progress.bad_in_row, self._row_start = 0, None
         if update.outcome != "refused":
@@ -100,24 +97,23 @@ class BadSteps:
         what = _describe(update)
         files = [[str(self.path_of(index)) for index in batch.tolist()] for batch in group]
         suspects = listed(_suspects(files, update.bad_batches))
-        self.say(f"refused an update ({where}): {what}; its images: {suspects}")
-        if progress.bad_in_row >= self.most_in_row:
+        self.log(f"refused an update ({where}): {what}; its images: {suspects}")
+        if progress.bad_in_row >= self.max_in_row:
             save(self._row_start)
             raise NonFiniteLossError(
-                f"{what} at {where}, the refused update number {progress.bad_in_row} in a row (--max-bad-steps); the "
-                "weights are as before them. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and go on with "
-                "--resume"
+                f"{what} at {where}, refused update number {progress.bad_in_row} in a row (--max-bad-steps); they did "
+                "not change the weights. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
             )
 
 
 def _describe(update: Update) -> str:
     if not math.isfinite(update.loss):
         return f"the loss became {update.loss}"
-    return f"the loss is {update.loss:.4f} but the norm of the gradients became {update.gradient_norm}"
+    return f"the loss is {update.loss:.4f}, but the norm of the gradients became {update.gradient_norm}"
 
 
 def _suspects(files: Sequence[Sequence[str]], bad_batches: Sequence[int]) -> list[str]:
-    """Files of the batches whose loss is not finite; where there are none in any process, of the whole group."""
+    """The files of the batches whose loss is not finite, in any process; all files of the group if there are none."""
     own = [files[number] for number in bad_batches], files
     found = [own]
     if dist.is_initialized():

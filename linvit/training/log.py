@@ -1,13 +1,12 @@
-"""The run's numbers in TensorBoard and Weights & Biases, where asked for; neither package is loaded otherwise.
+"""Progress output of a run: a bar on a terminal, plain lines elsewhere, and TensorBoard or Weights & Biases.
 
-What a run tells while it goes: a progress bar in a terminal, plain lines elsewhere.
+The packages of the two trackers are imported only if they are requested.
 """
 
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -16,20 +15,144 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from linvit.output.files import reason
+from linvit.output.terminal import format_duration
 from linvit.training.config import TrainConfig
 
-# Takes numbers by name, and how many batches the run has trained on by then.
+Item = TypeVar("Item")
+# Logs numbers by name; the second argument is the number of batches that the run has trained on.
 Track = Callable[[Mapping[str, float], int], None]
+SECONDS_BETWEEN_REFRESHES = 0.25
+
+
+def print_line(text: str) -> None:
+    """Print a line on stdout at once, even into a pipe."""
+    print(text, flush=True)
+
+
+class EpochLog:
+    """Times an epoch of training and shows its progress.
+
+    Args:
+        epoch, num_epochs: this epoch, and the number of epochs in the run.
+        first_batch, num_batches: where this process starts in the epoch, and the number of batches in the epoch.
+        images_per_batch: images per batch in all processes together.
+        log_interval: batches between two plain lines; also the number of updates over which the loss is averaged.
+        is_shown: whether this process prints.
+        track: also logs the numbers of every plain line.
+    """
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        num_epochs: int,
+        first_batch: int,
+        num_batches: int,
+        images_per_batch: int,
+        log_interval: int,
+        is_shown: bool,
+        track: Track | None = None,
+    ) -> None:
+        self.epoch, self.num_epochs = epoch, num_epochs
+        self.first_batch, self.num_batches, self.batch = first_batch, num_batches, first_batch
+        self.images_per_batch, self.log_interval, self.is_shown = images_per_batch, log_interval, is_shown
+        self.track = track
+        self.recent_losses: deque[float] = deque(maxlen=log_interval)
+        self.data_seconds = 0.0
+        self.started = self.refreshed = time.perf_counter()
+        self.bar = _create_bar() if is_shown and sys.stdout.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.task = self.bar.add_task(f"epoch {self.epoch}", total=self.num_batches, completed=self.batch, text="")
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self.started
+        if self.bar is not None:
+            self.bar.stop()
+
+    def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches, and measure the time spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.data_seconds += time.perf_counter() - start
+            yield item
+
+    def update(self, *, batch: int, loss: float, lr: float) -> None:
+        """Show the progress after an update; `batch` is the number of finished batches of the epoch."""
+        before, self.batch = self.batch, batch
+        self.recent_losses.append(loss)
+        is_due = self.batch // self.log_interval > before // self.log_interval
+        if is_due and self.track is not None:
+            self.track(self._numbers(lr), self.epoch * self.num_batches + self.batch)
+        if self.bar is not None:
+            now = time.perf_counter()
+            if now - self.refreshed >= SECONDS_BETWEEN_REFRESHES or self.batch == self.num_batches:
+                self.refreshed = now
+                self.bar.update(self.task, completed=self.batch, text=self._text(lr))
+                self.bar.refresh()
+        elif is_due and self.is_shown:
+            print_line(f"epoch {self.epoch}  {self.batch}/{self.num_batches}  {self._text(lr)}")
+
+    def _numbers(self, lr: float) -> dict[str, float]:
+        timing = self.timing(time.perf_counter() - self.started)
+        return {
+            "train/loss": self._mean_loss(),
+            "train/lr": lr,
+            "train/images_per_second": timing["images_per_second"],
+            "train/data_wait": timing["data_wait"],
+        }
+
+    def _mean_loss(self) -> float:
+        return sum(self.recent_losses) / len(self.recent_losses)
+
+    def _text(self, lr: float) -> str:
+        timing = self.timing(time.perf_counter() - self.started)
+        batches_left = self.num_batches - self.batch + (self.num_epochs - self.epoch - 1) * self.num_batches
+        seconds_left = batches_left * self.images_per_batch / max(timing["images_per_second"], 1e-9)
+        return (
+            f"loss {self._mean_loss():.4f}  {timing['images_per_second']:.1f} img/s  data {timing['data_wait']:.0%}  "
+            f"lr {lr:.2e}  left {format_duration(seconds_left)}"
+        )
+
+    def timing(self, seconds: float | None = None) -> dict[str, float]:
+        """Images per second in all processes, the share of time spent waiting for data, and the seconds so far."""
+        seconds = self.seconds if seconds is None else seconds
+        images = (self.batch - self.first_batch) * self.images_per_batch
+        return {"images_per_second": images / seconds, "data_wait": self.data_seconds / seconds, "seconds": seconds}
+
+
+def _create_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(),
+        # The loop refreshes the bar: a separate thread would take time from training.
+        auto_refresh=False,
+        transient=True,
+        expand=True,
+    )
 
 
 def open_trackers(config: TrainConfig, folder: Path, *, first_batch: int) -> Track:
-    """What passes numbers on to where `config` asks for.
+    """A function that logs numbers to the trackers that `config` requests.
 
     Args:
-        folder: the run's.
-        first_batch: that training goes on from; what was logged for later ones is dropped.
+        folder: the run's folder.
+        first_batch: the batch that training resumes from; TensorBoard drops what was logged for later ones.
 
-    Raises ValueError where a package is missing or wandb does not start.
+    Raises ValueError if a package is missing or wandb does not start.
     """
     tracks = []
     if config.log_tensorboard:
@@ -54,7 +177,7 @@ def _open_tensorboard(folder: Path, first_batch: int) -> Track:
     def track(numbers: Mapping[str, float], batch: int) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, batch)
-        # At once: a run may be killed.
+        # At once, since the run may be killed.
         writer.flush()
 
     return track
@@ -77,140 +200,15 @@ def _open_wandb(config: TrainConfig, folder: Path) -> Track:
         )
     except wandb.Error as error:
         raise ValueError(
-            f"--log-wandb does not start: {reason(error)}; log in by `wandb login`, or set WANDB_MODE=offline"
+            f"--log-wandb: wandb does not start ({reason(error)}); run `wandb login`, or set WANDB_MODE=offline"
         ) from error
     return lambda numbers, batch: run.log(dict(numbers), step=batch)
 
 
 def _missing(flag: str, package: str) -> ValueError:
-    return ValueError(f"{flag} needs the package {package}: pip install 'linvit[log]', or leave the flag out")
+    return ValueError(f"{flag} needs the package {package}: pip install 'linvit[log]', or remove the flag")
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a row of summary.csv, by the names that trackers show them under."""
+    """The numbers in a row of summary.csv, under the names that trackers show."""
     return {f"epoch/{name}": value for name, value in row.items() if isinstance(value, int | float) and name != "epoch"}
-
-
-Item = TypeVar("Item")
-SECONDS_BETWEEN_REFRESHES = 0.25
-
-
-def say(text: str) -> None:
-    """Print a line at once, even into a pipe."""
-    print(text, flush=True)
-
-
-class EpochLog:
-    """Times an epoch of training and shows how it goes.
-
-    Args:
-        epoch, num_epochs: of the run.
-        first_batch, num_batches: of the epoch, in this process.
-        images_per_batch: over all processes.
-        log_interval: batches from one plain line to the next, and updates that the loss shown is a mean of.
-        is_shown: whether this process prints.
-        track: gets the numbers of every plain line as well; see `linvit.training.log`.
-    """
-
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        num_epochs: int,
-        first_batch: int,
-        num_batches: int,
-        images_per_batch: int,
-        log_interval: int,
-        is_shown: bool,
-        track: Track | None = None,
-    ) -> None:
-        self.epoch, self.num_epochs = epoch, num_epochs
-        self.first_batch, self.num_batches, self.batch = first_batch, num_batches, first_batch
-        self.images_per_batch, self.log_interval, self.is_shown = images_per_batch, log_interval, is_shown
-        self.track = track
-        self.recent_losses: deque[float] = deque(maxlen=log_interval)
-        self.waited = 0.0
-        self.started = self.refreshed = time.perf_counter()
-        self.bar = _create_bar() if is_shown and sys.stdout.isatty() else None
-
-    def __enter__(self) -> Self:
-        if self.bar is not None:
-            self.task = self.bar.add_task(f"epoch {self.epoch}", total=self.num_batches, completed=self.batch, text="")
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.seconds = time.perf_counter() - self.started
-        if self.bar is not None:
-            self.bar.stop()
-
-    def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, with the time that each is waited for."""
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield item
-
-    def update(self, *, batch: int, loss: float, lr: float) -> None:
-        """Show an update after which `batch` batches of the epoch are done."""
-        before, self.batch = self.batch, batch
-        self.recent_losses.append(loss)
-        is_due = self.batch // self.log_interval > before // self.log_interval
-        if is_due and self.track is not None:
-            self.track(self._numbers(lr), self.epoch * self.num_batches + self.batch)
-        if self.bar is not None:
-            now = time.perf_counter()
-            if now - self.refreshed >= SECONDS_BETWEEN_REFRESHES or self.batch == self.num_batches:
-                self.refreshed = now
-                self.bar.update(self.task, completed=self.batch, text=self._text(lr))
-                self.bar.refresh()
-        elif is_due and self.is_shown:
-            say(f"epoch {self.epoch}  {self.batch}/{self.num_batches}  {self._text(lr)}")
-
-    def _numbers(self, lr: float) -> dict[str, float]:
-        timing = self.timing(time.perf_counter() - self.started)
-        return {
-            "train/loss": self._mean_loss(),
-            "train/lr": lr,
-            "train/images_per_second": timing["images_per_second"],
-            "train/data_wait": timing["data_wait"],
-        }
-
-    def _mean_loss(self) -> float:
-        return sum(self.recent_losses) / len(self.recent_losses)
-
-    def _text(self, lr: float) -> str:
-        timing = self.timing(time.perf_counter() - self.started)
-        batches_left = self.num_batches - self.batch + (self.num_epochs - self.epoch - 1) * self.num_batches
-        seconds_left = batches_left * self.images_per_batch / max(timing["images_per_second"], 1e-9)
-        return (
-            f"loss {self._mean_loss():.4f}  {timing['images_per_second']:.1f} img/s  data {timing['data_wait']:.0%}  "
-            f"lr {lr:.2e}  left {timedelta(seconds=round(seconds_left))}"
-        )
-
-    def timing(self, seconds: float | None = None) -> dict[str, float]:
-        """Images a second over all processes, share of the time spent waiting for data, and seconds, of this epoch."""
-        seconds = self.seconds if seconds is None else seconds
-        images = (self.batch - self.first_batch) * self.images_per_batch
-        return {"images_per_second": images / seconds, "data_wait": self.waited / seconds, "seconds": seconds}
-
-
-def _create_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=Console(),
-        # Refreshed by the loop itself: a thread of its own would take time from it.
-        auto_refresh=False,
-        transient=True,
-        expand=True,
-    )

@@ -45,9 +45,9 @@ def parse_lr_find(argv: Sequence[str]) -> LrFindConfig:
 def main(argv: Sequence[str]) -> int:
     """Sweep, and return the exit status."""
     config = parse_lr_find(argv)
-    from linvit.distributed import recorded
+    from linvit.distributed import record_errors
 
-    return recorded(lr_find_command)(config)
+    return record_errors(lr_find_command)(config)
 
 
 def lr_find_command(config: LrFindConfig) -> int:
@@ -58,7 +58,7 @@ def lr_find_command(config: LrFindConfig) -> int:
     from linvit.distributed import joined_ranks
     from linvit.output.files import write_json
     from linvit.output.plots import save_figure
-    from linvit.training.log import say
+    from linvit.training.log import print_line
     from linvit.training.sweep import draw, prepare, sweep
 
     with joined_ranks(config.device) as ranks:
@@ -82,6 +82,8 @@ def lr_find_command(config: LrFindConfig) -> int:
             result = {"suggestion": found.suggestion, "steepest": found.steepest, "lowest": found.lowest}
             settings = {"model": config.model, "batch": loader.batch_size * ranks.world_size, "seed": config.seed}
             write_json(config.json_file, {**result, **settings, **asdict(found)})
-        say(f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {config.plot_file}")
-        say(f"suggestion: --lr {found.suggestion:.1e}")
+        print_line(
+            f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {config.plot_file}"
+        )
+        print_line(f"suggestion: --lr {found.suggestion:.1e}")
     return 0

@@ -13,7 +13,7 @@ from torch import nn
 
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
-from linvit.training.fsdp import divided_like
+from linvit.training.fsdp import shard_like
 from linvit.training.options import EmaOptions, OptimizerOptions, ScheduleOptions
 
 # What options, and timm's scheduler from them, put into an optimizer's groups.
@@ -100,7 +100,7 @@ def load_optimizer(
     state = {}
     for index, values in saved["state"].items():
         now = number[names_before[index]]
-        state[now] = {key: divided_like(value, parameters[now]) for key, value in values.items()}
+        state[now] = {key: shard_like(value, parameters[now]) for key, value in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

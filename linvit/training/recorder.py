@@ -1,27 +1,30 @@
-"""What a run writes and prints while it goes; processes besides the first only keep a log each."""
+"""What a run writes to its folder and prints; only the first process does both, the others keep a log file each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from linvit.data.augment.build import InputSpec
-from linvit.data.loader import Loader
+from linvit.data.loader import Batch, Loader
 from linvit.data.sources.base import ImageSet
-from linvit.distributed import StopRequest, on_primary
+from linvit.distributed import Ranks, on_primary
 from linvit.output.files import remove_leftovers
 from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, retire_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
 from linvit.training.faults import BadImages, BadSteps
-from linvit.training.log import Track, numbers_of, open_trackers, say
+from linvit.training.log import Track, numbers_of, open_trackers, print_line
 from linvit.training.model import size_in
+from linvit.training.resume import changed_settings, choose_start
 from linvit.training.saver import SaveClock, Saver, take_snapshot
-from linvit.training.state import Progress, changed_settings, choose_start, collect_state, restore_state
-from linvit.training.step import TrainStep
+from linvit.training.state import Progress, collect_state, restore_state
+from linvit.training.step import TrainStep, Update
 from linvit.training.summary import EpochResult, write_card, write_summary
 from linvit.version import __version__
 
+# A copied state, once its copies are complete.
+Snapshot = Callable[[], dict[str, Any]]
 # Keys of the weights in a state.
 _STATE_DICTS = {"raw": "state_dict", "ema": "state_dict_ema"}
 
@@ -32,31 +35,34 @@ def start_recording(
     train_set: ImageSet,
     val_set: ImageSet,
     *,
-    loaders: Sequence[Loader],
+    train_loader: Loader,
+    val_loader: Loader,
     spec: InputSpec,
     new_parameters: list[str],
     saver: Saver,
 ) -> tuple["Recorder", Progress]:
-    """Open the run's folder and, where it is resumed, put `step` back to its state; returns how far the run has come.
+    """Open the run's folder and, if the run resumes, restore the state of `step`; returns the run's progress, too.
 
     Args:
-        loaders: the training loader, then the validation loader.
-        new_parameters: names of the parameters that no given weights cover.
+        new_parameters: names of the parameters that the given weights lack.
 
-    Raises ValueError where there is nothing to resume from or its state does not fit, OSError where the folder cannot
-    be written.
+    Raises ValueError if there is nothing to resume from or the checkpoint does not fit, OSError if the folder cannot be
+    written.
     """
-    loader, ranks = loaders[0], step.ranks
     start = on_primary(lambda: choose_start(config, img_size=spec.size))
-    num_images = (len(train_set), len(val_set))
     recorder = Recorder(
-        start.folder, config=config, loader=loader, spec=spec, num_images=num_images, rank=ranks.rank, saver=saver
+        start.folder,
+        config=config,
+        train_set=train_set,
+        val_set=val_set,
+        loader=train_loader,
+        spec=spec,
+        ranks=step.ranks,
+        saver=saver,
     )
-    for cache in (each.cache for each in loaders):
-        if cache is not None:
-            recorder.say(cache.describe())
-    recorder.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, say=recorder.say)
-    recorder.bad_images = BadImages(recorder.run.bad_images, is_primary=ranks.is_primary, say=recorder.say)
+    for loader in (train_loader, val_loader):
+        if loader.cache is not None:
+            recorder.log(loader.cache.describe())
     progress = Progress()
     state = read_checkpoint(start.state) if start.state is not None else None
     if state is not None:
@@ -66,60 +72,61 @@ def start_recording(
             settings=config.model_dump(mode="json"),
             class_names=train_set.class_names,
             num_images=len(train_set),
-            num_batches=len(loader),
+            num_batches=len(train_loader),
             with_optimizer=not config.no_resume_opt,
         )
     recorder.begin(step, progress, state=state, new_parameters=new_parameters)
     for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
-        recorder.say(note)
+        recorder.log(note)
     return recorder, progress
 
 
 class Recorder:
     """Fills a run's folder.
 
+    If a file cannot be written during training, this is reported, the old file stays, and the next save retries. At the
+    beginning and at the end of the run an OSError that names the file is raised.
+
     Args:
-        folder: the run's, made already.
-        config: how it is trained.
-        loader: what it is trained on.
-        spec: how its images are prepared.
-        num_images: to train and to evaluate on.
-        rank: of this process; the first prints and writes, the others have a file of lines each in logs/.
-        saver: what writes in the background.
+        folder: the run's folder, which exists.
+        config: the run's configuration.
+        train_set, val_set: the images to train and to evaluate on.
+        loader: the training loader.
+        spec: how images are prepared.
+        ranks: this process; the first prints and writes, the others write a log each to logs/.
+        saver: writes in the background.
 
-    While training, what cannot be written is reported and tried again with the next save. At the beginning and at the
-    end it raises OSError, naming the file; what was there before is kept. Raises ValueError where another process is
-    training in the folder.
+    Raises ValueError if another process is training in the folder.
     """
-
-    bad_steps: BadSteps
-    bad_images: BadImages
 
     def __init__(
         self,
         folder: Path,
         *,
         config: TrainConfig,
+        train_set: ImageSet,
+        val_set: ImageSet,
         loader: Loader,
         spec: InputSpec,
-        num_images: tuple[int, int],
-        rank: int,
+        ranks: Ranks,
         saver: Saver,
     ) -> None:
-        # Training from args.yaml alone repeats the run; it does not go on with it.
-        apart = {"experiment": folder.name, "output": folder.parent, "resume": None, "no_resume_opt": False}
-        self.config = config.model_copy(update=apart)
-        self.track: Track | None = None
+        # args.yaml repeats the run from the start; it does not resume it.
+        own = {"experiment": folder.name, "output": folder.parent, "resume": None, "no_resume_opt": False}
+        self.config = config.model_copy(update=own)
         self.run = RunFolder(folder)
-        self.loader, self.spec, self.rank, self.is_primary = loader, spec, rank, rank == 0
-        self.num_images, self.saver = num_images, saver
+        self.train_set, self.val_set, self.loader, self.spec = train_set, val_set, loader, spec
+        self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
         self._lock = lock_run(folder) if self.is_primary else None
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
+        self.track: Track | None = None
+        self.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, log=self.log)
+        self.bad_images = BadImages(self.run.bad_images, is_primary=self.is_primary, log=self.log)
 
-    def say(self, text: str) -> None:
-        """Print a line in the first process; the others append it to a file of their own."""
+    def log(self, text: str) -> None:
+        """Print a line in the first process; the others append it to their log file."""
         if self.is_primary:
-            say(text)
+            print_line(text)
         else:
             self.run.logs.mkdir(exist_ok=True)
             with (self.run.logs / f"rank-{self.rank}.log").open("a", encoding="utf-8") as file:
@@ -133,68 +140,81 @@ class Recorder:
         state: dict[str, Any] | None,
         new_parameters: list[str],
     ) -> None:
-        """Say what is trained and where it is kept, clear up after a run that was killed, and write args.yaml.
+        """Print what is trained, prepare the folder and write args.yaml.
 
-        A run that begins saves its state at once: what cannot be saved should not begin.
+        A new run saves its state at once, so that a run that cannot be saved fails before it trains.
 
         Args:
-            state: what the run goes on from; None: it begins.
-            new_parameters: those that no given weights cover.
+            state: the state that the run resumes from; None for a new run.
+            new_parameters: names of the parameters that the given weights lack.
         """
         if self.is_primary:
-            self._introduce(step, progress, state=state, new_parameters=new_parameters)
+            self._print_overview(step, new_parameters)
+            if state is not None:
+                print_line(f"resuming at epoch {progress.epoch}, batch {progress.batch}")
+                for change in changed_settings(state["settings"], self.config.model_dump(mode="json")):
+                    print_line(f"changed setting: {change}")
+            self._prepare_folder(progress)
         if state is None:
             self.save_state(step, progress)
 
-    def _introduce(
-        self,
-        step: TrainStep,
-        progress: Progress,
-        *,
-        state: dict[str, Any] | None,
-        new_parameters: list[str],
-    ) -> None:
+    def _print_overview(self, step: TrainStep, new_parameters: list[str]) -> None:
         config = self.config
-        say(f"run: {self.run.path}")
-        say(
-            f"data: {config.data_dir}, {len(self.loader.class_names)} classes, {self.num_images[0]:,} images to train "
-            f"and {self.num_images[1]:,} to evaluate on"
+        print_line(f"run: {self.run.path}")
+        print_line(
+            f"data: {config.data_dir}, {len(self.loader.class_names)} classes, "
+            f"{len(self.train_set):,} training images, {len(self.val_set):,} validation images"
         )
         parameters = list(step.plain_model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         frozen = sum(parameter.numel() for parameter in parameters) - trained
-        say(
-            f"model: {config.model} at {self.spec.size[0]}×{self.spec.size[1]} px, {trained:,} parameters to train"
+        print_line(
+            f"model: {config.model} at {self.spec.size[0]}×{self.spec.size[1]} px, {trained:,} trainable parameters"
             + (f", {frozen:,} frozen" if frozen else "")
         )
         if config.pretrained or config.pretrained_path is not None:
-            say(f"new, since the given weights do not cover them: {compact(new_parameters) or 'no parameters'}")
-        if state is not None:
-            say(f"going on at epoch {progress.epoch}, batch {progress.batch}")
-            for change in changed_settings(state["settings"], config.model_dump(mode="json")):
-                say(f"changed since: {change}")
+            print_line(f"new parameters, not in the given weights: {compact(new_parameters) or 'none'}")
+
+    def _prepare_folder(self, progress: Progress) -> None:
+        """Remove what a killed run left behind, set aside later checkpoints, and open the trackers."""
         self.run.checkpoints.mkdir(exist_ok=True)
         for folder in (self.run.path, self.run.checkpoints):
             remove_leftovers(folder)
         for path in retire_later(self.run.checkpoints, epoch=progress.epoch, batch=progress.batch):
-            say(f"set aside, being later than where the run goes on: {path}")
-        self.track = open_trackers(
-            config, self.run.path, first_batch=progress.epoch * len(self.loader) + progress.batch
-        )
-        config.save(self.run.args)
+            print_line(f"set aside a checkpoint that is later than the resumed one: {path}")
+        first_batch = progress.epoch * len(self.loader) + progress.batch
+        self.track = open_trackers(self.config, self.run.path, first_batch=first_batch)
+        self.config.save(self.run.args)
         if progress.summary:
             write_summary(self.run.summary, progress.summary)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Say the size of the images, where it is another than in the epoch before."""
+        """Log the image size, if it differs from the previous epoch."""
         size = size_in(epoch, self.config)
         if size is not None and (epoch == 0 or size != size_in(epoch - 1, self.config)):
-            self.say(f"epoch {epoch} on images of {size}×{size} px")
+            self.log(f"epoch {epoch}: training at {size}×{size} px")
+
+    def add_batch(self, batch: Batch) -> None:
+        """Record a batch: its images, in case its update is refused, and those that could not be read."""
+        self.bad_steps.add_batch(batch.indices)
+        self.bad_images.add(map(self.train_set.path, batch.unreadable))
+
+    def check_update(self, update: Update, step: TrainStep, progress: Progress, *, group_start: int) -> None:
+        """Log and count an update that was refused.
+
+        Raises NonFiniteLossError after too many in a row, with a checkpoint from before the first of them.
+        """
+        self.bad_steps.check(
+            update, progress, group_start=group_start, save=lambda before: self.save_state(step, before)
+        )
 
     def end_epoch(self, result: EpochResult, step: TrainStep, progress: Progress, *, best: str | None) -> None:
-        """Write the epoch's row, the raw weights to last/, those named `best` to best/, and the run's state."""
+        """Write the epoch's row of summary.csv, last/ (raw weights), best/ (those called `best`) and the state."""
+        if result.metrics:
+            self.bad_images.add(map(self.val_set.path, result.metrics["raw"].unreadable))
+        self.bad_images.end_epoch()
         progress.summary.append(result.row())
-        self.say(result.describe() + (f"  best ({best})" if best is not None else ""))
+        self.log(result.describe() + (f"  best ({best})" if best is not None else ""))
         if self.track is not None:
             self.track(numbers_of(progress.summary[-1]), progress.epoch * len(self.loader))
         snapshot = self._snapshot(step, progress)
@@ -206,47 +226,47 @@ class Recorder:
         }
         if best is not None:
             tasks["best"] = lambda: self._write_best(result, step, snapshot, best)
-        # Last: a state is never ahead of the results that a run going on from it would not make again.
+        # The state comes last: it must not be newer than results that a resumed run would not write again.
         self.saver.save(tasks | {"state": lambda: self._write_state(snapshot)})
 
     def end_update(self, step: TrainStep, progress: Progress) -> None:
-        """Begin to save the state, where the time has come."""
+        """Start saving the state, if a save is due."""
         if self._is_due(step):
-            self._begin_to_save(step, progress)
+            self._start_saving(step, progress)
 
     def _is_due(self, step: TrainStep) -> bool:
         if not step.is_sharded:
             return self.is_primary and self.clock.is_due()
-        # All processes take part in a save, at the same update whatever their clocks say.
+        # All processes take part in a save, so the clock of the first decides.
         return self.clock.is_set and on_primary(self.clock.is_due)
 
     def end(self, progress: Progress) -> None:
-        """Wait until all is written, and say what came out."""
+        """Wait until everything is written, and log the best result."""
         self.saver.finish()
         if progress.best is not None:
-            self.say(f"best {self.config.eval_metric} {progress.best:.4f}; the weights are in {self.run.best}")
+            self.log(f"best {self.config.eval_metric} {progress.best:.4f}; the weights are in {self.run.best}")
 
-    def stop(self, request: StopRequest, step: TrainStep, progress: Progress) -> int:
-        """Save the state, as the run was asked to stop, and wait until it is written; returns the exit status."""
+    def stop(self, step: TrainStep, progress: Progress) -> int:
+        """Save the state after a stop request, and wait until it is written; returns the exit status."""
         self.save_state(step, progress)
-        self.say(f"stopped; go on with --resume {self.run.path}")
-        return request.exit_code
+        self.log(f"stopped; continue with --resume {self.run.path}")
+        return step.stop.exit_code
 
     def save_state(self, step: TrainStep, progress: Progress) -> None:
-        """Save the state and wait until it, and all before, is written; all processes call it."""
-        self._begin_to_save(step, progress)
+        """Save the state and wait until everything is written; all processes must call it."""
+        self._start_saving(step, progress)
         self.saver.finish()
 
-    def _begin_to_save(self, step: TrainStep, progress: Progress) -> None:
+    def _start_saving(self, step: TrainStep, progress: Progress) -> None:
         snapshot = self._snapshot(step, progress)
         if snapshot is not None:
             self.saver.save({"state": lambda: self._write_state(snapshot)})
 
-    def _snapshot(self, step: TrainStep, progress: Progress) -> Callable[[], dict[str, Any]] | None:
-        """A copy of the state, in the first process; the others have None, having given their parts of it."""
+    def _snapshot(self, step: TrainStep, progress: Progress) -> Snapshot | None:
+        """A copy of the state in the first process; None in the others, which contribute their shards."""
         if not self.is_primary and not step.is_sharded:
             return None
-        # One at a time is in memory.
+        # Only one copy is in memory at a time.
         self.saver.wait()
         self.clock.restart()
         state = collect_state(
@@ -254,18 +274,16 @@ class Recorder:
             progress,
             settings=self.config.model_dump(mode="json"),
             class_names=self.loader.class_names,
-            num_images=self.num_images[0],
+            num_images=len(self.train_set),
             num_batches=len(self.loader),
         )
         return take_snapshot(state, step.ranks.device) if self.is_primary else None
 
-    def _write_state(self, snapshot: Callable[[], dict[str, Any]]) -> None:
+    def _write_state(self, snapshot: Snapshot) -> None:
         write_checkpoint(self.run.checkpoints, snapshot())
         prune_checkpoints(self.run.checkpoints, keep=self.config.checkpoint_hist, milestones=self.config.save_epochs)
 
-    def _write_best(
-        self, result: EpochResult, step: TrainStep, snapshot: Callable[[], dict[str, Any]], which: str
-    ) -> None:
+    def _write_best(self, result: EpochResult, step: TrainStep, snapshot: Snapshot, which: str) -> None:
         self._write_weights(self.run.best, result, step, snapshot, which)
         write_card(
             self.run.card,
@@ -278,7 +296,7 @@ class Recorder:
         )
 
     def _write_weights(
-        self, folder: Path, result: EpochResult, step: TrainStep, snapshot: Callable[[], dict[str, Any]], which: str
+        self, folder: Path, result: EpochResult, step: TrainStep, snapshot: Snapshot, which: str
     ) -> None:
         metrics = result.metrics.get(which)
         values = {} if metrics is None else {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss}

@@ -1,6 +1,6 @@
-"""The parts of a run, assembled from its configuration: images, model, loaders, training step.
+"""Build the parts of a run from its configuration: images, model, loaders, training step.
 
-train_imagenet.py, `linvit lr-find` and the search for the largest batch all build theirs here.
+train_imagenet.py, `linvit lr-find` and the search for the largest batch size share these functions.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ from linvit.model.build import TimmModel, check_model_name
 from linvit.training.config import TrainConfig
 from linvit.training.distill import create_distillation
 from linvit.training.fsdp import shard
-from linvit.training.log import say
+from linvit.training.log import print_line
 from linvit.training.loss import create_loss, create_mixup, read_class_weights
 from linvit.training.model import build_model, epoch_sizes, freeze, place_model, wrap_model
-from linvit.training.optim import create_ema, create_optimizer, learning_rate
+from linvit.training.optim import create_ema, create_optimizer, create_schedule, learning_rate
 from linvit.training.randomness import seed_run, use_deterministic_algorithms
 from linvit.training.step import TrainStep
 
 
 def prepare_process(config: TrainConfig) -> None:
-    """Check the model's name and seed this process, before anything is built."""
+    """Check the model's name and seed this process, before anything is built. Raises ValueError for an unknown name."""
     check_model_name(config.model)
     if config.deterministic:
         use_deterministic_algorithms()
@@ -32,33 +32,33 @@ def prepare_process(config: TrainConfig) -> None:
 
 
 def open_train_set(config: TrainConfig) -> ImageSet:
-    """The training images, whose split (or --class-map) names the classes."""
+    """The training images. The folders of their split, or --class-map, name the classes."""
     assert config.data_dir is not None
-    listed = read_class_map(config.class_map) if config.class_map is not None else None
-    return open_images(config.data_dir, split=config.train_split, class_names=listed)
+    class_names = read_class_map(config.class_map) if config.class_map is not None else None
+    return open_images(config.data_dir, split=config.train_split, class_names=class_names)
 
 
 def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
-    """The validation images, with the labels of the training classes."""
+    """The validation images, labelled by the training classes."""
     assert config.data_dir is not None
     return open_images(config.data_dir, split=config.val_split, class_names=class_names)
 
 
 def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) -> tuple[TimmModel, list[str]]:
-    """The model on its device, partly frozen, and the names of the parameters that no given weights cover.
+    """The model, frozen as requested and on its device, and the names of the parameters that the given weights lack.
 
-    Raises ValueError where name, arguments, classes or weights do not fit together.
+    Raises ValueError if name, arguments, classes or weights do not fit together.
     """
     model, new_parameters = build_model(config, class_names=class_names)
     for note in freeze(model, config.freeze):
         if ranks.is_primary:
-            say(note)
+            print_line(note)
     place_model(model, config, ranks)
     return model, new_parameters
 
 
 def build_train_loader(config: TrainConfig, train_set: ImageSet, *, spec: InputSpec, ranks: Ranks) -> Loader:
-    """Training batches. They depend neither on the number of workers nor on where a run resumes."""
+    """The training batches. They depend neither on the number of workers nor on where a run resumes."""
     return create_train_loader(
         train_set,
         config,
@@ -73,7 +73,7 @@ def build_train_loader(config: TrainConfig, train_set: ImageSet, *, spec: InputS
 
 
 def build_val_loader(config: TrainConfig, val_set: ImageSet, *, spec: InputSpec, ranks: Ranks) -> Loader:
-    """Validation batches."""
+    """The validation batches."""
     batch_size = config.validation_batch_size or config.images_per_batch
     return create_eval_loader(val_set, spec, batch_size=batch_size, **_loading(config, ranks))
 
@@ -87,7 +87,7 @@ def _loading(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "pin_memory": config.pin_mem,
         "channels_last": config.channels_last,
         "on_bad_image": config.on_bad_image,
-        # A dry run writes nothing but its picture.
+        # A dry run writes nothing but its image.
         "caching": None if config.dry_run else config,
     }
 
@@ -102,13 +102,13 @@ def build_step(
     stop: StopRequest | None = None,
     lr: float | None = None,
 ) -> TrainStep:
-    """Optimizer, loss, mixing, moving average and teacher around a model, still without a schedule.
+    """A training step: the model with optimizer, loss, mixing, moving average and teacher, without a schedule yet.
 
     Args:
-        lr: learning rate of the optimizer; None takes the configuration's.
-        stop: the request to stop that the processes of a run share.
+        stop: the stop request of this process; None if nothing stops the step.
+        lr: the optimizer's learning rate; None uses the configuration's.
 
-    Raises ValueError where the options do not fit the model, the classes or the processes.
+    Raises ValueError if the options do not fit the model, the classes or the processes.
     """
     class_names = train_set.class_names
     class_weights = read_class_weights(config.class_weights, class_names=class_names, labels=train_set.labels)
@@ -136,3 +136,13 @@ def build_step(
         stop=stop or StopRequest(),
         distillation=distillation,
     )
+
+
+def set_schedule(step: TrainStep, config: TrainConfig, *, num_batches: int) -> int:
+    """Give the step its learning-rate schedule; returns the number of epochs to train.
+
+    `num_batches` is the number of batches per epoch in each process.
+    """
+    updates_per_epoch = -(-num_batches // config.grad_accum_steps)
+    step.scheduler, num_epochs = create_schedule(step.optimizer, config, updates_per_epoch=updates_per_epoch)
+    return min(num_epochs, config.stop_epoch or num_epochs)

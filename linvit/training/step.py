@@ -1,4 +1,4 @@
-"""One step of training: forward and backward over a group of batches, then a single update of the weights."""
+"""A training step: forward and backward passes over a group of batches, then one update of the weights."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -15,48 +15,51 @@ from linvit.distributed import Ranks, StopRequest, sum_over_ranks
 from linvit.model.build import TimmModel
 from linvit.training.config import TrainConfig
 from linvit.training.distill import Distillation
-from linvit.training.fsdp import is_sharded, whole
+from linvit.training.fsdp import full, is_sharded
 from linvit.training.loss import mix
-from linvit.training.memory import MicroBatches
+from linvit.training.micro_batches import MicroBatches
 
-# taken: the weights have changed; skipped: gradients overflowed float16 and the loss scaler lowers its scale; refused:
-# loss or gradients are not finite; empty: no image of the group could be read. All but the first change nothing.
+# What became of an update. Only the first changes any weight.
+#   taken: the weights changed.
+#   skipped: gradients overflowed float16, and the loss scaler lowered its scale.
+#   refused: the loss or the gradients are not finite.
+#   empty: no image of the group could be read.
 Outcome = Literal["taken", "skipped", "refused", "empty"]
 
 
 class Update(NamedTuple):
-    """What an update reports; the same in all processes, except for what is said to be of this one."""
+    """The result of an update. `bad_batches` and `notes` are of this process; the rest is the same in all."""
 
     outcome: Outcome
-    # Mean over the group's images of all processes.
+    # Mean over the images of the group in all processes.
     loss: float
-    # Norm of all gradients, before they are clipped.
+    # Norm of all gradients before clipping.
     gradient_norm: float
-    # Whether any process was asked to stop.
+    # Whether any process received a stop signal.
     stop: bool
-    # Of the batches of this process, those whose own loss is not finite, counted from the start of the group.
+    # Indices in the group of the batches whose own loss is not finite.
     bad_batches: tuple[int, ...]
-    # What this process has to say about memory.
+    # Messages about memory.
     notes: tuple[str, ...]
 
     @property
     def has_loss(self) -> bool:
-        """Whether the loss is a number that may be averaged with others."""
+        """Whether the loss is finite and may be averaged with others."""
         return self.outcome in ("taken", "skipped")
 
 
 class TrainStep:
-    """Turns batches into updates: `backward` for each batch of a group, then `update` once.
+    """Turns batches into updates: call `backward` for each batch of a group, then `update` once.
 
-    Every image of a group has the same weight, also where batches lack images or run in parts.
+    Every image of a group has the same weight, even if some batches lack images or are split.
 
     Args:
-        model: what is called, compiled and wrapped as it may be.
-        plain_model: the same weights, bare; what the average follows.
-        optimizer, scheduler, ema, mixup, loss_fn: as the other parts of `linvit.training` build them.
+        model: the module that is called, possibly compiled and wrapped.
+        plain_model: the same weights without wrappers; the moving average follows it.
+        optimizer, scheduler, ema, mixup, loss_fn: as built by the other modules of `linvit.training`.
         config: precision and clipping.
-        stop: the wish to stop that updates share between processes.
-        distillation: what is learnt from a teacher; `model` is then its `trained`, compiled and wrapped.
+        stop: the stop request of this process; updates share it between processes.
+        distillation: the teacher's part; `model` is then its `trained`, possibly compiled and wrapped.
     """
 
     def __init__(
@@ -86,63 +89,71 @@ class TrainStep:
             model, self.parameters, forward=self._forward, loss_of=self._loss_of, scaler=self.scaler, ranks=ranks
         )
         self.num_updates = 0
-        # Updates that the fp16 loss scaler left out because the scaled gradients overflowed.
+        # Updates that the loss scaler skipped because the scaled float16 gradients overflowed.
         self.num_skipped = 0
-        # Of the group so far: the shares of its batches in the loss, and its images in this process.
+        # Of the group so far: each batch's part of the loss, and the number of images in this process.
         self._losses: list[Tensor] = []
         self._num_images = 0
 
     @property
     def weights(self) -> dict[str, TimmModel]:
-        """The models whose weights are evaluated and kept: "raw", and "ema" where there is a moving average."""
+        """The models that are evaluated and saved: "raw" and, if the run keeps a moving average, "ema"."""
         return {"raw": self.plain_model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights, gradients, optimizer state and average are sharded over the processes."""
+        """Whether weights, gradients, optimizer state and moving average are sharded over the processes."""
         return is_sharded(self.model)
 
     def to_evaluate(self, name: str) -> nn.Module:
-        """The module to evaluate the weights of that name with."""
-        # Sharded weights can be gathered only by the module that was sharded, which may be one around the model.
+        """The module that evaluates the weights called `name`."""
+        # Only the module that was sharded can gather its weights, and that may be a wrapper around the model.
         return self.model if self.is_sharded and name == "raw" else self.weights[name]
 
     def start_epoch(self, epoch: int) -> None:
-        """Train from here on, with mixing unless `mixup_off_epoch` has come."""
+        """Enter training mode, with mixup and CutMix until `mixup_off_epoch`."""
         self.plain_model.train()
         if self.mixup is not None:
             self.mixup.mixup_enabled = not 0 < self.config.mixup_off_epoch <= epoch
 
     def end_epoch(self, epoch: int) -> None:
-        """Move schedules that go by epochs, and average what batch norms have seen over processes."""
+        """Average batch-norm statistics over the processes, and advance a schedule that counts epochs."""
         if self.ranks.world_size > 1:
             distribute_bn(self.plain_model, self.ranks.world_size, reduce=True)
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1)
 
     def backward(self, images: Tensor, labels: Tensor, *, group_size: int, closes_group: bool) -> None:
-        """Add a batch's gradients: images (B, 3, H, W), labels (B,); B may be less than the batch size, even 0."""
+        """Accumulate the gradients of a batch: images (B, 3, H, W), labels (B,).
+
+        Args:
+            images: B may be less than the batch size, even 0.
+            group_size: number of batches in the group.
+            closes_group: whether this is the last batch of the group.
+
+        Raises ValueError if a single image does not fit in memory.
+        """
         self._group_size = group_size
         self._num_images += len(images)
         weight = 1 / (self.config.images_per_batch * group_size)
         if not len(images):
-            # In a group only its last batch is waited for, with weights that are divided every one.
-            is_waited_for = closes_group or self.is_sharded
-            if not (is_waited_for and self.ranks.world_size > 1):
+            # Processes wait for each other at the last batch of a group, with sharded weights at every batch.
+            is_collective = closes_group or self.is_sharded
+            if not (is_collective and self.ranks.world_size > 1):
                 self._losses.append(torch.zeros((), device=self.ranks.device))
                 return
-            # The other processes need this one to take part, with a blank image that does not count.
+            # This process must take part, so it passes a blank image of weight 0.
             images, labels, weight = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), 0.0
         if self.mixup is not None:
             images, labels = mix(self.mixup, images, labels)
-        self._losses.append(self.micro_batches.backward(images, labels, weight=weight, exchanges=closes_group))
+        self._losses.append(self.micro_batches.backward(images, labels, weight=weight, sync_gradients=closes_group))
 
     def update(self) -> Update:
-        """Change the weights by the gradients of the group, unless loss or gradients are not finite."""
+        """Update the weights with the gradients of the group, unless the loss or the gradients are not finite."""
         norm = self._gradient_norm()
         *sizes, loss, num_images, stop, gradient_norm = self._report(norm)
-        self.micro_batches.agree([int(size) for size in sizes])
-        # Of the images that the group should have had.
+        self.micro_batches.use_smallest([int(size) for size in sizes])
+        # Some images may be missing: the share of those that the group should have.
         share = num_images / (self.config.images_per_batch * self._group_size * self.ranks.world_size)
         outcome: Outcome = "taken"
         if share == 0:
@@ -167,25 +178,28 @@ class TrainStep:
             return self.model(images)
 
     def _loss_of(self, outputs: Any, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the images: of the logits (B, C), or of what distillation has the model return."""
+        """Mean loss over the images, from logits (B, C) or from the outputs that distillation needs."""
         if self.distillation is not None:
             return self.distillation.loss(outputs, images, labels, self.loss_fn)
         loss: Tensor = self.loss_fn(outputs.float(), labels)
         return loss
 
     def _gradient_norm(self) -> Tensor:
-        """Of all gradients together, as the loss scaler left them; processes have the same ones."""
+        """Norm of all gradients together, still scaled by the loss scaler; the same in all processes."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return whole(get_total_norm(gradients)).to(self.ranks.device)
+        return full(get_total_norm(gradients)).to(self.ranks.device)
 
     def _report(self, norm: Tensor) -> list[float]:
-        """Read at once: each process's size of parts, loss, images and wish to stop over all processes, and `norm`."""
+        """The micro-batch size of each process, then the loss, images and stop requests of all, and `norm`.
+
+        Everything is read from the device in one transfer.
+        """
         world_size, rank = self.ranks.world_size, self.ranks.rank
-        told = torch.zeros(world_size + 2)
-        told[rank] = self.micro_batches.size or 0
-        told[-2], told[-1] = self._num_images, float(self.stop.signal_number > 0)
+        values = torch.zeros(world_size + 2)
+        values[rank] = self.micro_batches.size or 0
+        values[-2], values[-1] = self._num_images, float(self.stop.signal_number > 0)
         loss = torch.stack(self._losses).sum()
-        on_device = told.to(norm.device, non_blocking=True)
+        on_device = values.to(norm.device, non_blocking=True)
         report = torch.cat([on_device[:-2], loss[None] / world_size, on_device[-2:]])
         if world_size > 1:
             sum_over_ranks(report)
@@ -195,17 +209,20 @@ class TrainStep:
         return tuple(torch.stack(self._losses).isfinite().logical_not().nonzero().flatten().tolist())
 
     def _lowers_loss_scale(self) -> bool:
-        """Have the loss scaler lower its scale; whether that may mend gradients which are not finite."""
+        """Lower the scale of the loss scaler; returns whether that may make the gradients finite."""
         if not self.scaler.is_enabled():
             return False
         before = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         self.scaler.update()
-        # At a scale of 1 the gradients are their own: they would be the same without float16's scaling.
+        # At a scale of 1 the scaler is not the cause.
         return before > 1 and self.scaler.get_scale() < before
 
     def _take_step(self, norm: Tensor, *, share: float) -> None:
-        """Clip, step, and move what follows the weights; `norm` is that of the gradients of the mean loss."""
+        """Clip the gradients, step the optimizer, and advance moving average and schedule.
+
+        `norm` is the norm of the gradients of the mean loss.
+        """
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if share != 1:
@@ -214,7 +231,7 @@ class TrainStep:
         if clip_grad is not None and clip_mode == "norm":
             clip_grads_with_norm_(self.parameters, clip_grad, norm)
         elif clip_grad is not None:
-            dispatch_clip_grad(self._clipped_one_by_one(), clip_grad, mode=clip_mode)
+            dispatch_clip_grad(self._parameters_to_clip(), clip_grad, mode=clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.num_updates += 1
@@ -223,8 +240,9 @@ class TrainStep:
         if self.scheduler is not None:
             self.scheduler.step_update(self.num_updates)
 
-    def _clipped_one_by_one(self) -> list[nn.Parameter]:
-        # Adaptive clipping spares the classifier (Brock et al. 2021, section 4.1).
-        is_adaptive = self.config.clip_mode == "agc"
-        spared = {id(parameter) for parameter in self.plain_model.get_classifier().parameters()} if is_adaptive else ()
-        return [parameter for parameter in self.parameters if id(parameter) not in spared]
+    def _parameters_to_clip(self) -> list[nn.Parameter]:
+        if self.config.clip_mode != "agc":
+            return self.parameters
+        # Adaptive clipping leaves out the classifier (Brock et al. 2021, section 4.1).
+        classifier = {id(parameter) for parameter in self.plain_model.get_classifier().parameters()}
+        return [parameter for parameter in self.parameters if id(parameter) not in classifier]

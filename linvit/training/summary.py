@@ -1,15 +1,9 @@
-"""The result of an epoch, and summary.csv: a row per epoch, written whole each time.
-
-Going on from a state writes the rows that belong to it, so that a resumed run neither repeats nor loses one.
-
-README.md of a run: a short model card.
-"""
+"""The result of an epoch, and the two summaries of a run: summary.csv and README.md, a short model card."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +12,35 @@ import torch
 
 from linvit.evaluation.metrics import Metrics
 from linvit.output.files import write_text
+from linvit.output.terminal import format_duration
 from linvit.training.config import TrainConfig
 from linvit.version import __version__
 
-# Columns of the raw and of the averaged weights.
+# Columns of the raw weights and of their moving average.
 _PREFIXES = {"raw": "eval", "ema": "eval_ema"}
+# The model card lists at most this many class names.
+_MAX_CLASSES = 50
 
 
-@dataclass(frozen=True)
+@dataclass
 class EpochResult:
-    """An epoch that is over."""
+    """The result of a finished epoch."""
 
     epoch: int
     train_loss: float
-    # Of the epoch's last update.
+    # Learning rate of the last update.
     lr: float
-    # Updates that the fp16 loss scaler has left out since the run began.
+    # Updates that the loss scaler skipped, since the run began.
     num_skipped: int
-    # Updates refused since the run began, because loss or gradients were not finite.
+    # Updates refused because loss or gradients were not finite, since the run began.
     num_bad: int
     # images_per_second, data_wait (share of the time) and seconds.
     timing: Mapping[str, float]
-    # Of the weights evaluated, "raw" and "ema"; empty in an epoch without evaluation.
-    metrics: Mapping[str, Metrics]
+    # Metrics of the evaluated weights, "raw" and "ema"; empty in an epoch without evaluation.
+    metrics: Mapping[str, Metrics] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """Its row of summary.csv."""
+        """The epoch's row of summary.csv."""
         row: dict[str, Any] = {"epoch": self.epoch, "train_loss": self.train_loss}
         for weights, metrics in self.metrics.items():
             prefix = _PREFIXES[weights]
@@ -52,7 +49,7 @@ class EpochResult:
         return row | {"lr": self.lr} | counts | dict(self.timing)
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line of progress output."""
         parts = [f"epoch {self.epoch}", f"train loss {self.train_loss:.4f}"]
         for weights, metrics in self.metrics.items():
             parts.append(f"{weights} top1 {metrics.top1:.2f} top5 {metrics.top5:.2f} loss {metrics.loss:.4f}")
@@ -60,22 +57,22 @@ class EpochResult:
             parts.append(f"{self.num_bad} bad updates")
         parts.append(f"{self.timing['images_per_second']:.1f} img/s")
         parts.append(f"data {self.timing['data_wait']:.0%}")
-        parts.append(str(timedelta(seconds=round(self.timing["seconds"]))))
+        parts.append(format_duration(self.timing["seconds"]))
         return "  ".join(parts)
 
 
 def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows under one header of all their columns; what a row lacks stays empty."""
-    # The fullest row has the columns in their order.
+    """Write summary.csv from scratch: one header with all columns, and a row per epoch.
+
+    Missing values stay empty. A resumed run starts with its checkpoint's rows, so it neither repeats nor loses one.
+    """
+    # The longest row has the columns in order.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-_MOST_CLASSES = 50
 
 
 def write_card(
@@ -88,14 +85,17 @@ def write_card(
     weights: str,
     metrics: Metrics,
 ) -> None:
-    """Say what the run's best weights are, how they were made and how to load them.
+    """Write the model card: what the run's best weights are, how they were trained and how to load them.
 
-    `epoch` and `weights` ("raw" or "ema") are those of the best, `metrics` what they reached.
+    Args:
+        epoch: the epoch of the best weights.
+        weights: which weights these are, "raw" or "ema".
+        metrics: their metrics.
     """
     assert config.data_dir is not None
     data = config.data_dir.resolve().name
-    shown = ", ".join(class_names[:_MOST_CLASSES])
-    more = f" and {len(class_names) - _MOST_CLASSES} more" if len(class_names) > _MOST_CLASSES else ""
+    shown = ", ".join(class_names[:_MAX_CLASSES])
+    more = f" and {len(class_names) - _MAX_CLASSES} more" if len(class_names) > _MAX_CLASSES else ""
     averaged = " (moving average)" if weights == "ema" else ""
     text = f"""\
 ---
@@ -112,7 +112,7 @@ pipeline_tag: image-classification
 | evaluated on | {metrics.num_images:,} images of `{config.val_split}` |
 | weights | epoch {epoch}{averaged}, the best by {config.eval_metric} |
 
-The weights were chosen on the same images that they are evaluated on here.
+These figures are optimistic, because the weights were chosen on the same images.
 
 ## Use
 
@@ -132,8 +132,8 @@ class_names = model.pretrained_cfg["label_names"]
 ## Training
 
 Images of `{data}/{config.train_split}` at {img_size[0]}×{img_size[1]} px, seed {config.seed}; \
-{config.epochs} epochs planned with {config.opt}, batches of {config.batch_size}. `args.yaml` holds every \
-option; training from it alone repeats the run:
+{config.epochs} epochs planned with {config.opt}, batches of {config.batch_size}. `args.yaml` holds all \
+options; this command repeats the run:
 
     python train_imagenet.py --config args.yaml
 

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import make_images, read_summary, train
 
 from linvit import LinformerViT, cli, convert_vit
-from linvit.distributed import choose_device
+from linvit.device import choose_device
 from linvit.evaluation.options import EvalOptions
 from linvit.model.attention import LinformerAttention
 from linvit.model.projections import build_projection
