@@ -53,7 +53,7 @@ def load(name: str) -> ModuleType:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv:
-        raise UsageError(f"no command given: choose one of {', '.join(MODULES)} (see linvit --help)")
+        raise UsageError(f"no command given: choose one of {', '.join(map(repr, MODULES))} (see linvit --help)")
     name, *rest = argv
     if name in ("-h", "--help"):
         print(_usage())

@@ -1,4 +1,4 @@
-"""Runs that are stopped inside an epoch and gone on with, against the run left alone."""
+"""Compare a run that is stopped within an epoch and resumed with an uninterrupted run."""
 
 import signal
 from pathlib import Path
@@ -13,9 +13,11 @@ from linvit.training.step import TrainStep
 def assert_stopping_changes_nothing(
     data: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *, after: int, **settings: Any
 ) -> None:
-    """Fail unless a run that is asked to stop at its update number `after` and then resumed, its images now loaded by
-    other processes, ends with the same weights and summary."""
-    assert train(data, output, "whole", **settings) == 0
+    """Fail unless a run stopped at update number `after` and then resumed ends with the same weights and summary.
+
+    The resumed run loads its images in other processes.
+    """
+    assert train(data, output, "uninterrupted", **settings) == 0
     backward = TrainStep.backward
     calls = 0
 
@@ -30,7 +32,7 @@ def assert_stopping_changes_nothing(
         patch.setattr(TrainStep, "backward", interrupted)
         assert train(data, output, "halves", **settings) == 128 + signal.SIGTERM
     assert train(data, output, "halves", resume="auto", **{**settings, "workers": 2}) == 0
-    assert read_summary(output / "halves") == read_summary(output / "whole")
+    assert read_summary(output / "halves") == read_summary(output / "uninterrupted")
     for weights in ("best", "last"):
-        halves, whole = (output / run / weights / "model.safetensors" for run in ("halves", "whole"))
-        assert halves.read_bytes() == whole.read_bytes()
+        halves, uninterrupted = (output / run / weights / "model.safetensors" for run in ("halves", "uninterrupted"))
+        assert halves.read_bytes() == uninterrupted.read_bytes()

@@ -1,4 +1,4 @@
-"""The `linvit` command and train_imagenet.py: help at once, errors of one sentence, exit statuses."""
+"""The `linvit` command and train_imagenet.py: fast help, one-sentence errors, exit statuses."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def seconds_of_children():
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_help_answers_in_half_a_second(command):
-    # In processor time, which a busy machine hardly changes.
+def test_help_takes_less_than_half_a_second(command):
+    # CPU time, since a busy machine changes it little.
     seconds = []
     for _ in range(3):
         start = seconds_of_children()
@@ -57,7 +57,7 @@ def test_help_answers_in_half_a_second(command):
         (["train", "DATA", "--modle", "x"], 2, "error: unknown option '--modle'; did you mean '--model'?\n"),
     ],
 )
-def test_the_console_script_answers_without_loading_torch(argv, status, words):
+def test_the_console_script_does_not_load_torch_for_help_or_wrong_usage(argv, status, words):
     program = f"""
 import atexit, sys
 sys.argv = ["linvit", *{argv}]
@@ -76,7 +76,7 @@ def test_importing_the_package_always_registers_the_models(argv):
     assert run_python("-c", program).stdout == "True\n"
 
 
-def test_a_run_of_train_imagenet_registers_the_models_for_those_who_import_it():
+def test_importing_train_imagenet_registers_the_models():
     program = "import train_imagenet, timm; print(timm.is_model('linvit_small_patch16_512'))"
     assert run_python("-c", program).stdout == "True\n"
 
@@ -110,8 +110,8 @@ def test_version(capsys):
     [
         (
             [],
-            "name a command: train, lr-find, average, check, data, eval, predict, models, convert, bench, spectrum "
-            "(linvit --help describes them)",
+            "no command given: choose one of 'train', 'lr-find', 'average', 'check', 'data', 'eval', 'predict', "
+            "'models', 'convert', 'bench', 'spectrum' (see linvit --help)",
         ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
@@ -123,7 +123,7 @@ def test_version(capsys):
         (["models", "--jsno", "x"], "unknown option '--jsno'; did you mean '--json'?"),
     ],
 )
-def test_wrong_usage_is_one_sentence_and_status_2(argv, message, capsys):
+def test_wrong_usage_prints_one_sentence_and_exits_with_2(argv, message, capsys):
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -132,7 +132,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(argv, message, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_failed_work_is_one_sentence_and_status_1(capsys):
+def test_failed_work_prints_one_sentence_and_exits_with_1(capsys):
     assert cli.main(["models", "linvit_smal_patch16_224"]) == 1
     message = "error: unknown model 'linvit_smal_patch16_224'; did you mean 'linvit_small_patch16_224'?\n"
     assert capsys.readouterr().err == message
@@ -151,12 +151,12 @@ def fail(error):
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_failures_become_exit_statuses(error, status, words, capsys):
+def test_errors_become_exit_statuses(error, status, words, capsys):
     assert flags.run(lambda: fail(error)) == status
     assert capsys.readouterr().err == words
 
 
-def test_defects_and_debugging_keep_their_traceback(monkeypatch):
+def test_bugs_and_debug_mode_keep_the_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         flags.run(lambda: 1 // 0)
     monkeypatch.setenv("LINVIT_DEBUG", "1")
@@ -164,7 +164,7 @@ def test_defects_and_debugging_keep_their_traceback(monkeypatch):
         flags.run(lambda: fail(ValueError("broken")))
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_closed_pipe_does_not_print_a_traceback():
     program = "import sys; sys.argv[0] = 'linvit'; from linvit.cli import run; run(lambda: print('x' * 10**6))"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY
@@ -174,7 +174,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
         assert process.stderr.read() == b""
 
 
-def test_eval_hands_its_options_over(monkeypatch):
+def test_eval_passes_its_options_on(monkeypatch):
     seen = []
     monkeypatch.setattr("linvit.evaluation.command.evaluate_command", lambda options: seen.append(options) or 0)
     sizes = ["--img-size", "224", "384x256"]
@@ -186,7 +186,7 @@ def test_eval_hands_its_options_over(monkeypatch):
     assert (options.batch_size, options.workers, options.amp, options.json_file) == (8, 0, True, Path("out.json"))
 
 
-def test_train_runs_the_loop_beside_the_package_and_no_file_of_its_name_in_the_current_folder(tmp_path):
+def test_train_runs_the_loop_next_to_the_package_not_a_file_in_the_current_folder(tmp_path):
     (tmp_path / "train_imagenet.py").write_text("print('not ours')")
     done = subprocess.run(
         [sys.executable, "-m", "linvit", "train", str(tmp_path / "nothing")],
@@ -201,7 +201,7 @@ def test_train_runs_the_loop_beside_the_package_and_no_file_of_its_name_in_the_c
     assert str(tmp_path / "nothing") in done.stderr
 
 
-def test_train_is_train_imagenet(monkeypatch):
+def test_linvit_train_runs_train_imagenet(monkeypatch):
     seen = []
     loop = SimpleNamespace(train=lambda config: seen.append(config) or 3)
     monkeypatch.setattr("linvit.training.command.load_loop", lambda: loop)

@@ -1,4 +1,4 @@
-"""Small image folders and training runs of a second, for the tests of training and evaluation."""
+"""Small image folders and one-second training runs, for the tests of training and evaluation."""
 
 import csv
 import os
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import yaml
 
-# The script lies beside the package, not in it.
+# train_imagenet.py is next to the package, not in it.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_imagenet
 from linvit.runs.checkpoint import list_checkpoints, read_checkpoint
 
-# On models this small one thread is faster than several, and always adds up in one order.
+# For models this small one thread is faster than several, and its order of summation is fixed.
 torch.set_num_threads(1)
 
 SETTINGS: dict[str, Any] = {
@@ -39,7 +39,7 @@ TIMING = ("images_per_second", "data_wait", "seconds")
 def make_images(
     folder: Path, *, classes: tuple[str, ...] = ("blue", "green", "red"), train: int = 8, val: int = 3
 ) -> Path:
-    """DATA/SPLIT/CLASS/*.png: noise with one channel brighter, `train` and `val` images per class."""
+    """Write DATA/SPLIT/CLASS/*.png: noise with one brighter channel; `train` and `val` count the images per class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for channel, name in enumerate(classes):
@@ -52,7 +52,7 @@ def make_images(
 
 
 def make_broken_images(folder: Path) -> Path:
-    """`make_images` of which two in three of the training set cannot be read, and one to evaluate on."""
+    """`make_images` with unreadable files: two thirds of the training images, and one validation image."""
     make_images(folder)
     for path in [*folder.glob("train/*/[0-4].png"), folder / "val/green/1.png"]:
         path.write_bytes(b"")
@@ -60,7 +60,7 @@ def make_broken_images(folder: Path) -> Path:
 
 
 def train(data: Path, output: Path, experiment: str = "run", **settings: Any) -> int:
-    """Run train_imagenet.py with SETTINGS and these; returns its exit status."""
+    """Run train_imagenet.py with SETTINGS, overridden by these settings; returns its exit status."""
     output.mkdir(parents=True, exist_ok=True)
     config = output / f"{experiment}-{os.getpid()}.yaml"
     merged = {**SETTINGS, "output": str(output), "experiment": experiment, **settings}
@@ -69,7 +69,7 @@ def train(data: Path, output: Path, experiment: str = "run", **settings: Any) ->
 
 
 def read_summary(run: Path) -> list[dict[str, str]]:
-    """The rows of summary.csv, without what depends on the clock."""
+    """The rows of summary.csv, without the columns that depend on the clock."""
     with (run / "summary.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
 
@@ -80,7 +80,7 @@ def read_state(run: Path, name: str) -> dict[str, Any]:
 
 
 def assert_same_runs(a: Path, b: Path) -> None:
-    """Fail unless two runs ended with the same state, summary and weights to the bit; settings and clock may differ."""
+    """Fail unless two runs ended with identical state, summary and weights; settings and timing may differ."""
     assert read_summary(a) == read_summary(b)
     left, right = (read_checkpoint(list_checkpoints(run / "checkpoints")[-1]) for run in (a, b))
     for state in (left, right):
@@ -95,7 +95,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
 
 
 def assert_same(a: Any, b: Any, path: str = "") -> None:
-    """Fail, saying where, unless two nests of dicts and lists hold the same values and bits."""
+    """Fail, naming the place, unless nested dicts and lists hold identical values."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
     elif isinstance(a, dict):

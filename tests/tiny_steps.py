@@ -1,4 +1,4 @@
-"""A training step on a tiny model, for the tests of the step and of what it is made of."""
+"""A training step on a tiny model, for the tests of the step and its parts."""
 
 from typing import Any
 

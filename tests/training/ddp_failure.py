@@ -1,4 +1,4 @@
-"""A run in which process 1 fails in the middle of an epoch, for test_distributed.py.
+"""A run in which process 1 fails within an epoch, for test_distributed_runs.py.
 
 torchrun --nproc-per-node 2 ddp_failure.py DATA OUTPUT [bug]
 """

@@ -1,9 +1,9 @@
-"""Runs in each of two processes, for test_distributed.py.
+"""Runs of two processes, for test_distributed_runs.py.
 
     torchrun --nproc-per-node 2 ddp_runs.py DATA BROKEN OUTPUT PORT ...
 
-A whole one; one that process 1 alone is asked to stop; one in which the loss of process 1 alone becomes NaN; one in
-which process 1 alone runs out of memory; and one on the images of BROKEN, of which many cannot be read.
+A plain run; one that is stopped by a signal to process 1 alone; one in which the loss of process 1 alone becomes NaN;
+one in which process 1 alone runs out of memory; and one on the images of BROKEN, many of which cannot be read.
 """
 
 import atexit
@@ -31,9 +31,9 @@ SETTINGS: dict[str, Any] = {
     "model_ema": True,
     "model_ema_warmup": True,
 }
-# What is another in each run.
+# The settings that differ in each run.
 RUNS: dict[str, dict[str, Any]] = {
-    "whole": {},
+    "plain": {},
     "stopped": {},
     "nan": {"max_bad_steps": 1},
     "memory": {},
@@ -42,7 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def disturbed(backward: Any, how: str) -> Any:
-    """`backward` that once asks to stop or makes the images NaN."""
+    """`backward` that once raises a signal or fills the images with NaN."""
     calls = 0
 
     def call(self: TrainStep, images: Any, labels: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ def disturbed(backward: Any, how: str) -> Any:
 
 
 def limited(forward: Any) -> Any:
-    """`forward` that runs out of memory with more than two images in training."""
+    """`forward` that runs out of memory in training with more than two images."""
 
     def call(self: LinformerViT, images: torch.Tensor) -> torch.Tensor:
         if self.training and len(images) > 2:
@@ -71,13 +71,13 @@ def limited(forward: Any) -> Any:
 def run_all(
     runs: dict[str, dict[str, Any]], *, data: Path, broken: Path, output: Path, further_ports: Sequence[str]
 ) -> None:
-    """Do the runs one after the other, each after the first at a port of its own; statuses go to a file."""
+    """Do the runs one after the other, each further one at its own port; write their exit statuses to a file."""
     rank = int(os.environ["RANK"])
     backward, forward = TrainStep.backward, LinformerViT.forward
     statuses = {}
     for (experiment, settings), port in zip(runs.items(), (None, *further_ports)):
         if port is not None:
-            # torchrun's own meeting place knows the addresses of the run before, so each further run gets a new one.
+            # torchrun's store still has the addresses of the previous run, so each further run gets a new store.
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
         TrainStep.backward = disturbed(backward, experiment) if rank == 1 else backward
         LinformerViT.forward = limited(forward) if (experiment, rank) == ("memory", 1) else forward
@@ -89,13 +89,13 @@ def run_all(
 
 
 def keep_threads(output: Path) -> None:
-    """Write the names of this process's threads, Python's and others."""
+    """Write the names of all threads of this process, not only Python's."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     (output / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(names))
 
 
 if __name__ == "__main__":
     data, broken, output = map(Path, sys.argv[1:4])
-    # Registered first, so done last.
+    # Registered first, so called last.
     atexit.register(keep_threads, output)
     run_all(RUNS, data=data, broken=broken, output=output, further_ports=sys.argv[4:])

@@ -1,9 +1,9 @@
-"""Runs of a model divided among two processes, for test_sharding.py.
+"""Runs of a model sharded over two processes, for test_fsdp.py.
 
     torchrun --nproc-per-node 2 fsdp_runs.py DATA BROKEN OUTPUT PORT ...
 
-Whole ones: as it comes, with one E for all layers, compiled, learning from the first, and on images of BROKEN, of which
-many cannot be read; and one that process 1 alone is asked to stop, after which it goes on.
+A plain run; one with a single E for all layers; a compiled one; one with the first as its teacher; one on the images of
+BROKEN, many of which cannot be read; and one that is stopped by a signal to process 1 alone, then resumed.
 """
 
 import sys
@@ -18,15 +18,15 @@ FSDP: dict[str, Any] = {"fsdp": True, "opt": "adamw", "lr": 1e-3, "clip_grad": 0
 
 def runs(output: Path) -> dict[str, dict[str, Any]]:
     """The settings of each run, in order."""
-    teacher = {"kd_model_name": str(output / "whole"), "kd_distill_type": "feature"}
+    teacher = {"kd_model_name": str(output / "plain"), "kd_distill_type": "feature"}
     return {
-        "whole": FSDP,
+        "plain": FSDP,
         "layerwise": FSDP | {"share": "layerwise"},
         "compiled": FSDP | {"torchcompile": "eager", "clip_grad": None},
         "taught": FSDP | teacher,
         "unreadable": FSDP | DDP_RUNS["unreadable"],
         "stopped": FSDP | {"checkpoint_minutes": 1e-9},
-        "stopped-and-on": FSDP | {"experiment": "stopped", "resume": "auto"},
+        "resumed": FSDP | {"experiment": "stopped", "resume": "auto"},
     }
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or out of disk space, and end as if nothing had happened."""
+"""Runs that are killed, interrupted or out of disk space end like uninterrupted ones."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from linvit.runs.checkpoint import list_checkpoints, read_checkpoint, verify_che
 from linvit.training.recorder import Recorder
 from linvit.training.step import TrainStep
 
-# Six batches and three updates an epoch, with all that draws random numbers or carries state from step to step.
+# Six batches and three updates per epoch, with everything that draws random numbers or keeps state between steps.
 EVERYTHING: dict[str, Any] = {
     "batch_size": 4,
     "grad_accum_steps": 2,
@@ -46,10 +46,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_child(call: Callable[[], int]) -> int:
-    """The exit status of a process that makes the call, negative where a signal killed it."""
+    """Run `call` in another process; returns its exit status, negative if a signal killed it."""
 
     def child() -> None:
-        # A process group of its own, as a terminal or scheduler would signal it.
+        # Its own process group, as a terminal or a scheduler would signal it.
         os.setpgrp()
         status = 99
         try:
@@ -68,7 +68,7 @@ def in_child(call: Callable[[], int]) -> int:
 
 
 def at_update(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every run act when it is about to make update `number`."""
+    """Make every run call `act` just before update `number`."""
     update = TrainStep.update
 
     def acting(self: TrainStep) -> Any:
@@ -84,7 +84,7 @@ def kill() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not repeat itself to the bit by default")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="results on a GPU are not reproducible to the bit by default")
 @pytest.mark.parametrize(
     ("workers", "workers_after", "killed_at", "precision"),
     [
@@ -93,7 +93,7 @@ def kill() -> None:
         (4, 0, 4, {"amp": True, "amp_dtype": "float16", "device": "auto"}),
     ],
 )
-def test_a_killed_run_ends_as_one_left_alone(
+def test_a_killed_run_ends_like_an_uninterrupted_one(
     workers: int,
     workers_after: int,
     killed_at: int,
@@ -102,20 +102,20 @@ def test_a_killed_run_ends_as_one_left_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As many as asked for, however few cores there are.
-    monkeypatch.setattr("linvit.distributed.usable_workers", lambda workers: workers)
+    # Use the requested number of workers, even if there are fewer cores.
+    monkeypatch.setattr("linvit.training.setup.usable_workers", lambda workers: workers)
     settings = EVERYTHING | precision
-    assert train(data, tmp_path, "whole", **settings) == 0
+    assert train(data, tmp_path, "uninterrupted", **settings) == 0
     with monkeypatch.context() as patch:
         at_update(killed_at, kill, patch)
         assert in_child(lambda: train(data, tmp_path, workers=workers, **settings)) == -signal.SIGKILL
     for path in list_checkpoints(tmp_path / "run/checkpoints"):
         verify_checkpoint(path)
     assert train(data, tmp_path, workers=workers_after, resume="auto", **settings) == 0
-    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    assert_same_runs(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_states_are_saved_by_updates_and_by_time(data: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_by_updates_and_by_time(data: Path, tmp_path: Path) -> None:
     for experiment, settings, batches in (
         ("updates", {"checkpoint_interval": 2}, [0, 4]),
         ("time", {"checkpoint_minutes": 1e-9}, [0, 2, 4, 6]),
@@ -129,7 +129,7 @@ def test_states_are_saved_by_updates_and_by_time(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
-def test_a_signal_to_all_processes_ends_the_step_with_batches_of_the_workers(
+def test_a_signal_to_the_process_group_lets_the_workers_finish_the_step(
     number: signal.Signals, status: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = TrainStep.backward
@@ -139,19 +139,19 @@ def test_a_signal_to_all_processes_ends_the_step_with_batches_of_the_workers(
         nonlocal calls
         calls += 1
         if calls == 1:
-            # By another process, as a terminal or a scheduler does it.
+            # Another process sends it, as a terminal or a scheduler would.
             subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"], process_group=0, check=True)
         backward(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainStep, "backward", signalled)
-    # On a CPU: a child of a process that has used a GPU cannot use it.
+    # On a CPU, since a forked child of a process that used a GPU cannot use it.
     settings = EVERYTHING | {"batch_size": 2, "grad_accum_steps": 12, "device": "cpu"}
     assert in_child(lambda: train(data, tmp_path, workers=2, **settings)) == status
     names = [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")]
     assert names == ["state-0000-000000", "state-0000-000012"]
 
 
-def test_the_second_ctrl_c_stops_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -162,26 +162,29 @@ def test_the_second_ctrl_c_stops_at_once(data: Path, tmp_path: Path, monkeypatch
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["state-0000-000000"]
 
 
-def test_a_broken_newest_state_is_passed_over_and_set_aside(
+def test_damaged_newest_checkpoints_are_skipped_and_set_aside(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(data, tmp_path, "whole", **EVERYTHING) == 0
+    assert train(data, tmp_path, "uninterrupted", **EVERYTHING) == 0
     run = tmp_path / "run"
-    shutil.copytree(tmp_path / "whole", run)
+    shutil.copytree(tmp_path / "uninterrupted", run)
     for path in list_checkpoints(run / "checkpoints")[-2:]:
         (path / "model.safetensors").write_bytes(b"rotten")
     capsys.readouterr()
-    # Were they still to count, pruning would keep them in place of the new ones.
+    # If they still counted, pruning would keep them and delete the new ones.
     assert train(data, tmp_path, resume="auto", checkpoint_hist=1, **EVERYTHING) == 0
-    said = capsys.readouterr().out
-    assert "state-0002-000000 cannot be used as a training checkpoint: model.safetensors has 6 bytes, not" in said
-    assert f"set aside, being later than where the run goes on: {run}/checkpoints/aside-0-state-0001-000006" in said
-    assert "going on at epoch 1, batch 4" in said
-    assert_same_runs(run, tmp_path / "whole")
+    printed = capsys.readouterr().out
+    assert "state-0002-000000 cannot be used as a training checkpoint: model.safetensors has 6 bytes, not" in printed
+    assert (
+        f"set aside a checkpoint that is later than the resumed one: {run}/checkpoints/aside-0-state-0001-000006"
+        in printed
+    )
+    assert "resuming at epoch 1, batch 4" in printed
+    assert_same_runs(run, tmp_path / "uninterrupted")
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["state-0002-000000"]
 
 
-def test_leftovers_of_a_killed_run_are_cleared_up(data: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, stop_epoch=1) == 0
     leftovers = [tmp_path / "run" / name for name in (".best.part", "checkpoints/.state-0002-000000.part")]
     for folder in leftovers:
@@ -192,13 +195,13 @@ def test_leftovers_of_a_killed_run_are_cleared_up(data: Path, tmp_path: Path) ->
 
 
 def limit_file_sizes() -> None:
-    """Have the system refuse files of weights."""
+    """Make the system refuse files as large as weights."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @contextmanager
 def unlimited_afterwards() -> Iterator[None]:
-    """Not by a fixture: before those are taken down, a long report of pytest's own might be refused."""
+    """Not a fixture: before its teardown, pytest could not write a long report."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield
@@ -208,7 +211,7 @@ def unlimited_afterwards() -> Iterator[None]:
 
 @contextmanager
 def limited_file_sizes(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have the system refuse files of weights in this epoch, and whatever follows, until the next one begins."""
+    """Make the system refuse files as large as weights from the start of this epoch to the start of the next."""
     begin_epoch = Recorder.begin_epoch
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -224,7 +227,7 @@ def limited_file_sizes(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing(
+def test_a_disk_that_is_full_for_an_epoch_loses_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"epochs": 3, "model_ema": True, "model_ema_decay": 0.5}
@@ -233,7 +236,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         assert train(data, tmp_path, **settings) == 0
     error = capsys.readouterr().err
     assert error.startswith(f"warning: cannot write {tmp_path}/run/last: file too large; make room")
-    assert error.endswith("training goes on, and the next save tries again\n")
+    assert error.endswith("training continues, and the next save retries\n")
     assert error.count("\n") == 1
     assert_same_runs(tmp_path / "run", tmp_path / "unharmed")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
@@ -243,7 +246,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     ]
 
 
-def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
+def test_a_run_whose_end_cannot_be_saved_fails_and_keeps_the_last_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path, "unharmed") == 0
@@ -260,7 +263,7 @@ def test_an_end_that_cannot_be_saved_fails_and_keeps_the_last_state(
     assert_same_runs(run, tmp_path / "unharmed")
 
 
-def test_a_run_that_cannot_be_saved_does_not_begin(
+def test_a_run_that_cannot_be_saved_does_not_start(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with unlimited_afterwards():
@@ -269,15 +272,18 @@ def test_a_run_that_cannot_be_saved_does_not_begin(
     assert f"error: cannot write {tmp_path}/run/checkpoints/state-0000-000000" in capsys.readouterr().err
 
 
-def test_within_an_epoch_other_batches_are_refused(
+def test_within_an_epoch_changed_batches_are_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path, **EVERYTHING) == 0
     inside, end = (str(tmp_path / "run/checkpoints" / name) for name in ("state-0001-000002", "state-0001-000000"))
     for settings, sentence in (
-        ({"batch_size": 8}, "stands at batch 2 of 6 of 4 images each, from 24, but now it would be of 3 of 8 images"),
-        ({"grad_accum_steps": 3, "sched_on_updates": False}, "at batch 2, inside a group of --grad-accum-steps 3"),
-        ({"seed": 1}, "seed was 42 and is 1 now: that changes the order of the images"),
+        (
+            {"batch_size": 8},
+            "is at batch 2 of 6 batches of 4 from 24 images, but an epoch now has 3 batches of 8 from 24 images",
+        ),
+        ({"grad_accum_steps": 3, "sched_on_updates": False}, "at batch 2, within a group of --grad-accum-steps 3"),
+        ({"seed": 1}, "seed was 42 and is now 1: this changes the order of the images"),
     ):
         assert train(data, tmp_path, "other", resume=inside, **EVERYTHING | settings) == 1
         error = capsys.readouterr().err
@@ -288,32 +294,34 @@ def test_within_an_epoch_other_batches_are_refused(
         assert train(data, tmp_path, "other", resume=end, stop_epoch=1, **allowed) == 0
         capsys.readouterr()
     assert train(data, tmp_path, "other", resume=end, **EVERYTHING | {"batch_size": 8}) == 1
-    assert "an epoch had 3 updates and would have 2 now, which --sched-on-updates counts" in capsys.readouterr().err
+    assert "an epoch had 3 updates and now has 2, which --sched-on-updates counts" in capsys.readouterr().err
 
 
-def test_other_settings_are_said_and_meant(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch brings back the weight decay and the learning rate of then, whatever the options say."""
+def test_changed_settings_are_logged_and_used(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's `load_state_dict` would restore the old weight decay and learning rate."""
     settings = {"sched": "none", "epochs": 2}
     assert train(data, tmp_path, stop_epoch=1, **settings) == 0
     capsys.readouterr()
     changes = {"weight_decay": 0.3, "lr": 1e-5, "opt_betas": [0.5, 0.6]}
     assert train(data, tmp_path, resume="auto", **settings | changes) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("weight_decay: 0.05 → 0.3", "lr: 0.001 → 1e-05", "opt_betas: None → [0.5, 0.6]"):
-        assert f"changed since: {line}\n" in said
+        assert f"changed setting: {line}\n" in printed
     groups = read_state(tmp_path / "run", "state-0002-000000")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert {(group["lr"], tuple(group["betas"])) for group in groups} == {(1e-5, (0.5, 0.6))}
     assert [float(row["lr"]) for row in read_summary(tmp_path / "run")] == [1e-3, 1e-5]
 
 
-def test_a_checkpoint_gives_first_weights(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_can_provide_the_initial_weights(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train(data, tmp_path, model_ema=True, share="layerwise", epochs=1) == 0
     path = tmp_path / "run/checkpoints/state-0001-000000"
     for option in ("initial_checkpoint", "pretrained_path"):
         assert train(data, tmp_path, option, share="layerwise", epochs=1, **{option: str(path)}) == 0
         first = read_checkpoint(tmp_path / option / "checkpoints/state-0000-000000")["state_dict"]
-        # As from timm's checkpoints, the average is taken where there is one.
+        # As with timm's checkpoints, the moving average is preferred.
         assert_same(first, read_checkpoint(path)["state_dict_ema"])
     (path / "ema.safetensors").write_bytes(b"rotten")
     assert train(data, tmp_path, "rotten", share="layerwise", epochs=1, pretrained_path=str(path)) == 1

@@ -1,12 +1,17 @@
+"""Progress output, and the trackers, whose packages are imported only if they are requested."""
+
 import re
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_runs import make_images, train
 
-from linvit.training.log import EpochLog
+from linvit.training.config import TrainConfig
+from linvit.training.log import EpochLog, numbers_of, open_trackers
 
 
 def log(**arguments: Any) -> EpochLog:
@@ -28,11 +33,11 @@ def run(epoch_log: EpochLog, *, step: int = 1) -> None:
             epoch_log.update(batch=batch, loss=float(batch), lr=1e-3)
 
 
-def test_plain_lines_come_at_the_interval(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_are_printed_at_the_interval(capsys: pytest.CaptureFixture[str]) -> None:
     run(log())
     lines = capsys.readouterr().out.splitlines()
     assert [re.match(r"epoch 1  (\d+)/10  loss (\S+)", line).groups() for line in lines] == [
-        # Means over the four updates since the line before.
+        # Mean losses of the four updates since the previous line.
         ("4", "2.5000"),
         ("8", "6.5000"),
     ]
@@ -44,12 +49,12 @@ def test_updates_of_several_batches_do_not_miss_the_interval(capsys: pytest.Capt
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(log(is_shown=False))
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "150")
     run(log())
@@ -59,7 +64,7 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "img/s" in shown
 
 
-def test_time_spent_waiting_for_batches_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_spent_waiting_for_batches_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("linvit.training.log.time", SimpleNamespace(perf_counter=lambda: now))
 
@@ -74,11 +79,11 @@ def test_time_spent_waiting_for_batches_is_told(monkeypatch: pytest.MonkeyPatch)
         for batch in epoch_log.timed(slow()):
             now += 1.0
             epoch_log.update(batch=8 + batch, loss=1.0, lr=1.0)
-    # Only the batches since the start count: three of four images.
+    # Only the batches since the start count: three batches of four images.
     assert epoch_log.timing() == {"seconds": 12.0, "data_wait": 0.75, "images_per_second": 1.0}
 
 
-def test_the_time_left_is_that_of_all_epochs_to_come(
+def test_the_time_left_covers_all_remaining_epochs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -87,5 +92,102 @@ def test_the_time_left_is_that_of_all_epochs_to_come(
         for batch in range(1, 6):
             now += 2.0
             epoch_log.update(batch=batch, loss=1.0, lr=1.0)
-    # Five batches of this epoch and ten of the last one, two seconds each.
+    # Five batches of this epoch and ten of the next, two seconds each.
     assert capsys.readouterr().out.endswith("left 0:00:30\n")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+class FakeWandb(ModuleType):
+    """Records its calls."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **settings: Any) -> SimpleNamespace:
+        if settings["project"] == "forbidden":
+            raise self.Error("permission denied\nand more")
+        self.started.append(settings)
+        return SimpleNamespace(log=lambda numbers, step: self.logged.append((step, numbers)))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_tracker_packages_are_not_imported_unless_requested(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert train(data, tmp_path, epochs=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "package", "blocked"),
+    [("log_wandb", "wandb", "wandb"), ("log_tensorboard", "tensorboard", "torch.utils.tensorboard")],
+)
+def test_a_missing_package_is_refused_in_one_sentence(
+    flag: str, package: str, blocked: str, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, blocked, None)
+    assert train(data, tmp_path, **{flag: True}) == 1
+    words = f"--{flag.replace('_', '-')} needs the package {package}: pip install 'linvit[log]', or remove the flag"
+    assert capsys.readouterr().err == f"error: {words}\n"
+
+
+def test_lines_and_epochs_are_logged(data: Path, tmp_path: Path, wandb: FakeWandb) -> None:
+    settings = {"wandb_project": "vits", "wandb_tags": ["a", "b"], "log_interval": 2, "model_ema": True}
+    assert train(data, tmp_path, log_wandb=True, **settings) == 0
+    (started,) = wandb.started
+    assert (started["project"], started["name"], started["tags"]) == ("vits", "run", ["a", "b"])
+    assert (started["id"], started["resume"], started["config"]["lr"]) == (None, None, 1e-3)
+    assert started["dir"] == str(tmp_path / "run")
+    # An epoch has three batches: a line after the second, then the epoch.
+    assert [step for step, _ in wandb.logged] == [2, 3, 5, 6]
+    lines, epochs = wandb.logged[0::2], wandb.logged[1::2]
+    for _, numbers in lines:
+        assert set(numbers) == {"train/loss", "train/lr", "train/images_per_second", "train/data_wait"}
+    for _, numbers in epochs:
+        assert {"epoch/train_loss", "epoch/eval_top1", "epoch/eval_ema_top1", "epoch/lr"} <= set(numbers)
+
+
+def test_a_wandb_run_can_be_resumed(data: Path, tmp_path: Path, wandb: FakeWandb) -> None:
+    assert train(data, tmp_path, epochs=1, log_wandb=True, wandb_resume_id="1a2b") == 0
+    assert (wandb.started[0]["id"], wandb.started[0]["resume"]) == ("1a2b", "must")
+
+
+def test_a_wandb_error_is_one_sentence(data: Path, tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
+    assert train(data, tmp_path, log_wandb=True, wandb_project="forbidden") == 1
+    error = capsys.readouterr().err
+    assert "--log-wandb: wandb does not start (permission denied); run `wandb login`" in error
+    assert error.count("\n") == 1
+
+
+def test_tensorboard_reads_the_logged_numbers(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrainConfig(data_dir=Path("data"), log_tensorboard=True)
+    track = open_trackers(config, tmp_path, first_batch=0)
+    for batch in (2, 4, 6):
+        track({"train/loss": batch / 2}, batch)
+    # A run that resumes after the fourth batch trains on the sixth again.
+    open_trackers(config, tmp_path, first_batch=5)({"train/loss": 7.0}, 6)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.0), (4, 2.0), (6, 7.0)]
+
+
+def test_only_numbers_are_logged() -> None:
+    row = {"epoch": 3, "train_loss": 0.5, "eval_top1": 40.0, "note": "text", "empty": None}
+    assert numbers_of(row) == {"epoch/train_loss": 0.5, "epoch/eval_top1": 40.0}

@@ -1,4 +1,4 @@
-"""Runs with repeated augmentation, evened-out classes, class weights and growing images: as asked, and exact."""
+"""Runs with repeated augmentation, balanced classes, class weights and growing images, stopped and resumed exactly."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The images and labels that steps get."""
+    """The images and labels of every training batch."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     backward = TrainStep.backward
 
@@ -45,24 +45,28 @@ def test_repeats_are_augmented_differently(data: Path, tmp_path: Path, seen: lis
     assert len({image.numpy().tobytes() for image in images}) == 16
 
 
-def test_the_balanced_sampler_evens_classes_out(data: Path, tmp_path: Path, seen: list) -> None:
+def test_the_balanced_sampler_balances_classes(data: Path, tmp_path: Path, seen: list) -> None:
     assert train(data, tmp_path, epochs=1, batch_size=23, sampler="balanced") == 0
     (_, labels), *_ = seen
     assert sorted(Counter(labels.tolist()).values()) == [7, 8, 8]
 
 
-def test_images_grow_to_the_size_of_the_model(data: Path, tmp_path: Path, seen: list, capsys: Any) -> None:
+def test_training_images_grow_to_the_input_size_of_the_model(
+    data: Path, tmp_path: Path, seen: list, capsys: Any
+) -> None:
     assert train(data, tmp_path, epochs=6, k=2, train_img_sizes=SIZES, workers=2) == 0
     assert [images.shape[-1] for images, _ in seen] == [16] * 4 + [24] * 4 + [32] * 4
-    evaluated = capsys.readouterr().out
-    assert [line for line in evaluated.splitlines() if "images of" in line] == [
-        "epoch 0 on images of 16×16 px",
-        "epoch 2 on images of 24×24 px",
-        "epoch 4 on images of 32×32 px",
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if "training at" in line] == [
+        "epoch 0: training at 16×16 px",
+        "epoch 2: training at 24×24 px",
+        "epoch 4: training at 32×32 px",
     ]
 
 
-def test_evaluation_is_at_the_size_of_the_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_uses_the_input_size_of_the_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = []
     iter_from = Loader.iter_from
 
@@ -73,7 +77,7 @@ def test_evaluation_is_at_the_size_of_the_model(data: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(Loader, "iter_from", watched)
     assert train(data, tmp_path, epochs=2, k=2, train_img_sizes=[16, 32]) == 0
-    # Two training batches and two of validation in each epoch.
+    # Each epoch has two training batches and two validation batches.
     assert sizes == [16, 16, 32, 32, 32, 32, 32, 32]
 
 
@@ -82,11 +86,11 @@ def test_evaluation_is_at_the_size_of_the_model(data: Path, tmp_path: Path, monk
     [
         ({"model": "resnet18", "k": None, "model_kwargs": {}}, "resnet18 takes images of one size only"),
         ({"train_img_sizes": [20, 32]}, "--train-img-sizes: the model does not take 20×20 px"),
-        # Four patches, and four keys.
+        # Four patches cannot be projected to four keys.
         ({"train_img_sizes": [16, 32], "k": 4, "projection": "linear"}, "does not take 16×16 px"),
     ],
 )
-def test_sizes_that_the_model_cannot_take_are_refused(
+def test_unsupported_image_sizes_are_refused(
     settings: dict[str, Any], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path, **{"train_img_sizes": [16, 32], **settings}) == 1
@@ -102,7 +106,7 @@ def test_sizes_that_the_model_cannot_take_are_refused(
     ],
     ids=["sizes", "balanced", "repeats"],
 )
-def test_stopping_in_an_epoch_changes_nothing(
+def test_stopping_within_an_epoch_changes_nothing(
     settings: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_stopping_changes_nothing(data, tmp_path, monkeypatch, after=1, **MIXING, **settings)

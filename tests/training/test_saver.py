@@ -1,14 +1,18 @@
+"""Saving in the background, and the copies that it writes."""
+
 import threading
 from collections.abc import Callable
 
 import pytest
+import torch
+from tiny_runs import assert_same
 
 from linvit.training import saver as saver_module
-from linvit.training.saver import SaveClock, Saver
+from linvit.training.saver import SaveClock, Saver, take_snapshot
 
 
 def failing(error: Exception, times: list[int]) -> Callable[[], None]:
-    """Raises while `times` has anything left."""
+    """A task that fails once per item of `times`."""
 
     def task() -> None:
         if times:
@@ -18,7 +22,7 @@ def failing(error: Exception, times: list[int]) -> Callable[[], None]:
     return task
 
 
-def test_writing_goes_on_in_the_background_and_a_second_save_waits() -> None:
+def test_saves_run_in_the_background_and_a_second_one_waits() -> None:
     done: list[str] = []
     may_end = threading.Event()
 
@@ -34,7 +38,7 @@ def test_writing_goes_on_in_the_background_and_a_second_save_waits() -> None:
     assert done == ["first", "second after 1"]
 
 
-def test_what_fails_is_reported_and_tried_again_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_task_is_reported_and_retried_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     done: list[str] = []
     error = OSError("cannot write best: no space left")
     failures = [1, 1]
@@ -46,20 +50,20 @@ def test_what_fails_is_reported_and_tried_again_in_order(capsys: pytest.CaptureF
     with Saver() as saver:
         saver.save({"last": lambda: done.append("last 1"), "best": best, "state": lambda: done.append("state 1")})
         saver.wait()
-        # The state is never ahead of what it counts as written.
+        # The state waits for the files that it counts as written.
         assert done == ["last 1"]
         saver.save({"state": lambda: done.append("state 2")})
         saver.wait()
         assert done == ["last 1"]
         saver.save({"last": lambda: done.append("last 3"), "state": lambda: done.append("state 3")})
         saver.finish()
-    # Of a kind the newest alone is written.
+    # Of several tasks with one name only the newest runs.
     assert done == ["last 1", "best 1", "last 3", "state 3"]
-    said = "warning: cannot write best: no space left; training goes on, and the next save tries again\n"
-    assert capsys.readouterr().err == said * 2
+    warning = "warning: cannot write best: no space left; training continues, and the next save retries\n"
+    assert capsys.readouterr().err == warning * 2
 
 
-def test_the_end_tries_once_more_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_finish_retries_once_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
     for times, fails in ((1, False), (2, True)):
         with Saver() as saver:
             saver.save({"state": failing(OSError("full"), [1] * times)})
@@ -77,7 +81,7 @@ def test_other_errors_are_not_swallowed() -> None:
 
 
 @pytest.mark.parametrize(("kind", "waits"), [(ValueError, True), (KeyboardInterrupt, False)])
-def test_an_error_in_training_waits_for_the_save_but_the_second_ctrl_c_does_not(
+def test_an_error_in_training_waits_for_the_save_but_a_second_ctrl_c_does_not(
     kind: type[BaseException], waits: bool
 ) -> None:
     done: list[int] = []
@@ -100,7 +104,7 @@ def test_an_error_in_training_waits_for_the_save_but_the_second_ctrl_c_does_not(
     may_end.set()
 
 
-def test_a_save_is_due_after_so_many_updates_or_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_due_after_a_number_of_updates_or_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(saver_module.time, "monotonic", lambda: now)
     never = SaveClock(updates=None, minutes=None)
@@ -117,3 +121,40 @@ def test_a_save_is_due_after_so_many_updates_or_so_long(monkeypatch: pytest.Monk
     assert due == {"updates": [3, 6], "time": [3, 6], "both": [3, 6]}
     now += 30.0
     assert by_time.is_due()
+
+
+def test_a_snapshot_does_not_change_with_the_state() -> None:
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    planes = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    state = {"weight": weight, "nest": [{"planes": planes, "lr": 0.1}, (1, "two")], "none": None}
+    copies = take_snapshot(state, torch.device("cpu"))()
+    expected = {
+        "weight": weight.detach().clone(),
+        "nest": [{"planes": planes.clone(), "lr": 0.1}, (1, "two")],
+        "none": None,
+    }
+    with torch.no_grad():
+        weight.add_(1)
+        planes.zero_()
+    assert_same(copies, expected)
+    assert not copies["weight"].requires_grad
+    # A resumed optimizer needs the original strides.
+    assert copies["nest"][0]["planes"].stride() == planes.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_later_work_does_not_change_a_snapshot() -> None:
+    device = torch.device("cuda")
+    weight = torch.zeros(64, 1024, 1024, device=device)
+    busy = torch.randn(4096, 4096, device=device)
+    for _ in range(20):
+        busy = busy @ busy
+    weight.add_(1)
+    snapshot = take_snapshot({"weight": weight}, device)
+    for _ in range(20):
+        weight.add_(1)
+    copy = snapshot()["weight"]
+    assert copy.device.type == "cpu"
+    assert copy.is_pinned()
+    assert torch.equal(copy, torch.ones_like(copy))

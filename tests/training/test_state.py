@@ -6,7 +6,7 @@ def evaluation(top1: float, loss: float = 1.0) -> Metrics:
     return Metrics(loss=loss, top1=top1, top5=100.0, num_images=1, per_class={}, images_per_class={})
 
 
-def test_the_best_and_the_patience() -> None:
+def test_the_best_weights_and_patience() -> None:
     progress = Progress()
     verdicts = []
     for raw, ema in ((50.0, 40.0), (50.0, 45.0), (49.0, 60.0), (60.0, 60.0), (float("nan"), 10.0)):
@@ -18,7 +18,7 @@ def test_the_best_and_the_patience() -> None:
     assert not progress.is_out_of_patience(None)
 
 
-def test_an_epoch_ends_with_its_mean_loss() -> None:
+def test_end_epoch_returns_the_mean_loss() -> None:
     progress = Progress(epoch=3, batch=8)
     for loss in (1.0, 2.0, 6.0):
         progress.add_loss(loss)

@@ -20,7 +20,7 @@ def result(epoch: int, *weights: str, num_bad: int = 0) -> EpochResult:
     )
 
 
-def test_a_row_per_epoch_under_one_header(tmp_path: Path) -> None:
+def test_summary_has_a_row_per_epoch_under_one_header(tmp_path: Path) -> None:
     path = tmp_path / "summary.csv"
     rows = [result(0).row()]
     write_summary(path, rows)
@@ -37,7 +37,7 @@ def test_a_row_per_epoch_under_one_header(tmp_path: Path) -> None:
     assert [row["eval_ema_top1"] for row in read] == ["", "80.0"]
 
 
-def test_an_epoch_in_one_line() -> None:
+def test_an_epoch_is_described_in_one_line() -> None:
     assert result(3, "raw", "ema").describe() == (
         "epoch 3  train loss 1.5000  raw top1 80.00 top5 99.00 loss 0.5000  ema top1 80.00 top5 99.00 loss 0.5000  "
         "10.0 img/s  data 25%  0:01:05"

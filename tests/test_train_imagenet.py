@@ -1,4 +1,4 @@
-"""Whole runs of train_imagenet.py: what they leave behind, and that they stop, go on and repeat exactly."""
+"""Runs of train_imagenet.py: their files, and that stopping, resuming and repeating them is exact."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from torch import nn
 import train_imagenet
 from linvit.training.step import TrainStep
 
-# All that draws random numbers, carries state from step to step or ends an epoch with a short group.
+# Everything that draws random numbers, keeps state between steps or ends an epoch with a short group.
 EVERYTHING = {
     "mixup": 0.8,
     "cutmix": 1.0,
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs")
     assert train(data, output, **EVERYTHING) == 0
     return output / "run"
@@ -53,21 +53,21 @@ def states_equal(a: Path, b: Path, name: str = "state-0002-000000") -> None:
     assert_same(left, right)
 
 
-def test_two_epochs_are_one_and_one_resumed_to_the_bit(data: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_two_epochs_equal_one_and_one_resumed_to_the_bit(data: Path, full_run: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, stop_epoch=1, **EVERYTHING) == 0
     assert len(read_summary(tmp_path / "run")) == 1
     assert train(data, tmp_path, resume="auto", **EVERYTHING) == 0
-    states_equal(tmp_path / "run", whole_run)
-    assert read_summary(tmp_path / "run") == read_summary(whole_run)
+    states_equal(tmp_path / "run", full_run)
+    assert read_summary(tmp_path / "run") == read_summary(full_run)
     for weights in ("best", "last"):
         assert (tmp_path / "run" / weights / "model.safetensors").read_bytes() == (
-            whole_run / weights / "model.safetensors"
+            full_run / weights / "model.safetensors"
         ).read_bytes()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
 def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(
-    number: signal.Signals, status: int, data: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, status: int, data: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = TrainStep.backward
     calls = 0
@@ -82,43 +82,43 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "backward", interrupted)
         assert train(data, tmp_path, **EVERYTHING) == status
-    # The epoch has three batches in groups of two: the first group is finished, the second not begun.
+    # The epoch has three batches in groups of two. The run finishes the first group and does not start the second.
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["state-0000-000000", "state-0000-000002"]
     assert train(data, tmp_path, resume="auto", **EVERYTHING) == 0
-    states_equal(tmp_path / "run", whole_run)
-    assert read_summary(tmp_path / "run") == read_summary(whole_run)
+    states_equal(tmp_path / "run", full_run)
+    assert read_summary(tmp_path / "run") == read_summary(full_run)
 
 
-def test_args_yaml_alone_repeats_the_run(whole_run: Path, tmp_path: Path) -> None:
-    again = ["--config", str(whole_run / "args.yaml"), "--output", str(tmp_path)]
+def test_args_yaml_alone_repeats_the_run(full_run: Path, tmp_path: Path) -> None:
+    again = ["--config", str(full_run / "args.yaml"), "--output", str(tmp_path)]
     assert train_imagenet.main(again) == 0
-    states_equal(tmp_path / "run", whole_run)
+    states_equal(tmp_path / "run", full_run)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not repeat itself to the bit by default")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="results on a GPU are not reproducible to the bit by default")
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
 def test_mixed_precision_resumes_to_the_bit(amp_dtype: str, data: Path, tmp_path: Path) -> None:
     settings = {"amp": True, "amp_dtype": amp_dtype, "device": "auto", "drop_path": 0.2}
-    assert train(data, tmp_path, "whole", **settings) == 0
+    assert train(data, tmp_path, "full", **settings) == 0
     assert train(data, tmp_path, "halves", stop_epoch=1, **settings) == 0
     assert train(data, tmp_path, "halves", resume="auto", **settings) == 0
-    states_equal(tmp_path / "halves", tmp_path / "whole")
+    states_equal(tmp_path / "halves", tmp_path / "full")
 
 
-def test_seeds_differ(data: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_weights(data: Path, full_run: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, seed=43, **EVERYTHING) == 0
-    a, b = read_state(tmp_path / "run", "state-0002-000000"), read_state(whole_run, "state-0002-000000")
+    a, b = read_state(tmp_path / "run", "state-0002-000000"), read_state(full_run, "state-0002-000000")
     assert not torch.equal(a["state_dict"]["head.weight"], b["state_dict"]["head.weight"])
 
 
-def test_workers_do_not_change_the_weights(data: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_weights(data: Path, full_run: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, workers=2, **EVERYTHING) == 0
-    states_equal(tmp_path / "run", whole_run)
+    states_equal(tmp_path / "run", full_run)
 
 
-def test_the_folder_holds_what_the_design_says(whole_run: Path) -> None:
-    assert sorted(path.name for path in whole_run.iterdir()) == [
+def test_a_run_writes_the_documented_files(full_run: Path) -> None:
+    assert sorted(path.name for path in full_run.iterdir()) == [
         ".lock",
         "README.md",
         "args.yaml",
@@ -127,17 +127,17 @@ def test_the_folder_holds_what_the_design_says(whole_run: Path) -> None:
         "last",
         "summary.csv",
     ]
-    rows = read_summary(whole_run)
+    rows = read_summary(full_run)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_ema_top1", "lr"} <= rows[0].keys()
-    config = json.loads((whole_run / "best/config.json").read_text())
+    config = json.loads((full_run / "best/config.json").read_text())
     assert config["label_names"] == ["blue", "green", "red"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     best = max(float(row[column]) for row in rows for column in ("eval_top1", "eval_ema_top1"))
     assert config["linvit"]["metrics"]["top1"] == best
     column = {"raw": "eval_top1", "ema": "eval_ema_top1"}[config["linvit"]["weights"]]
     assert float(rows[config["linvit"]["epoch"]][column]) == best
-    card = (whole_run / "README.md").read_text()
+    card = (full_run / "README.md").read_text()
     assert f"{best:.2f} %" in card
     assert "blue, green, red" in card
 
@@ -153,40 +153,42 @@ def test_timm_loads_the_weights(share: str, data: Path, tmp_path: Path) -> None:
         assert model.share == share
 
 
-def test_another_run_of_the_name_gets_a_number(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_run_of_the_same_name_gets_a_number(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for folder in ("run", "run-1"):
         assert train(data, tmp_path, epochs=1) == 0
         assert capsys.readouterr().out.startswith(f"run: {tmp_path / folder}\n")
         assert (tmp_path / folder / "best").is_dir()
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(data: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_unless_it_is_longer(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path) == 0
     before = read_state(tmp_path / "run", "state-0002-000000")
     assert train(data, tmp_path, resume="auto") == 0
     assert_same(read_state(tmp_path / "run", "state-0002-000000"), before)
-    # Longer training goes on, and says what is different.
+    # With more epochs, training continues.
     assert train(data, tmp_path, resume="auto", epochs=3) == 0
     assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0", "1", "2"]
 
 
-def test_states_are_pruned_but_milestones_stay(data: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_pruned_except_milestones(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, epochs=4, checkpoint_hist=1, save_epochs=[1]) == 0
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["state-0002-000000", "state-0004-000000"]
 
 
-def test_training_ends_when_nothing_gets_better(data: Path, tmp_path: Path) -> None:
-    # At a rate of almost nothing the first evaluation stays the best.
+def test_training_stops_early_without_improvement(data: Path, tmp_path: Path) -> None:
+    # With a tiny learning rate the first evaluation stays the best.
     settings = {"epochs": 9, "lr": 1e-12, "min_lr": 0.0, "sched": "none", "eval_metric": "top1"}
     assert train(data, tmp_path, early_stop_patience=2, **settings) == 0
     assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0", "1", "2"]
 
 
-def test_evaluation_can_be_rarer_than_epochs(data: Path, tmp_path: Path) -> None:
+def test_evaluation_can_skip_epochs(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, epochs=3, val_interval=2) == 0
     assert [bool(row["eval_top1"]) for row in read_summary(tmp_path / "run")] == [False, True, True]
-    # Every epoch's state is kept all the same, and the first.
+    # The checkpoints of all epochs and of the start are kept all the same.
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4
 
 
@@ -195,17 +197,17 @@ def test_resuming_with_a_fresh_optimizer_keeps_the_schedule(data: Path, tmp_path
         name = f"by-updates-{by_updates}"
         settings = {"sched_on_updates": by_updates, "epochs": 3, "experiment": name}
         assert train(data, tmp_path, stop_epoch=1, **settings) == 0
-        whole = read_state(tmp_path / name, "state-0001-000000")
+        before = read_state(tmp_path / name, "state-0001-000000")
         assert train(data, tmp_path, stop_epoch=2, resume="auto", no_resume_opt=True, **settings) == 0
         fresh = read_state(tmp_path / name, "state-0002-000000")
-        assert fresh["num_updates"] == 2 * whole["num_updates"]
-        # Of the fresh optimizer's own steps alone.
-        assert fresh["optimizer"]["state"][0]["step"] == whole["num_updates"]
-        before, after = (float(row["lr"]) for row in read_summary(tmp_path / name))
-        assert after < before
+        assert fresh["num_updates"] == 2 * before["num_updates"]
+        # The fresh optimizer counts only its own steps.
+        assert fresh["optimizer"]["state"][0]["step"] == before["num_updates"]
+        lr_before, lr_after = (float(row["lr"]) for row in read_summary(tmp_path / name))
+        assert lr_after < lr_before
 
 
-def test_frozen_weights_stay_and_others_move(data: Path, tmp_path: Path) -> None:
+def test_only_frozen_weights_stay_the_same(data: Path, tmp_path: Path) -> None:
     for experiment, lr in (("slow", 1e-3), ("fast", 1e-2)):
         assert train(data, tmp_path, experiment, epochs=1, freeze=["blocks.0", "patch_embed"], lr=lr) == 0
     a, b = (read_state(tmp_path / name, "state-0001-000000")["state_dict"] for name in ("slow", "fast"))
@@ -214,24 +216,22 @@ def test_frozen_weights_stay_and_others_move(data: Path, tmp_path: Path) -> None
         assert torch.equal(weight, b[name]) == is_frozen, name
 
 
-def test_freezing_a_shared_projection_is_in_the_log(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_freezing_a_shared_projection_is_logged(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for dry_run in (True, False):
         assert train(data, tmp_path, epochs=1, share="layerwise", freeze=["blocks.0"], dry_run=dry_run) == 0
         assert "--freeze also freezes blocks.1.attn.key_projection.weight_h, " in capsys.readouterr().out
 
 
-def test_fine_tuning_says_what_is_new(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fine_tuning_lists_new_parameters(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_images(tmp_path / "other", classes=("cat", "dog"))
     assert train(data, tmp_path, epochs=1) == 0
     capsys.readouterr()
     settings = {"pretrained_path": str(tmp_path / "run"), "img_size": [48, 64], "epochs": 1}
     assert train(other, tmp_path, experiment="tuned", **settings) == 0
-    assert "new, since the given weights do not cover them: head.bias, head.weight\n" in capsys.readouterr().out
+    assert "new parameters, not in the given weights: head.bias, head.weight\n" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_loses_nothing(
+def test_a_non_finite_loss_ends_the_run_and_loses_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward = nn.CrossEntropyLoss.forward
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_loses_nothing(
     states_equal(tmp_path / "run", tmp_path / "unharmed")
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_state(
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path, stop_epoch=1) == 0
@@ -287,7 +287,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(
         ({"device": "cuda:99"}, "--device cuda:99"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_errors_are_one_sentence(
     settings: dict[str, Any], sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path, **settings) == 1
@@ -303,7 +303,7 @@ def test_resuming_with_other_classes_or_another_model_is_refused(
     other = make_images(tmp_path / "other", classes=("cat", "dog", "emu"))
     assert train(data, tmp_path, epochs=1) == 0
     assert train(other, tmp_path, epochs=1, resume="auto") == 1
-    assert "the state's classes (blue, green, red) are not the data's (cat, dog, emu)" in capsys.readouterr().err
+    assert "the checkpoint's classes (blue, green, red) are not the data's (cat, dog, emu)" in capsys.readouterr().err
     deeper = {"model_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}}
     assert train(data, tmp_path, resume="auto", **deeper) == 1
     assert "--resume: model_kwargs was {'depth': 2," in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_a_group_of_batches_updates_as_one_large_batch(group_size: int) -> None:
 
 
 def everything_of(step: TrainStep) -> dict[str, Any]:
-    """Copies of all that an update changes."""
+    """Copies of everything that an update changes."""
     return copy.deepcopy(
         {
             "weights": step.plain_model.state_dict(),
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(poison: float, amp: dict[str,
     assert (update.outcome, update.has_loss, update.bad_batches) == ("refused", False, (0,))
     assert math.isnan(update.loss)
     assert_same(everything_of(step), before)
-    # The next batch is not touched by it.
+    # It does not affect the next batch.
     single_update(step)
     assert step.num_updates == 2
     assert all(weight.isfinite().all() for weight in weights_of(step).values())
@@ -76,7 +76,7 @@ def test_gradients_that_are_not_finite_change_nothing(poison: float, clip: dict[
     assert_same(everything_of(step), before)
 
 
-def test_the_batch_of_a_group_that_is_bad_is_told() -> None:
+def test_the_bad_batch_of_a_group_is_reported() -> None:
     step = build_step()
     images, labels = random_batch()
     step.backward(images, labels, group_size=3, closes_group=False)
@@ -92,11 +92,11 @@ def test_gradients_that_float16_does_not_explain_are_refused() -> None:
         step.backward(*random_batch(), group_size=1, closes_group=True)
         step.plain_model.head.weight.grad[0, 0] = math.nan
         outcomes.append(step.update().outcome)
-    # The scale begins at 2**16 and is halved each time.
+    # The scale starts at 2**16 and is halved each time.
     assert outcomes == ["skipped"] * 16 + ["refused"] * 2
 
 
-def test_the_norm_is_that_of_the_gradients_before_clipping_and_scaling() -> None:
+def test_the_reported_norm_is_before_clipping_and_scaling() -> None:
     images, labels = random_batch()
     plain = build_step()
     plain.backward(images, labels, group_size=1, closes_group=True)
@@ -107,21 +107,21 @@ def test_the_norm_is_that_of_the_gradients_before_clipping_and_scaling() -> None
         assert step.update().gradient_norm == pytest.approx(gradients.norm().item(), rel=2e-2 if settings else 1e-5)
 
 
-def test_every_image_of_a_group_weighs_the_same_where_batches_lack_some() -> None:
-    lacking, whole = build_step(), build_step(batch_size=5)
+def test_every_image_of_a_group_has_the_same_weight_if_batches_lack_images() -> None:
+    lacking, full = build_step(), build_step(batch_size=5)
     images, labels = random_batch(5)
     lacking.backward(images[:1], labels[:1], group_size=3, closes_group=False)
     lacking.backward(images[:0], labels[:0], group_size=3, closes_group=False)
     lacking.backward(images[1:], labels[1:], group_size=3, closes_group=True)
-    whole.backward(images, labels, group_size=1, closes_group=True)
-    one, other = lacking.update(), whole.update()
+    full.backward(images, labels, group_size=1, closes_group=True)
+    one, other = lacking.update(), full.update()
     assert one.loss == pytest.approx(other.loss, rel=1e-5)
     assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-5)
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(lacking)[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_a_group_without_images_is_passed_over() -> None:
+def test_a_group_without_images_changes_nothing() -> None:
     step = build_step(opt="adamw", model_ema=True)
     single_update(step)
     before = everything_of(step)
@@ -132,7 +132,7 @@ def test_a_group_without_images_is_passed_over() -> None:
     assert_same(everything_of(step), before)
 
 
-def test_a_step_that_the_scaler_skips_moves_nothing() -> None:
+def test_a_step_that_the_scaler_skips_changes_nothing() -> None:
     step = build_step(amp=True, amp_dtype="float16", model_ema=True, sched_on_updates=True)
     single_update(step)
     assert (step.num_updates, step.num_skipped) == (1, 0)
@@ -168,7 +168,7 @@ def test_mixed_precision_follows_full_precision(dtype: str) -> None:
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
-def test_clipping_by_norm_comes_after_unscaling() -> None:
+def test_clipping_by_norm_follows_unscaling() -> None:
     for amp in ({}, {"amp": True, "amp_dtype": "float16"}):
         step = build_step(clip_grad=1e-3, **amp)
         before = weights_of(step)
@@ -177,7 +177,7 @@ def test_clipping_by_norm_comes_after_unscaling() -> None:
         assert moved.sqrt().item() == pytest.approx(1e-3 * 1e-2, rel=1e-2)
 
 
-def test_clipping_by_value_bounds_every_step() -> None:
+def test_clipping_by_value_limits_every_step() -> None:
     step = build_step(clip_grad=1e-2, clip_mode="value")
     before = weights_of(step)
     single_update(step)
@@ -185,7 +185,7 @@ def test_clipping_by_value_bounds_every_step() -> None:
     assert moved.item() == pytest.approx(1e-2 * 1e-2, rel=1e-2)
 
 
-def test_adaptive_clipping_spares_the_classifier() -> None:
+def test_adaptive_clipping_leaves_out_the_classifier() -> None:
     images, labels = random_batch()
     moves = {}
     for clip in (None, 1e-3):
@@ -199,7 +199,7 @@ def test_adaptive_clipping_spares_the_classifier() -> None:
     assert moves[1e-3][name].norm() < 0.9 * moves[None][name].norm()
 
 
-def test_the_average_follows_its_warm_up() -> None:
+def test_the_moving_average_follows_its_warm_up() -> None:
     step = build_step(model_ema=True, model_ema_warmup=True, model_ema_decay=0.9)
     expected = weights_of(step)["head.weight"]
     for update in range(1, 5):
@@ -210,7 +210,7 @@ def test_the_average_follows_its_warm_up() -> None:
         torch.testing.assert_close(step.ema.module.state_dict()["head.weight"], expected)
 
 
-def test_mixing_stops_at_its_epoch() -> None:
+def test_mixing_stops_at_mixup_off_epoch() -> None:
     step = build_step(mixup=1.0, mixup_off_epoch=2)
     step.start_epoch(1)
     assert step.mixup.mixup_enabled
@@ -218,7 +218,7 @@ def test_mixing_stops_at_its_epoch() -> None:
     assert not step.mixup.mixup_enabled
 
 
-def test_a_wish_to_stop_comes_with_the_update() -> None:
+def test_an_update_reports_a_stop_request() -> None:
     step = build_step()
     step.backward(*random_batch(), group_size=1, closes_group=True)
     assert not step.update().stop

@@ -1,4 +1,4 @@
-"""FSDP2 with two processes over gloo: what comes out is what one process makes with the batches of both."""
+"""FSDP2 with two processes over gloo gives the result of one process with the total batch."""
 
 import copy
 import json
@@ -14,7 +14,6 @@ from ddp_runs import RUNS as DDP_RUNS
 from ddp_runs import SETTINGS
 from fsdp_runs import FSDP, runs
 from safetensors.torch import save_file
-from test_distributed import free_ports, torchrun
 from timm import create_model
 from timm.models import VisionTransformer
 from tiny_runs import SETTINGS as TINY
@@ -22,6 +21,7 @@ from tiny_runs import assert_same, make_broken_images, make_images, read_state, 
 from tiny_steps import build_step, random_batch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torchrun import free_ports, torchrun
 
 from linvit.data.augment.build import resolve_input
 from linvit.data.loader import create_eval_loader
@@ -54,7 +54,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that fsdp_runs.py has filled."""
+    """The folder that fsdp_runs.py filled."""
     output = tmp_path_factory.mktemp("fsdp")
     first, *further = free_ports(len(runs(output)))
     process = torchrun(first, "fsdp_runs.py", data, broken, output, *further)
@@ -63,7 +63,7 @@ def done(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_near(one: Path, other: Path) -> None:
-    """Fail unless two runs ended alike but for the order of sums."""
+    """Fail unless two runs ended alike, up to the order of sums."""
     a, b = (read_state(run, END) for run in (one, other))
     assert a["optimizer_names"] == b["optimizer_names"]
     for weights in ("state_dict", "state_dict_ema"):
@@ -79,30 +79,30 @@ def assert_near(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("whole", {}), ("layerwise", {"share": "layerwise"}), ("compiled", {"clip_grad": None})]
+    ("name", "settings"), [("plain", {}), ("layerwise", {"share": "layerwise"}), ("compiled", {"clip_grad": None})]
 )
-def test_divided_it_trains_as_whole(
+def test_a_sharded_model_trains_as_a_full_one(
     name: str, settings: dict[str, Any], done: Path, data: Path, tmp_path: Path
 ) -> None:
     assert train(data, tmp_path, **ALONE | settings) == 0
     assert_near(tmp_path / "run", done / name)
 
 
-def test_divided_it_learns_from_a_teacher(done: Path, data: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_learns_from_a_teacher(done: Path, data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, **runs(done)["taught"] | ALONE) == 0
     assert_near(tmp_path / "run", done / "taught")
 
 
-def test_images_left_out_weigh_as_with_one_process(done: Path, broken: Path, tmp_path: Path) -> None:
+def test_skipped_images_change_weights_as_in_one_process(done: Path, broken: Path, tmp_path: Path) -> None:
     assert train(broken, tmp_path, **ALONE | DDP_RUNS["unreadable"] | {"batch_size": 2}) == 0
     assert_near(tmp_path / "run", done / "unreadable")
 
 
-@pytest.mark.parametrize("name", ["whole", "layerwise", "compiled", "taught", "unreadable"])
+@pytest.mark.parametrize("name", ["plain", "layerwise", "compiled", "taught", "unreadable"])
 def test_sharded_weights_are_evaluated_as_full_ones_to_the_last_digit(
     name: str, done: Path, data: Path, broken: Path, tmp_path: Path
 ) -> None:
-    # Of 9 images to evaluate on, in batches of one, the first process has five and the other four.
+    # The first process evaluates five of the 9 images, in batches of one, and the other four.
     row, state = read_summary(done / name)[-1], read_state(done / name, END)
     images = broken if name == "unreadable" else data
     for prefix, weights in (("eval", "state_dict"), ("eval_ema", "state_dict_ema")):
@@ -116,22 +116,22 @@ def test_sharded_weights_are_evaluated_as_full_ones_to_the_last_digit(
             assert float(row[f"{prefix}_{figure}"]) == found[figure], (prefix, figure)
 
 
-def test_stopping_and_going_on_changes_nothing(done: Path) -> None:
+def test_stopping_and_resuming_changes_nothing(done: Path) -> None:
     statuses = [json.loads((done / f"statuses-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [(each["stopped"], each["stopped-and-on"]) for each in statuses] == [(143, 0)] * 2
-    whole, resumed = (read_state(done / name, END) for name in ("whole", "stopped"))
-    for state in (whole, resumed):
+    assert [(each["stopped"], each["resumed"]) for each in statuses] == [(143, 0)] * 2
+    plain, resumed = (read_state(done / name, END) for name in ("plain", "stopped"))
+    for state in (plain, resumed):
         del state["settings"], state["progress"]["summary"]
-    assert_same(whole, resumed)
-    assert read_summary(done / "whole") == read_summary(done / "stopped")
+    assert_same(plain, resumed)
+    assert read_summary(done / "plain") == read_summary(done / "stopped")
 
 
-def test_one_process_goes_on_undivided(done: Path, data: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_without_sharding(done: Path, data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(done / "stopped", tmp_path / "run")
     for later in sorted((run / "checkpoints").glob("state-*"))[2:]:
         shutil.rmtree(later)
     assert train(data, tmp_path, resume="auto", **ALONE) == 0
-    assert_near(done / "whole", run)
+    assert_near(done / "plain", run)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def single_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_every_weight_is_divided(single_group: None) -> None:
+def test_every_weight_is_sharded(single_group: None) -> None:
     step = build_step(model_ema=True)
     ranks = Ranks(torch.device("cpu"), world_size=2)
     shard(step.model, step.plain_model, ema=step.ema, options=step.config, ranks=ranks)
@@ -151,9 +151,7 @@ def test_every_weight_is_divided(single_group: None) -> None:
             assert parameter.placements == (Shard(0),), name
 
 
-def test_memory_that_runs_out_is_an_error_rather_than_a_hang(
-    single_group: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_out_of_memory_is_an_error_not_a_hang(single_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     step = build_step(batch_size=8)
     ranks = Ranks(torch.device("cpu"), world_size=2)
     shard(step.model, step.plain_model, ema=None, options=step.config, ranks=ranks)
@@ -166,11 +164,9 @@ def test_memory_that_runs_out_is_an_error_rather_than_a_hang(
         step.backward(*random_batch(8), group_size=1, closes_group=False)
 
 
-def test_one_process_alone_has_nothing_to_divide(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_single_process_cannot_shard(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(data, tmp_path, fsdp=True) == 1
-    assert "--fsdp divides the model among processes, but there is only one: use torchrun" in capsys.readouterr().err
+    assert "--fsdp shards the model over processes, but there is only one: use torchrun" in capsys.readouterr().err
 
 
 def sharded_model(depth: int = 3) -> tuple[VisionTransformer, VisionTransformer]:
@@ -217,7 +213,7 @@ def test_processes_with_fewer_batches_make_as_many_calls(
     assert sizes == [4, 4, 1, 1, 1]
 
 
-def test_memory_that_runs_out_in_a_sharded_evaluation_is_an_error(
+def test_running_out_of_memory_in_a_sharded_evaluation_is_an_error(
     single_group: None, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = sharded_model()
@@ -241,6 +237,6 @@ def test_memory_that_runs_out_in_a_sharded_evaluation_is_an_error(
         ({"model_ema": True, "model_ema_force_cpu": True}, "remove model_ema_force_cpu"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_work_with_fsdp_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         validate(TrainConfig, TINY | {"fsdp": True} | settings)

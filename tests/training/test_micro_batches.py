@@ -1,4 +1,4 @@
-"""Memory that runs out, simulated: a model that raises torch's error above a number of images."""
+"""Batches that do not fit in memory, simulated by a model that raises torch's error above a number of images."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +27,7 @@ class _Full(torch.autograd.Function):
 
 
 class SmallMemory(nn.Module):
-    """A model whose memory holds so many images; more end the forward, or the backward half way."""
+    """A model that runs out of memory above `limit` images, in the forward pass or halfway through the backward."""
 
     def __init__(self, model: nn.Module, limit: int, where: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SmallMemory(nn.Module):
             return self.model(images)
         if self.where == "forward":
             raise torch.OutOfMemoryError("simulated")
-        # The head gets its gradients before the error is met.
+        # The head gets its gradients before the error is raised.
         return self.model.forward_head(_Full.apply(self.model.forward_features(images)))
 
 
@@ -50,26 +50,26 @@ def limit_memory(step: TrainStep, limit: int, where: str = "forward") -> SmallMe
 
 
 def run_group(step: TrainStep, images: Tensor, labels: Tensor, batches: int) -> Any:
-    for number, (some, of_them) in enumerate(zip(images.chunk(batches), labels.chunk(batches))):
-        step.backward(some, of_them, group_size=batches, closes_group=number == batches - 1)
+    for number, (some_images, some_labels) in enumerate(zip(images.chunk(batches), labels.chunk(batches))):
+        step.backward(some_images, some_labels, group_size=batches, closes_group=number == batches - 1)
     return step.update()
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("limit", [1, 3, 7])
-def test_parts_have_the_loss_and_the_gradients_of_the_whole(where: str, batches: int, limit: int) -> None:
+def test_a_split_batch_has_the_loss_and_gradients_of_the_full_batch(where: str, batches: int, limit: int) -> None:
     images, labels = random_batch(8 * batches)
-    whole, parts = (build_step(batch_size=8, grad_accum_steps=batches, momentum=0.9) for _ in range(2))
-    expected = run_group(whole, images, labels, batches)
+    full, parts = (build_step(batch_size=8, grad_accum_steps=batches, momentum=0.9) for _ in range(2))
+    expected = run_group(full, images, labels, batches)
     model = limit_memory(parts, limit, where)
     found = run_group(parts, images, labels, batches)
     assert found.outcome == "taken"
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
-    # Once too large, it is never tried again.
+    # A size that did not fit is never tried again.
     size = parts.micro_batches.size
     assert size == {1: 1, 3: 2, 7: 4}[limit]
     assert max(model.seen[-8 // size :]) <= size
@@ -78,31 +78,31 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole(where: str, batches:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_memory_that_runs_out_in_a_later_batch_keeps_the_earlier_ones(where: str) -> None:
+def test_running_out_of_memory_in_a_later_batch_keeps_the_earlier_ones(where: str) -> None:
     images, labels = random_batch(12)
-    whole, parts = (build_step(batch_size=4, grad_accum_steps=3) for _ in range(2))
-    expected = run_group(whole, images, labels, 3)
-    for number, (some, of_them) in enumerate(zip(images.chunk(3), labels.chunk(3))):
+    full, parts = (build_step(batch_size=4, grad_accum_steps=3) for _ in range(2))
+    expected = run_group(full, images, labels, 3)
+    for number, (some_images, some_labels) in enumerate(zip(images.chunk(3), labels.chunk(3))):
         if number == 1:
             limit_memory(parts, 2, where)
-        parts.backward(some, of_them, group_size=3, closes_group=number == 2)
+        parts.backward(some_images, some_labels, group_size=3, closes_group=number == 2)
     found = parts.update()
     assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_may_run_out_twice_halfway_through_the_backward_pass_of_a_later_batch() -> None:
     images, labels = random_batch(14)
-    whole, parts = (build_step(batch_size=7, grad_accum_steps=2) for _ in range(2))
-    run_group(whole, images, labels, 2)
+    full, parts = (build_step(batch_size=7, grad_accum_steps=2) for _ in range(2))
+    run_group(full, images, labels, 2)
     parts.backward(images[:7], labels[:7], group_size=2, closes_group=False)
     model = limit_memory(parts, 2, "backward")
     parts.backward(images[7:], labels[7:], group_size=2, closes_group=True)
-    # Parts that have failed are completed one by one.
+    # Each failed part is completed before the next one.
     assert model.seen == [7, 4, 2, 2, 2, 1]
     parts.update()
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
 
 
@@ -118,12 +118,12 @@ def test_later_batches_add_to_the_gradients_in_place() -> None:
     assert places[1] == places[2] == places[0]
 
 
-def test_a_compiled_model_is_not_compiled_again_where_memory_ran_out() -> None:
+def test_running_out_of_memory_does_not_recompile_a_model() -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     images, labels = random_batch(8)
-    whole, parts = (build_step(batch_size=4, grad_accum_steps=2) for _ in range(2))
-    expected = run_group(whole, images, labels, 2)
+    full, parts = (build_step(batch_size=4, grad_accum_steps=2) for _ in range(2))
+    expected = run_group(full, images, labels, 2)
     parts.plain_model.forward_features = torch.compile(parts.plain_model.forward_features, backend=graphs, dynamic=True)
     parts.micro_batches.size = 2
     parts.backward(images[:4], labels[:4], group_size=2, closes_group=False)
@@ -135,24 +135,24 @@ def test_a_compiled_model_is_not_compiled_again_where_memory_ran_out() -> None:
     assert parts.micro_batches.size == 2
     assert graphs.frame_count == before
     assert parts.update().gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_half_of_an_odd_number_is_the_larger_half() -> None:
+def test_an_odd_number_is_halved_upwards() -> None:
     step = build_step(batch_size=6)
     model = limit_memory(step, 2)
     run_group(step, *random_batch(6), 1)
     assert model.seen == [6, 3, 2, 2, 2]
 
 
-def test_each_halving_is_said_once() -> None:
+def test_each_split_is_noted_once() -> None:
     step = build_step(batch_size=8)
     limit_memory(step, 2)
     batch = random_batch(8)
     assert run_group(step, *batch, 1).notes == (
-        "out of memory with 8 images at once: going on with 4 at a time, in batches as before",
-        "out of memory with 4 images at once: going on with 2 at a time, in batches as before",
+        "out of memory with 8 images at once: splitting batches into 4 images at a time; the batch size stays the same",
+        "out of memory with 4 images at once: splitting batches into 2 images at a time; the batch size stays the same",
     )
     assert run_group(step, *batch, 1).notes == ()
     step.model.limit = 1
@@ -168,19 +168,19 @@ def test_an_image_that_does_not_fit_alone_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_dropout_is_that_of_a_step_in_such_parts_from_the_start(where: str) -> None:
+def test_dropout_equals_that_of_a_step_split_from_the_start(where: str) -> None:
     images, labels = random_batch(8)
-    halved, begun = (build_step(batch_size=8) for _ in range(2))
-    begun.micro_batches.size = 2
+    halved, split = (build_step(batch_size=8) for _ in range(2))
+    split.micro_batches.size = 2
     limit_memory(halved, 2, where)
-    for step in (halved, begun):
+    for step in (halved, split):
         step.plain_model.head_drop = nn.Dropout(0.5)
         torch.manual_seed(3)
         run_group(step, images, labels, 1)
-    assert_same(weights_of(halved), weights_of(begun))
+    assert_same(weights_of(halved), weights_of(split))
 
 
-def test_mixing_is_of_the_whole_batch() -> None:
+def test_mixing_uses_the_full_batch() -> None:
     images, labels = random_batch(8)
     results = []
     for limit in (8, 2):
@@ -191,18 +191,18 @@ def test_mixing_is_of_the_whole_batch() -> None:
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
 
 
-def test_processes_go_on_with_the_smallest_size_of_all() -> None:
+def test_processes_use_the_smallest_size_of_all() -> None:
     parts = build_step().micro_batches
-    parts.agree([0, 0])
+    parts.use_smallest([0, 0])
     assert (parts.size, parts.notes) == (None, [])
-    parts.agree([0, 8, 4])
+    parts.use_smallest([0, 8, 4])
     assert parts.size == 4
-    assert parts.notes == ["another process is out of memory: going on with 4 images at a time here too"]
+    assert parts.notes == ["another process ran out of memory: splitting into 4 images at a time here too"]
 
 
 @pytest.fixture
 def exchanging() -> Iterator[Callable[[TrainStep], None]]:
-    """Makes a step exchange its gradients, with no other process."""
+    """Makes a step exchange its gradients in a group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def wrap(step: TrainStep) -> None:
@@ -212,23 +212,25 @@ def exchanging() -> Iterator[Callable[[TrainStep], None]]:
     dist.destroy_process_group()
 
 
-def test_before_an_exchange_memory_may_run_out(exchanging: Callable[[TrainStep], None]) -> None:
+def test_a_batch_is_split_before_an_exchange(exchanging: Callable[[TrainStep], None]) -> None:
     images, labels = random_batch(16)
-    whole, parts = (build_step(batch_size=8, grad_accum_steps=2) for _ in range(2))
-    expected = run_group(whole, images, labels, 2)
+    full, parts = (build_step(batch_size=8, grad_accum_steps=2) for _ in range(2))
+    expected = run_group(full, images, labels, 2)
     model = limit_memory(parts, 8)
     exchanging(parts)
-    for number, (some, of_them) in enumerate(zip(images.chunk(2), labels.chunk(2))):
-        # Memory gets scarce with the batch whose gradients are exchanged.
+    for number, (some_images, some_labels) in enumerate(zip(images.chunk(2), labels.chunk(2))):
+        # Memory runs out at the batch whose gradients are exchanged.
         model.limit = 8 - 5 * number
-        parts.backward(some, of_them, group_size=2, closes_group=number == 1)
+        parts.backward(some_images, some_labels, group_size=2, closes_group=number == 1)
     assert model.seen == [8, 8, 4, 2, 2, 2, 2]
     assert parts.update().gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
-    for name, weight in weights_of(whole).items():
+    for name, weight in weights_of(full).items():
         torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_during_an_exchange_it_is_an_error_rather_than_a_hang(exchanging: Callable[[TrainStep], None]) -> None:
+def test_running_out_of_memory_during_an_exchange_is_an_error_not_a_hang(
+    exchanging: Callable[[TrainStep], None],
+) -> None:
     step = build_step(batch_size=8)
     limit_memory(step, 2, "backward")
     exchanging(step)
