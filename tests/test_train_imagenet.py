@@ -272,25 +272,26 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "status", "sentence"),
     [
         (
             {"model": "linvit_mini_patch4_46"},
+            2,
             "unknown model 'linvit_mini_patch4_46'; did you mean 'linvit_mini_patch4_64'?",
         ),
-        ({"batch_size": 32}, "batch_size 32 needs 32 training images, but there are 24"),
-        ({"val_split": "holdout"}, "no split 'holdout'"),
-        ({"k": 16}, "k=16 does not shorten a sequence of 16 patches"),
-        ({"freeze": ["stem"]}, "--freeze: unknown parameter or module 'stem'"),
-        ({"pretrained_path": "nothing.safetensors"}, "nothing.safetensors: there is no such file or folder"),
-        ({"resume": "nowhere"}, "--resume nowhere: there is no such file or folder"),
-        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"batch_size": 32}, 1, "batch_size 32 needs 32 training images, but there are 24"),
+        ({"val_split": "holdout"}, 1, "no split 'holdout'"),
+        ({"k": 16}, 1, "k=16 does not shorten a sequence of 16 patches"),
+        ({"freeze": ["stem"]}, 1, "--freeze: unknown parameter or module 'stem'"),
+        ({"pretrained_path": "nothing.safetensors"}, 1, "nothing.safetensors: there is no such file or folder"),
+        ({"resume": "nowhere"}, 1, "--resume nowhere: there is no such file or folder"),
+        ({"device": "cuda:99"}, 2, "--device cuda:99"),
     ],
 )
 def test_errors_are_one_sentence(
-    settings: dict[str, Any], sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], status: int, sentence: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(data, tmp_path, **settings) == 1
+    assert train(data, tmp_path, **settings) == status
     error = capsys.readouterr().err
     assert sentence in error
     assert error.startswith("error: ")
