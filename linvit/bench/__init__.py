@@ -1,5 +1,5 @@
-"""`linvit bench`: models side by side in one process, correctness checked before anything is timed.
+"""`linvit bench`: time models side by side in one process, after checking that they compute Linformer attention.
 
-options and presets say what is measured; plan builds every model once without memory; timing, memory, flops and peak
-measure; rows puts the numbers together; table, plot and results show them.
+`options` says which models are measured, `plan` builds each of them without memory, `check` compares attention with the
+reference, `run` measures, `rows` holds the numbers, and `output` shows them.
 """

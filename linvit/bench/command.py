@@ -1,4 +1,4 @@
-"""`linvit bench`."""
+"""`linvit bench`: the command, from its options to its files."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,13 +8,14 @@ from linvit.bench.options import BenchOptions, Group, select
 from linvit.settings.flags import check_files, parse_options
 
 if TYPE_CHECKING:
-    from linvit.bench.plan import Plan, Row
+    from linvit.bench.plan import Plan
+    from linvit.bench.rows import Row
 
 SUMMARY = "time models side by side, and measure their memory"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, and return the exit status."""
+    """Run `linvit bench` with these arguments and return the exit status."""
     options = parse_options(
         BenchOptions,
         argv,
@@ -27,17 +28,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def bench_command(options: BenchOptions, *, command: str) -> int:
-    """Measure what the options ask for, show it and write the files; returns the exit status.
+    """Measure the selected models, print tables and write the files; returns the exit status.
 
-    `command` is recorded in the results. Raises UsageError for what cannot be built, before anything is timed, and
-    ValueError where a model fails; what has been measured is written after every group, and when it is interrupted.
+    `command` is recorded in the results. The files are written after every group, also when it is interrupted. Raises
+    UsageError, before anything is timed, if a model cannot be built, and ValueError if one fails.
     """
     import torch
 
     from linvit.bench.output import show_models, show_rows
     from linvit.bench.plan import Plan
-    from linvit.bench.run import Bench, Results, exact_float32
+    from linvit.bench.run import Bench, Results
     from linvit.device import choose_device
+    from linvit.measure.timing import exact_float32
     from linvit.output.terminal import page
 
     check_files(("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file))
@@ -48,7 +50,7 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     console = page()
     show_models(console, plan)
     with exact_float32():
-        # Groups are added while the loop runs.
+        # The loop adds groups to the plan while it runs.
         for group in plan.groups:
             try:
                 rows = bench.measure(group)
@@ -56,15 +58,16 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
                 if results.rows:
                     results.write(options)
             show_rows(console, group.title, rows)
-            _halve_where_memory_ran_out(plan, group, rows)
+            _retry_smaller_batch(plan, group, rows)
     return 0
 
 
-def _halve_where_memory_ran_out(plan: "Plan", group: Group, rows: list["Row"]) -> None:
+def _retry_smaller_batch(plan: "Plan", group: Group, rows: list["Row"]) -> None:
+    """Plan the group again at half the batch size if a model ran out of memory."""
     if all(row.status == "ok" for row in rows):
         return
-    from linvit.bench.run import report
+    from linvit.output.terminal import note
 
     half = plan.halve(group)
     if half is not None:
-        report(f"{group.title}: out of memory, so once more at batch {half.batch_size}")
+        note(f"{group.title}: out of memory; retrying at batch {half.batch_size}")

@@ -1,6 +1,6 @@
-"""Options of `linvit bench`; imports nothing heavy, so that `--help` stays quick.
+"""Options of `linvit bench`, and the groups of models that they (or a preset) select.
 
-What is measured: groups of models that are timed side by side, from the options or from a preset.
+Imports nothing heavy, so that `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -13,42 +13,57 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.settings.fields import DType, ImageSize, Mode
+from linvit.settings.fields import DType, ImageSize, Mode, height_and_width
 
-# What a preset decides by itself.
+# Options that a preset replaces.
 _SELECTION = ("models", "img_size", "modes", "batch_size", "dtype", "compile", "rounds", "baseline", "memory")
+
+# Models of the presets.
+TIMM = "vit_small_patch16_224"
+OURS = "linvit_small_patch16_224"
+# k = 256, separable, one E per layer.
+LONG = "linvit_small_patch16_1024"
+LENGTHS = (
+    TIMM,
+    f"{OURS}:k=256,projection=linear",
+    f"{OURS}:k=64,projection=separable,share=kv",
+    f"{OURS}:k=32,projection=separable,share=kv",
+)
+CHECKPOINTED = (f"{LONG}:grad_checkpointing=mlp", f"{LONG}:grad_checkpointing=full")
 
 
 class BenchOptions(BaseModel):
-    """Which models are measured, how, and where the numbers go."""
+    """Which models are measured, how, and which files the numbers are written to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tuple[str, ...] = Field(
         ("linvit_small_patch16_224:k=64",),
-        description="timm names with keywords, as linvit_small_patch16_224:k=64,projection=separable,share=kv; "
+        description="timm names with keywords, such as linvit_small_patch16_224:k=64,projection=separable,share=kv; "
         "grad_checkpointing=mlp or =full is a keyword too",
     )
-    baseline: str = Field("vit_small_patch16_224", description="what every other model is compared with")
-    img_size: tuple[ImageSize, ...] = Field((512, 1024), description="image sizes, as 512 or 768x512")
+    baseline: str = Field("vit_small_patch16_224", description="model that every other model is compared with")
+    img_size: tuple[ImageSize, ...] = Field((512, 1024), description="image sizes in pixels, such as 512 or 768x512")
     modes: tuple[Mode, ...] = Field(("forward", "train"), description="forward pass, training step, or both")
-    batch_size: tuple[Annotated[int, Field(gt=0)], ...] = Field((1,), description="images a step; one or more")
+    batch_size: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (1,), description="one or more numbers of images per step"
+    )
     dtype: tuple[DType, ...] = Field(
-        ("float32",), description="precisions; all but float32 are automatic mixed precision"
+        ("float32",), description="precisions; all but float32 use automatic mixed precision"
     )
     compile: bool = Field(False, description="run every model through torch.compile")
-    rounds: int = Field(5, gt=0, description="how often every model is timed")
+    rounds: int = Field(5, gt=0, description="number of timed steps per model")
     memory: bool = Field(
-        False, description="on a CPU too, measure what a step adds to memory, in a process of its own per model"
+        False, description="measure the extra memory of a step on a CPU too, in a subprocess per model"
     )
     preset: Literal["readme", "gpu"] | None = Field(
-        None, description="a fixed selection instead: the README's numbers, or a GPU's"
+        None, description="measure a fixed selection instead: the README's numbers, or those of a GPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device; auto uses a GPU if there is one")
 
-    json_file: Path | None = Field(None, description="file for all numbers, and how they came to be")
-    csv_file: Path | None = Field(None, description="file for a table with a row per measurement")
-    plot_file: Path | None = Field(None, description="PNG file for a plot of time and memory over patches")
+    json_file: Path | None = Field(None, description="write all numbers and how they were measured to this file")
+    csv_file: Path | None = Field(None, description="write a table with one row per measurement to this file")
+    plot_file: Path | None = Field(None, description="write a plot of time and memory over patches to this PNG file")
 
     @model_validator(mode="after")
     def _check_selection(self) -> Self:
@@ -64,10 +79,10 @@ class BenchOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Group:
-    """Models under the same conditions; the first is the baseline, unless it is alone.
+    """Models that are timed under the same conditions; the first is the baseline, unless it is the only one.
 
-    `img_size` is (height, width); `warmup` counts untimed steps a model; `memory` names those of `models` whose steps
-    are measured in processes of their own where there is no GPU.
+    `img_size` is (height, width), `warmup` the number of untimed steps per model. `memory` names those of `models`
+    whose memory is measured in subprocesses if there is no GPU.
     """
 
     models: tuple[str, ...]
@@ -82,20 +97,21 @@ class Group:
 
     @property
     def title(self) -> str:
-        height, width = self.img_size
-        size = f"{height} px" if height == width else f"{height}×{width} px"
-        return f"{size}, {self.mode}, batch {self.batch_size}, {self.dtype}" + (", compiled" if self.compile else "")
+        from linvit.output.terminal import format_size
+
+        conditions = f"{format_size(self.img_size)} px, {self.mode}, batch {self.batch_size}, {self.dtype}"
+        return conditions + (", compiled" if self.compile else "")
 
 
 def select(options: BenchOptions) -> list[Group]:
-    """The groups that the options ask for, small ones first."""
+    """The groups that the options select, small images first."""
     if options.preset is not None:
         return list({"readme": _readme, "gpu": _gpu}[options.preset]())
     models = tuple(dict.fromkeys([options.baseline, *options.models]))
     return [
         Group(
             models,
-            (size, size) if isinstance(size, int) else size,
+            height_and_width(size),
             mode,
             rounds=options.rounds,
             batch_size=batch_size,
@@ -107,21 +123,11 @@ def select(options: BenchOptions) -> list[Group]:
     ]
 
 
-TIMM = "vit_small_patch16_224"
-OURS = "linvit_small_patch16_224"
-# k = 256, separable, one E a layer.
-LONG = "linvit_small_patch16_1024"
-LENGTHS = (
-    TIMM,
-    f"{OURS}:k=256,projection=linear",
-    f"{OURS}:k=64,projection=separable,share=kv",
-    f"{OURS}:k=32,projection=separable,share=kv",
-)
-CHECKPOINTED = (f"{LONG}:grad_checkpointing=mlp", f"{LONG}:grad_checkpointing=full")
-
-
 def _readme() -> Iterator[Group]:
-    """Under 15 minutes on 2 cores: steps of many seconds get no warm-up, all code having run at smaller sizes."""
+    """The README's numbers, in under 15 minutes on 2 cores.
+
+    Steps that take many seconds get no warm-up: all code has run at smaller sizes before.
+    """
     yield Group((TIMM, OURS), (224, 224), "forward", rounds=15)
     yield Group((TIMM, OURS), (224, 224), "train", rounds=15)
     yield Group(LENGTHS, (512, 512), "forward", rounds=11)
@@ -141,7 +147,7 @@ def _readme() -> Iterator[Group]:
 
 
 def _gpu() -> Iterator[Group]:
-    """About as many patches in every batch, which fill a GPU; in the end compiled models, and single precision."""
+    """Batches of about equally many patches, enough to fill a GPU; then compiled models, then single precision."""
     batches = {512: 32, 1024: 8, 2048: 2, 4096: 1}
     modes: tuple[Mode, ...] = ("forward", "train")
     timm, linear, separable, _ = LENGTHS

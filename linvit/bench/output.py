@@ -1,9 +1,4 @@
-"""What Linformer's authors measured: Wang et al. 2020, arXiv 2006.04768, Table 3, columns k = 256.
-
-The tables that `linvit bench` prints; they fit 100 columns.
-
-Time and memory over the number of patches, from the numbers of a results file, as a PNG.
-"""
+"""Show results: tables on the terminal (100 columns), and a plot of time and memory over the number of patches."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,22 +9,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from linvit.bench.plan import Plan, Row
-from linvit.output.files import write_file
+from linvit.bench.plan import Plan
+from linvit.bench.rows import Row
+from linvit.output.plots import GREY, save_figure, series_style
+from linvit.output.terminal import EMPTY, format_bytes, format_count, format_lengths, format_size, table
 
 
 class Gain(NamedTuple):
-    """How many times less a Linformer takes than the Transformer that the paper compares it with."""
+    """How many times less time and memory a Linformer takes than a Transformer."""
 
     time: float
     memory: float
 
 
-# By sequence length: inference on a 16 GB V100, one E for all layers, against attention that is not fused.
+# Wang et al. 2020, arXiv 2006.04768, Table 3, columns k = 256, by sequence length: inference on a 16 GB V100, one E for
+# all layers, compared with attention that is not fused.
 PAPER_GAINS = {
     512: Gain(1.3, 1.5),
     1024: Gain(1.6, 2.9),
@@ -40,66 +36,62 @@ PAPER_GAINS = {
     32768: Gain(12, 48),
     65536: Gain(18, 52),
 }
+PAPER_LABEL = "baseline here divided by the gain in Linformer's paper (Table 3, k=256, over unfused attention)"
+PAPER_STYLE: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "*",
+    "markersize": 13,
+    "markerfacecolor": "none",
+    "markeredgecolor": GREY,
+}
+LINE_STYLES = {"forward": "-", "train": "--"}
+# Key in the plot's metadata for the SHA-256 of the results.
+DIGEST_KEY = "Results-SHA256"
 
-
-EMPTY = "–"
+# A row as the JSON file has it: the fields of `Row`.
+JsonRow = dict[str, Any]
 
 
 def show_models(console: Console, plan: Plan) -> None:
-    """What is compared: a line per model and image size."""
-    table = _table("models", ["pixels", "patches", "k", "parameters", "of E, F"])
-    table.add_column("kind", no_wrap=True)
-    table.add_column("share", no_wrap=True)
-    for (model, (height, width)), facts in plan.facts.items():
-        table.add_row(
+    """Print what is compared: one line per model and image size."""
+    headings = ["model", "pixels", "patches", "k", "parameters", "of E, F", "kind", "share"]
+    models = table(headings, text=["model", "kind", "share"], title="models")
+    for (model, img_size), facts in plan.facts.items():
+        models.add_row(
             _name(model),
-            str(height) if height == width else f"{height}×{width}",
+            format_size(img_size),
             f"{facts.patches:,}",
-            _length(facts.k),
-            _scaled(facts.num_parameters),
-            _scaled(facts.num_projection_parameters) if facts.k is not None else EMPTY,
+            format_lengths(facts.k),
+            format_count(facts.num_parameters),
+            format_count(None if facts.k is None else facts.num_projection_parameters),
             facts.kind,
             facts.share or EMPTY,
         )
-    console.print(table)
+    console.print(models)
 
 
 def show_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
-    """What one group took: a line per model."""
+    """Print the measurements of one group: one line per model."""
     has_memory = any(row.step_bytes is not None for row in rows)
-    headings = ["seconds", "times faster", "img/s", "tokens/s", "FLOPs", "of peak"]
-    table = _table(title, [*headings, "adds"] if has_memory else headings)
+    headings = ["model", "seconds", "times faster", "img/s", "tokens/s", "FLOPs", "of peak"]
+    measured = table([*headings, "extra memory"] if has_memory else headings, text=["model"], title=title)
     for row in rows:
-        cells = [
-            f"{row.seconds:.3g}" if row.seconds is not None else row.status,
+        measured.add_row(
+            _name(row.model),
+            row.status if row.seconds is None else f"{row.seconds:.3g}",
             _ratio(row),
-            _each(row.images_per_second, lambda value: f"{value:.3g}"),
-            _each(row.tokens_per_second, _scaled),
-            _scaled(row.flops),
-            _each(row.peak_share, lambda value: f"{value:.0%}"),
-        ]
-        table.add_row(_name(row.model), *cells, *([_each(row.step_bytes, _bytes)] if has_memory else []))
-    console.print(table)
-
-
-def _table(title: str, numbers: Sequence[str]) -> Table:
-    """A table whose first column is the model's, followed by columns of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+            EMPTY if row.images_per_second is None else f"{row.images_per_second:.3g}",
+            format_count(row.tokens_per_second),
+            format_count(row.flops),
+            EMPTY if row.peak_share is None else f"{row.peak_share:.0%}",
+            *([format_bytes(row.step_bytes)] if has_memory else []),
+        )
+    console.print(measured)
 
 
 def _name(model: str) -> str:
-    """A model's name and, on a line of their own, its keywords, with blanks to wrap at."""
+    """A model's name and, on the next line, its keywords with spaces to wrap at."""
     return model.replace(":", ":\n", 1).replace(",", ", ")
-
-
-def _length(k: int | tuple[int, int] | None) -> str:
-    if k is None:
-        return EMPTY
-    return str(k) if isinstance(k, int) else f"{k[0]}…{k[1]}"
 
 
 def _ratio(row: Row) -> str:
@@ -109,45 +101,19 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
 
 
-def _each(value: float | None, words: Callable[[float], str]) -> str:
-    return EMPTY if value is None else words(value)
-
-
-def _scaled(value: float) -> str:
-    """Three digits and a unit: 1.23 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-# Okabe and Ito's colours and a wine red, told apart without red and green; markers tell lines apart without colour.
-COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#882255")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-STYLES = {"forward": "-", "train": "--"}
-DIGEST_KEY = "Results-SHA256"
-PAPER_LABEL = "Linformer's paper, Table 3, k=256: its gain over unfused attention, taken off the baseline here"
-
-PlotRow = dict[str, Any]
-
-
 def save_plot(results: dict[str, Any], path: Path, *, digest: str) -> None:
-    """Draw the rows of `results` and write the picture, which carries `digest` in its metadata.
+    """Draw the rows of `results` and write a PNG with `digest` in its metadata.
 
-    Of several batch sizes and precisions, the first is drawn.
+    Raises OSError, naming the file, if it cannot be written.
     """
-    figure = draw(results["rows"])
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, metadata={DIGEST_KEY: digest}))
+    save_figure(path, draw(results["rows"]), metadata={DIGEST_KEY: digest})
 
 
-def draw(rows: Sequence[PlotRow]) -> Figure:
-    """Two panels, log-log: seconds of a step, and bytes that a training step adds; a line a model.
+def draw(rows: Sequence[JsonRow]) -> Figure:
+    """Two log-log panels with a line per model: time of a step, and extra memory of a training step.
 
-    Where the batch is not the same at all sizes, both are those of an image.
+    Only the first precision, and the first batch size of each image size, is drawn. If batch sizes differ between image
+    sizes, time and memory are divided by them.
     """
     dtype, is_compiled = rows[0]["dtype"], rows[0]["compile"]
     rows = [row for row in rows if (row["dtype"], row["compile"]) == (dtype, is_compiled)]
@@ -156,70 +122,56 @@ def draw(rows: Sequence[PlotRow]) -> Figure:
         batches.setdefault(row["patches"], row["batch_size"])
     rows = [row for row in rows if row["batch_size"] == batches[row["patches"]]]
     smallest, largest = min(batches.values()), max(batches.values())
-    titles, batch = ("time of a step", "memory that a training step adds"), f"batch {smallest}"
-    if smallest != largest:
-        rows = [_of_an_image(row) for row in rows]
-        titles, batch = (
-            ("time of an image", "memory for training an image"),
-            f"batches of {smallest} to {largest}",
-        )
+    if smallest == largest:
+        titles, batch = ("time of a step", "extra memory of a training step"), f"batch {smallest}"
+    else:
+        rows = [_per_image(row) for row in rows]
+        titles, batch = ("time per image", "training memory per image"), f"batches of {smallest} to {largest}"
     conditions = f"{batch}, {dtype}" + (", compiled" if is_compiled else "")
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(11, 5.2 + 0.2 * len(models)), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    for mode, style in STYLES.items():
-        _lines(time, [row for row in rows if row["mode"] == mode], models, "seconds", 1.0, style)
-    trained = [row for row in rows if row["mode"] == "train"]
-    _lines(memory, trained, models, "step_bytes", 2.0**30, STYLES["train"])
-    _paper(time, [row for row in rows if row["mode"] == "forward"], "seconds", 1.0, lambda gain: gain.time)
-    _paper(memory, trained, "step_bytes", 2.0**30, lambda gain: gain.memory)
-    _label(time, f"{titles[0]}, {conditions}", "seconds")
-    _label(memory, f"{titles[1]}, {conditions}", "GiB")
+    forward, train = ([row for row in rows if row["mode"] == mode] for mode in LINE_STYLES)
+    _lines(time, forward, models, "seconds", 1.0, LINE_STYLES["forward"])
+    _lines(time, train, models, "seconds", 1.0, LINE_STYLES["train"])
+    _lines(memory, train, models, "step_bytes", 2.0**30, LINE_STYLES["train"])
+    _paper(time, forward, "seconds", 1.0, lambda gain: gain.time)
+    _paper(memory, train, "step_bytes", 2.0**30, lambda gain: gain.memory)
+    _finish(time, f"{titles[0]}, {conditions}", "seconds")
+    _finish(memory, f"{titles[1]}, {conditions}", "GiB")
     figure.legend(handles=_legend(models), loc="outside lower center", fontsize=9, frameon=False)
     return figure
 
 
-def _of_an_image(row: PlotRow) -> PlotRow:
+def _per_image(row: JsonRow) -> JsonRow:
     return row | {name: row[name] and row[name] / row["batch_size"] for name in ("seconds", "step_bytes")}
 
 
-def _lines(axes: Axes, rows: Sequence[PlotRow], models: Sequence[str], name: str, unit: float, style: str) -> None:
+def _lines(axes: Axes, rows: Sequence[JsonRow], models: Sequence[str], name: str, unit: float, style: str) -> None:
     for index, model in enumerate(models):
         points = sorted((row["patches"], row[name] / unit) for row in rows if row["model"] == model and row[name])
         if points:
-            axes.plot(*zip(*points), style, label=model, markersize=5, linewidth=1.5, **_look(index))
+            axes.plot(*zip(*points), style, label=model, markersize=5, linewidth=1.5, **series_style(index))
 
 
-def _paper(axes: Axes, rows: Sequence[PlotRow], name: str, unit: float, gain: Callable[[Gain], float]) -> None:
-    """What the baseline's numbers would be, divided by the paper's gain."""
+def _paper(axes: Axes, rows: Sequence[JsonRow], name: str, unit: float, gain: Callable[[Gain], float]) -> None:
+    """Mark the baseline's values divided by the paper's gain."""
     points = [
         (row["patches"], row[name] / unit / gain(PAPER_GAINS[row["patches"]]))
         for row in rows
         if row["model"] == row["baseline"] and row["patches"] in PAPER_GAINS and row[name]
     ]
     if points:
-        axes.plot(*zip(*sorted(points)), label=PAPER_LABEL, **_PAPER_LOOK)
+        axes.plot(*zip(*sorted(points)), label=PAPER_LABEL, **PAPER_STYLE)
 
 
-_PAPER_LOOK: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "*",
-    "markersize": 13,
-    "markerfacecolor": "none",
-    "markeredgecolor": "#444444",
-}
-
-
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def _label(axes: Axes, title: str, unit: str) -> None:
+def _finish(axes: Axes, title: str, unit: str) -> None:
+    """Set titles, labels and log scales, with a tick at every number of patches."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("patches N")
     axes.set_ylabel(unit)
     if not axes.lines:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#666666")
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
         axes.set_xticks([])
         axes.set_yticks([])
         return
@@ -236,6 +188,6 @@ def _label(axes: Axes, title: str, unit: str) -> None:
 
 
 def _legend(models: Sequence[str]) -> list[Line2D]:
-    styles = [Line2D([], [], color="#666666", linestyle=style, label=mode) for mode, style in STYLES.items()]
-    lines = [Line2D([], [], label=model, **_look(index)) for index, model in enumerate(models)]
-    return [*lines, *styles, Line2D([], [], label=PAPER_LABEL, **_PAPER_LOOK)]
+    lines = [Line2D([], [], label=model, **series_style(index)) for index, model in enumerate(models)]
+    modes = [Line2D([], [], color=GREY, linestyle=style, label=mode) for mode, style in LINE_STYLES.items()]
+    return [*lines, *modes, Line2D([], [], label=PAPER_LABEL, **PAPER_STYLE)]

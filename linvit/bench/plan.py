@@ -1,21 +1,13 @@
-"""Every model of every group, built once without memory: mistakes show before anything is timed.
+"""Build every model of every group on the meta device, so that mistakes show before anything is timed."""
 
-A row per model and group: what was measured, and what follows from it.
-"""
-
-import csv
-import io
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import torch
 from timm.models import VisionTransformer
 
 from linvit.bench.options import Group
 from linvit.measure.flops import count_flops
-from linvit.measure.memory import StepMemory
 from linvit.model.attention import LinformerAttention
 from linvit.model.build import ModelSpec, build, parse_spec
 from linvit.model.projections import Projection
@@ -31,10 +23,13 @@ HeightWidth = tuple[int, int]
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model at an image size: patches N, projection, parameters, of which E and F."""
+    """Size and projections of a model at one image size.
+
+    `k` is the projected length, (lowest, highest) if it varies, or None for full attention.
+    `num_projection_parameters` is the part of `num_parameters` in E and F.
+    """
 
     patches: int
-    # One length, the lowest and the highest where they differ, or none.
     k: int | tuple[int, int] | None
     kind: str
     share: str
@@ -43,9 +38,9 @@ class Facts:
 
 
 class Plan:
-    """The groups to measure, and what their models are.
+    """The groups to measure, with the facts and FLOPs of their models.
 
-    Raises UsageError, naming the model, for the first that cannot be built or cannot take a step.
+    Raises UsageError, naming the model, if one cannot be built or cannot run a step.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -58,11 +53,11 @@ class Plan:
             self._prepare(group)
 
     def flops(self, model: str, group: Group) -> int:
-        """Floating-point operations of one step of a group's model, without any recomputation."""
+        """Floating-point operations of one step of a group's model, without recomputation."""
         return self._flops[model, group.img_size, group.mode, group.batch_size]
 
     def halve(self, group: Group) -> Group | None:
-        """The group at half its batch size, added behind it; None where that is planned already or impossible."""
+        """Insert the group at half its batch size behind it; None if that is already planned or impossible."""
         half = replace(group, batch_size=group.batch_size // 2)
         if half.batch_size == 0 or half in self.groups:
             return None
@@ -76,7 +71,7 @@ class Plan:
             if at_size not in self._models:
                 self.specs[model] = parse_spec(model)
                 built = build(self.specs[model], group.img_size, device="meta")
-                # What is computed a second time, to save memory, is no work done.
+                # Recomputation saves memory but does no additional work.
                 built.set_grad_checkpointing(False)
                 self._models[at_size] = built
                 self.facts[at_size] = describe(built)
@@ -89,116 +84,21 @@ class Plan:
         try:
             return count_flops(self._models[model, group.img_size], images, mode=group.mode)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise UsageError(f"{model} cannot take a step of {group.title}: {reason(error)}") from error
+            raise UsageError(f"{model} cannot run a step of {group.title}: {reason(error)}") from error
 
 
 def describe(model: VisionTransformer) -> Facts:
-    """Facts of a Vision Transformer."""
+    """The facts of a Vision Transformer at its image size."""
     layers = [module for module in model.modules() if isinstance(module, LinformerAttention)]
     pairs = [pair for pair in (layer.projections() for layer in layers) if pair is not None]
-    lengths = sorted({length for key, _ in pairs for length in key.lengths})
-    ends = (lengths[0], lengths[-1]) if lengths else None
-    # A parameter that layers or heads share counts once.
+    lengths = {length for key, _ in pairs for length in key.lengths}
+    # A set, since layers and heads may share parameters.
     own = {p for module in model.modules() if isinstance(module, Projection) for p in module.parameters()}
     return Facts(
         patches=model.patch_embed.num_patches,
-        k=ends[0] if ends and ends[0] == ends[1] else ends,
+        k=(min(lengths), max(lengths)) if len(lengths) > 1 else next(iter(lengths), None),
         kind=pairs[0][0].kind if pairs else FULL_ATTENTION,
         share=model.share if isinstance(model, LinformerViT) and pairs else "",
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_projection_parameters=sum(p.numel() for p in own),
     )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of one group; `None` where there is nothing to say.
-
-    `seconds` is the median of a step over `n` rounds, `spread` the quickest and the slowest. `ratio` is how many times
-    faster than the baseline: the median over rounds of baseline/own in the same round, `ratio_spread` its range.
-    `tokens_per_second` counts patches, `peak_share` is flops / seconds over the speed of plain matrix products.
-    `step_bytes` is what a step adds to memory, `process_bytes` the peak of all.
-    """
-
-    model: str
-    baseline: str | None
-    image_size: int | tuple[int, int]
-    patches: int
-    k: int | tuple[int, int] | None
-    kind: str
-    share: str
-    num_parameters: int
-    num_projection_parameters: int
-    mode: Mode
-    batch_size: int
-    dtype: str
-    compile: bool
-    status: Literal["ok", "out of memory"]
-    n: int
-    flops: int
-    seconds: float | None
-    spread: tuple[float, float] | None
-    images_per_second: float | None
-    tokens_per_second: float | None
-    ratio: float | None
-    ratio_spread: tuple[float, float] | None
-    peak_share: float | None
-    step_bytes: int | None
-    process_bytes: int | None
-    all_seconds: list[float]
-
-
-def make_row(
-    model: str,
-    group: Group,
-    facts: Facts,
-    *,
-    flops: int,
-    seconds: Sequence[float],
-    baseline_seconds: Sequence[float],
-    is_out_of_memory: bool,
-    gemm_flops_per_second: float,
-    memory: StepMemory | None,
-) -> Row:
-    """The row of a group's model from its seconds, and the baseline's, round by round."""
-    median = statistics.median(seconds) if seconds and not is_out_of_memory else None
-    is_compared = len(group.models) > 1
-    ratios = [base / own for base, own in zip(baseline_seconds, seconds)] if is_compared and median else []
-    images_per_second = group.batch_size / median if median else None
-    height, width = group.img_size
-    return Row(
-        model=model,
-        baseline=group.models[0] if is_compared else None,
-        image_size=height if height == width else group.img_size,
-        **asdict(facts),
-        mode=group.mode,
-        batch_size=group.batch_size,
-        dtype=group.dtype,
-        compile=group.compile,
-        status="out of memory" if is_out_of_memory else "ok",
-        n=len(seconds),
-        flops=flops,
-        seconds=median,
-        spread=(min(seconds), max(seconds)) if median else None,
-        images_per_second=images_per_second,
-        tokens_per_second=images_per_second * facts.patches if images_per_second else None,
-        ratio=statistics.median(ratios) if ratios else None,
-        ratio_spread=(min(ratios), max(ratios)) if ratios else None,
-        peak_share=flops / median / gemm_flops_per_second if median else None,
-        step_bytes=memory.step_bytes if memory else None,
-        process_bytes=memory.process_bytes if memory else None,
-        all_seconds=list(seconds),
-    )
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as a table with a header; pairs and lists are numbers with blanks between."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
-    return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,149 +1,45 @@
-"""Is what is about to be timed Linformer attention? The first such layer of a model against the equations.
+"""Measure groups of models: check them, time them in turn, measure their memory, and collect the results."""
 
-All that a run found, and the files that it goes to.
-
-One group: models built, checked, timed in turn, and their memory read.
-"""
-
-import contextlib
-import copy
 import gc
 import hashlib
 import json
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from linvit import reference
+from linvit.bench.check import MAX_PATCHES, Check, check_attention, size_to_check
 from linvit.bench.options import BenchOptions, Group
 from linvit.bench.output import save_plot
-from linvit.bench.plan import FULL_ATTENTION, Plan, Row, make_row, to_csv
+from linvit.bench.plan import FULL_ATTENTION, Plan
+from linvit.bench.rows import Row, make_row, to_csv
 from linvit.measure.flops import gemm_flops_per_second
 from linvit.measure.memory import (
     OutOfMemory,
     StepMemory,
     can_read_peaks,
     cuda_step_memory,
-    step_memory_of_own_process,
+    step_memory_in_subprocess,
 )
 from linvit.measure.provenance import provenance
 from linvit.measure.timing import Runner, interleave, make_step
-from linvit.model.attention import LinformerAttention
-from linvit.model.build import ModelSpec, build
-from linvit.model.projections import MatrixProjection, Projection
-from linvit.output.files import write_text
-from linvit.settings.flags import UsageError
-
-# A dense E of more patches than this takes the reference long.
-MOST_PATCHES = 4096
-FLOAT64_BOUND = 1e-10
-FLOAT32_BOUND = 1e-3
-
-
-class Check(NamedTuple):
-    """What was compared, at which size, and the largest difference as a share of the largest value."""
-
-    model: str
-    image_size: tuple[int, int]
-    compared: str
-    largest_difference: float
-    bound: float
-
-
-def size_to_check(spec: ModelSpec, img_size: tuple[int, int]) -> tuple[int, int]:
-    """Above 4,096 patches a smaller image, if the model can be built for it; else the size itself."""
-    while build(spec, img_size, device="meta").patch_embed.num_patches > MOST_PATCHES:
-        half = (img_size[0] // 2, img_size[1] // 2)
-        try:
-            build(spec, half, device="meta")
-        except UsageError:
-            break
-        img_size = half
-    return img_size
-
-
-def check_attention(spec: ModelSpec, img_size: tuple[int, int]) -> Check | None:
-    """Compare a model's first Linformer layer, its output and the gradient of its input; None where it has none.
-
-    Raises ValueError, naming the model, where the difference is too large.
-    """
-    model = build(spec, img_size)
-    layers = [m for m in model.modules() if isinstance(m, LinformerAttention) and m.projections() is not None]
-    if not layers:
-        return None
-    layer = copy.deepcopy(layers[0]).eval()
-    projections = layer.projections()
-    assert projections is not None
-    num_tokens = layer.num_prefix_tokens + model.patch_embed.num_patches
-    x = torch.randn(1, num_tokens, layer.qkv.in_features, generator=torch.Generator().manual_seed(0))
-    if all(isinstance(projection, MatrixProjection) for projection in projections):
-        compared, bound = "first Linformer layer and linvit.reference, both in float64", FLOAT64_BOUND
-        layer.double()
-        found, expected = (_with_gradient(f, x.double()) for f in (layer, lambda y: _reference(layer, y)))
-    else:
-        compared, bound = "first Linformer layer, float32 and, associative, in float64", FLOAT32_BOUND
-        precise = copy.deepcopy(layer).double()
-        precise.order = "associative"
-        found, expected = _with_gradient(layer, x), _with_gradient(precise, x.double())
-    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
-    # Not "greater": nan is no agreement either.
-    if not difference <= bound:
-        raise ValueError(
-            f"{spec.text} is not timed: its attention differs from the reference by {difference:.1e} "
-            f"(at most {bound:.0e} is rounding), so it computes something else"
-        )
-    return Check(spec.text, img_size, compared, difference, bound)
-
-
-def _with_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`function` of x, and the gradient of x for a fixed random direction."""
-    x = x.clone().requires_grad_()
-    y = function(x)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad(y, x, direction.to(y.dtype))
-    return y.detach(), gradient
-
-
-def _reference(layer: LinformerAttention, x: Tensor) -> Tensor:
-    projections = layer.projections()
-    assert projections is not None
-    assert isinstance(layer.proj, nn.Linear)
-    E, F = (_head_matrices(projection, layer.num_heads) for projection in projections)
-    return reference.linformer_attention(
-        x,
-        qkv_weight=layer.qkv.weight,
-        qkv_bias=layer.qkv.bias,
-        out_weight=layer.proj.weight,
-        out_bias=layer.proj.bias,
-        E=E,
-        F=F,
-        num_prefix_tokens=layer.num_prefix_tokens,
-    )
-
-
-def _head_matrices(projection: Projection, num_heads: int) -> list[Tensor]:
-    """E of every head (k_h, N)."""
-    assert isinstance(projection, MatrixProjection)
-    matrices = projection.matrix().expand(num_heads, -1, -1)
-    lengths = projection.lengths * (num_heads // len(projection.lengths))
-    return [matrix[:length] for matrix, length in zip(matrices, lengths)]
+from linvit.model.build import build
+from linvit.output.files import json_text, write_text
+from linvit.output.terminal import note
 
 
 @dataclass
 class Results:
-    """What has been measured so far; an interruption leaves what was there."""
+    """Everything measured so far; an interruption leaves the rows that are complete."""
 
     command: str
-    # What the numbers are of: the commit is read before the first of them, since files may change meanwhile.
+    # Provenance of the numbers. The commit is read before the first of them, since files may change meanwhile.
     origin: dict[str, Any] = field(init=False)
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    # Operations a second of plain matrix products, by dtype, as measured around the last group.
+    # Operations per second of plain matrix products by dtype, as measured around the last group.
     gemm_flops_per_second: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -151,6 +47,7 @@ class Results:
         self.origin = provenance(self.command, seed=0, n=0)
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of the JSON file."""
         rounds = sorted({row.n for row in self.rows if row.status == "ok"})
         return {
             **self.origin,
@@ -164,7 +61,7 @@ class Results:
 
     def write(self, options: BenchOptions) -> None:
         """Write the files that the options name; the plot carries the SHA-256 of the JSON text."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        text = json_text(self.to_dict())
         if options.json_file is not None:
             write_text(options.json_file, text)
         if options.csv_file is not None:
@@ -183,13 +80,14 @@ class Bench:
         self._checked: set[tuple[str, str, tuple[int, int]]] = set()
 
     def measure(self, group: Group) -> list[Row]:
-        """Rows of one group, also added to the results; those of an interrupted group are added too.
+        """Measure one group and return its rows, which are also added to the results, even after an interruption.
 
-        Raises ValueError, naming the model, where one computes something else than it says, or fails.
+        Raises ValueError, naming the model, if one does not compute Linformer attention, or fails.
         """
         self._check(group)
-        # Anew before and after each group: a machine that others use does not keep its speed.
-        self.results.gemm_flops_per_second[group.dtype] = self._peak(group)
+        # Measured again before and after each group, since the speed of a shared machine varies.
+        gemm_before = self._gemm_flops_per_second(group)
+        self.results.gemm_flops_per_second[group.dtype] = gemm_before
         memory: dict[str, StepMemory] = {}
         runners = self._build(group)
         try:
@@ -198,31 +96,32 @@ class Bench:
                 rounds=group.rounds,
                 warmup=group.warmup,
                 clock=self._clock,
-                report=lambda index: report(f"{group.title}: round {index + 1} of {group.rounds}"),
+                report=lambda index: note(f"{group.title}: round {index + 1} of {group.rounds}"),
             )
-            before = self.results.gemm_flops_per_second[group.dtype]
-            self.results.gemm_flops_per_second[group.dtype] = max(before, self._peak(group))
+            gemm = max(gemm_before, self._gemm_flops_per_second(group))
+            self.results.gemm_flops_per_second[group.dtype] = gemm
             if self.device.type == "cuda":
                 memory |= {r.model: cuda_step_memory(r.run) for r in runners if not r.is_out_of_memory}
             else:
-                self._read_memory(group, memory)
+                self._measure_cpu_memory(group, memory)
         finally:
-            rows = [self._row(runner, group, runners[0], memory) for runner in runners if _has_result(runner)]
+            has_result = [runner for runner in runners if runner.seconds or runner.is_out_of_memory]
+            rows = [self._row(runner, group, runners[0], memory) for runner in has_result]
             self.results.rows += rows
-            del runners
+            del runners, has_result
             self._clean_up(group)
         return rows
 
     def _check(self, group: Group) -> None:
-        """Check every model's attention, once for models that differ only in what they recompute."""
+        """Check every model's attention; models that differ only in what they recompute are checked once."""
         for model in group.models:
             spec, facts = self.plan.specs[model], self.plan.facts[model, group.img_size]
             if facts.kind == FULL_ATTENTION:
                 continue
-            size = group.img_size if facts.patches <= MOST_PATCHES else size_to_check(spec, group.img_size)
+            size = group.img_size if facts.patches <= MAX_PATCHES else size_to_check(spec, group.img_size)
             key = (spec.name, str(spec.kwargs), size)
             if key not in self._checked:
-                report(f"{group.title}: checking {model}")
+                note(f"{group.title}: checking {model}")
                 check = check_attention(spec, size)
                 assert check is not None
                 self.results.checks.append(check)
@@ -240,15 +139,15 @@ class Bench:
             runners.append(Runner(name, step))
         return runners
 
-    def _read_memory(self, group: Group, memory: dict[str, StepMemory]) -> None:
-        """Fill `memory` by processes of their own, for the models that the group names."""
+    def _measure_cpu_memory(self, group: Group, memory: dict[str, StepMemory]) -> None:
+        """Add to `memory`, in a subprocess each, the models whose memory the group asks for."""
         if group.memory and not can_read_peaks():
-            self._note("memory of a step on a CPU is read from Linux's /proc, which is lacking here: left empty")
+            self._note("memory is not measured: on a CPU this needs Linux's /proc")
             return
         for model in group.memory:
-            report(f"{group.title}: memory of {model}")
+            note(f"{group.title}: memory of {model}")
             try:
-                memory[model] = step_memory_of_own_process(
+                memory[model] = step_memory_in_subprocess(
                     model, group.img_size, mode=group.mode, batch_size=group.batch_size, dtype=group.dtype
                 )
             except OutOfMemory:
@@ -267,7 +166,7 @@ class Bench:
             memory=memory.get(runner.model),
         )
 
-    def _peak(self, group: Group) -> float:
+    def _gemm_flops_per_second(self, group: Group) -> float:
         return gemm_flops_per_second(getattr(torch, group.dtype), self.device, clock=self._clock)
 
     def _clock(self) -> float:
@@ -276,35 +175,15 @@ class Bench:
         return time.perf_counter()
 
     def _note(self, text: str) -> None:
+        """Print a remark, and record it in the results, once."""
         if text not in self.results.notes:
             self.results.notes.append(text)
-            report(text)
+            note(text)
 
     def _clean_up(self, group: Group) -> None:
-        """Leave the next group neither this one's models nor its compiled code."""
+        """Free the group's models and compiled code before the next group."""
         gc.collect()
         if group.compile:
             torch.compiler.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _has_result(runner: Runner) -> bool:
-    return bool(runner.seconds) or runner.is_out_of_memory
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Keep GPUs from computing float32 products in TF32, and put the setting back."""
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions

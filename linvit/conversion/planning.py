@@ -23,7 +23,7 @@ from linvit.conversion.convert import attentions, convert_unchecked
 from linvit.measure.flops import count_flops
 from linvit.model.projections import GridSize, Projection
 from linvit.model.vit import LinformerViT, Share
-from linvit.spectrum import plan as knapsack
+from linvit.spectrum.knapsack import Item, choose
 from linvit.spectrum.plan import lengths_to_try
 
 # Smallest ratio of neighbouring lengths; closer ones have about the same cost and error.
@@ -124,8 +124,8 @@ def _offers(
 
 def _choose(offers: list[list[Offer]], budget: float) -> list[Offer] | None:
     """One offer per layer with the least total error within the budget of operations; None if all exceed it."""
-    costs = [[knapsack.Offer(offer.flops, -offer.error) for offer in layer] for layer in offers]
-    numbers = knapsack.choose(costs, budget, unit=offers[0][-1].flops / UNITS)
+    costs = [[Item(offer.flops, -offer.error) for offer in layer] for layer in offers]
+    numbers = choose(costs, budget, unit=offers[0][-1].flops / UNITS)
     return None if numbers is None else [layer[number] for layer, number in zip(offers, numbers)]
 
 

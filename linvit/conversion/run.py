@@ -7,7 +7,6 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from linvit.bench.run import exact_float32
 from linvit.conversion.calibration import Activations, CalibrationImages, embed
 from linvit.conversion.comparison import Comparison, Fidelity, Speed, measure_speed, resized_copy
 from linvit.conversion.compatibility import linformer_keywords
@@ -22,6 +21,7 @@ from linvit.conversion.state import FitState, load_converted
 from linvit.device import choose_device
 from linvit.evaluation.inference import input_spec
 from linvit.measure.provenance import provenance
+from linvit.measure.timing import exact_float32
 from linvit.model.build import create_model
 from linvit.model.vit import LinformerViT, ProjectedLength
 from linvit.output.files import sha256_of, write_json

@@ -1,1 +1,1 @@
-"""Time, memory and FLOPs of models on this machine, and the record of how they were measured."""
+"""Time, memory and FLOPs of models on this machine, and how they were measured."""

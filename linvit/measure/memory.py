@@ -1,6 +1,6 @@
-"""What a step adds to memory: its peak above what was held before it (activations, gradients, workspace).
+"""Measure the extra memory of a step: its peak above what was allocated before (activations, gradients, workspace).
 
-On a GPU by torch's own count. On a CPU from /proc, in a process of its own per model:
+On a GPU torch's allocator counts it. On a CPU it is read from Linux's /proc, in a subprocess per model:
 
     python -m linvit.measure.memory SPEC HEIGHT WIDTH MODE BATCH DTYPE
 """
@@ -25,31 +25,32 @@ from linvit.settings.flags import run
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-SET_PEAK_BACK = "5"
+# Written to CLEAR_REFS, it resets the peak memory (VmHWM) to the current memory; see proc_pid_clear_refs(5).
+RESET_PEAK = "5"
 
 
 class StepMemory(NamedTuple):
-    """Bytes that a step adds, and the peak of the whole process (of torch's allocator on a GPU)."""
+    """Extra memory of a step, and peak memory of the whole process (on a GPU, of torch's allocator), in bytes."""
 
     step_bytes: int
     process_bytes: int
 
 
 class OutOfMemory(Exception):
-    """The process that was to measure ran out of memory."""
+    """The subprocess that measured memory ran out of it."""
 
 
 def can_read_peaks() -> bool:
-    """Whether this system tells a process its peak memory, and lets it set that back."""
+    """Whether this system lets a process read and reset its peak memory."""
     try:
-        CLEAR_REFS.write_text(SET_PEAK_BACK)
+        CLEAR_REFS.write_text(RESET_PEAK)
         return "VmHWM" in STATUS.read_text()
     except OSError:
         return False
 
 
 def cuda_step_memory(step: Callable[[], object]) -> StepMemory:
-    """Memory of one step on the GPU, by torch's count; all that lies there already is part of the peak."""
+    """Memory of one step on the GPU; the peak includes everything that was allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -59,43 +60,44 @@ def cuda_step_memory(step: Callable[[], object]) -> StepMemory:
     return StepMemory(peak - before, peak)
 
 
-def step_memory_of_own_process(
-    model: str, img_size: tuple[int, int], *, mode: Mode, batch_size: int, dtype: DType
-) -> StepMemory:
-    """Memory of one CPU step in a fresh process.
-
-    Raises OutOfMemory, and ValueError with the other process's own sentence for whatever else fails there.
-    """
-    settings = [model, *img_size, mode, batch_size, dtype]
-    command = [sys.executable, "-m", "linvit.measure.memory", *map(str, settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    words = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    # A negative status is a signal: Linux kills what asks for too much.
-    if done.returncode < 0 or "out of memory" in words[0]:
-        raise OutOfMemory(model)
-    if done.returncode != 0:
-        raise ValueError(f"measuring the memory of {model} failed: {words[0].removeprefix('error: ')}")
-    return StepMemory(**json.loads(done.stdout))
-
-
-def measure_here(model: str, img_size: tuple[int, int], *, mode: Mode, batch_size: int, dtype: DType) -> StepMemory:
-    """Memory of one CPU step in this process, after a like one has grown whatever stays grown."""
-    images = torch.randn(batch_size, 3, *img_size)
-    step = make_step(build(parse_spec(model), img_size), images, mode=mode, dtype=getattr(torch, dtype))
-    step()
+def cpu_step_memory(step: Callable[[], object]) -> StepMemory:
+    """Memory of one step on the CPU, in this process. An equal step must have run before, to fill caches."""
     gc.collect()
-    _give_back_freed_memory()
+    # Have glibc return free memory to the system; other C libraries lack this call.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _status_bytes("VmRSS")
-    CLEAR_REFS.write_text(SET_PEAK_BACK)
+    CLEAR_REFS.write_text(RESET_PEAK)
     step()
     peak = _status_bytes("VmHWM")
     return StepMemory(peak - before, peak)
 
 
-def _give_back_freed_memory() -> None:
-    """Have glibc return what lies free in its heaps; other C libraries have no such call."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def step_memory_in_subprocess(
+    model: str, img_size: tuple[int, int], *, mode: Mode, batch_size: int, dtype: DType
+) -> StepMemory:
+    """Memory of one CPU step of a model, such as "linvit_small_patch16_224:k=64", in a fresh process.
+
+    Raises OutOfMemory if the subprocess runs out of memory, and ValueError with its message if it fails otherwise.
+    """
+    settings = [model, *img_size, mode, batch_size, dtype]
+    command = [sys.executable, "-m", "linvit.measure.memory", *map(str, settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    # A negative status is a signal: Linux kills a process that takes too much memory.
+    if done.returncode < 0 or "out of memory" in message:
+        raise OutOfMemory(model)
+    if done.returncode != 0:
+        raise ValueError(f"measuring the memory of {model} failed: {message.removeprefix('error: ')}")
+    return StepMemory(**json.loads(done.stdout))
+
+
+def measure_here(model: str, img_size: tuple[int, int], *, mode: Mode, batch_size: int, dtype: DType) -> StepMemory:
+    """Memory of a model's second CPU step, in this process."""
+    images = torch.randn(batch_size, 3, *img_size)
+    step = make_step(build(parse_spec(model), img_size), images, mode=mode, dtype=getattr(torch, dtype))
+    step()
+    return cpu_step_memory(step)
 
 
 def _status_bytes(name: str) -> int:
@@ -104,6 +106,7 @@ def _status_bytes(name: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure as the arguments say and print the result as JSON; raises ValueError where that fails."""
     model, height, width, mode, batch_size, dtype = argv
     try:
         found = measure_here(

@@ -1,8 +1,9 @@
-"""What every results file says about how it came to be."""
+"""How results were produced: command, commit, versions and hardware, for every results file."""
 
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import timm
 import torch
 
 from linvit.version import __version__
+
+ROOT = Path(__file__).parents[2]
 
 
 def provenance(command: str, *, seed: int | Sequence[int], n: int | Sequence[int]) -> dict[str, Any]:
@@ -31,28 +34,30 @@ def provenance(command: str, *, seed: int | Sequence[int], n: int | Sequence[int
     }
 
 
+def script_command() -> str:
+    """The command line of the running script, such as "python benchmarks/loader.py --rounds 7"."""
+    script = Path(sys.argv[0]).resolve()
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+
+
 def _commit() -> str:
-    """The commit of the source tree, with "+changes" where files differ from it; "unknown" for an installed copy."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    """The source tree's commit, with "+changes" if files differ from it; "unknown" for an installed package."""
+    if not (ROOT / ".git").exists():
         return "unknown"
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, check=False).returncode != 0
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        has_changes = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip() + ("+changes" if changed else "")
+    return found.stdout.strip() + ("+changes" if has_changes else "")
 
 
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
-
-
-def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return []
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"

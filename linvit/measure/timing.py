@@ -1,6 +1,7 @@
-"""Steps of models, timed in turn: whatever else the machine does falls on all alike."""
+"""Time steps of several models in turn, so that other load on the machine slows all of them alike."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ Step = Callable[[], Tensor]
 
 @dataclass
 class Runner:
-    """A model at work: its step, which returns the logits, and the seconds that its timed steps took."""
+    """A model's step, which returns the logits, and the seconds that its timed steps took."""
 
     model: str
     step: Step
@@ -24,7 +25,10 @@ class Runner:
     has_run: bool = False
 
     def run(self) -> None:
-        """One step. Raises ValueError, naming the model, where it fails otherwise than by running out of memory."""
+        """Run one step and record whether it runs out of memory.
+
+        Raises ValueError, naming the model, if the step fails for another reason or its first outputs are not finite.
+        """
         try:
             logits = self.step()
         except (RuntimeError, MemoryError) as error:
@@ -38,9 +42,9 @@ class Runner:
 
 
 def make_step(model: nn.Module, images: Tensor, *, mode: Mode, dtype: torch.dtype) -> Step:
-    """One forward pass, or one training step without the optimizer: forward, sum, backward, gradients dropped.
+    """One forward pass, or one training step without an optimizer: forward, sum, backward, drop the gradients.
 
-    `images` are (B, 3, height, width); every `dtype` but float32 is automatic mixed precision.
+    `images` are (B, 3, height, width). A `dtype` other than float32 means automatic mixed precision.
     """
     precision = None if dtype == torch.float32 else dtype
 
@@ -70,10 +74,11 @@ def interleave(
     clock: Callable[[], float],
     report: Callable[[int], None],
 ) -> None:
-    """Time every runner once a round, in their order, after `warmup` untimed steps each.
+    """Time every runner once per round, in order, after `warmup` untimed steps each.
 
-    Seconds are added to the runners as they are measured, so that an interruption keeps them; `clock` waits for the
-    device. A runner that runs out of memory takes no further part. `report` is told each round before it starts.
+    Seconds are added to the runners as they are measured, so an interruption keeps them. A runner that runs out of
+    memory is skipped from then on. `clock` returns seconds and waits for the device; `report` is called with the index
+    of each round before it starts.
     """
     for _ in range(warmup):
         for runner in _remaining(runners):
@@ -83,9 +88,9 @@ def interleave(
         for runner in _remaining(runners):
             started = clock()
             runner.run()
-            taken = clock() - started
+            duration = clock() - started
             if not runner.is_out_of_memory:
-                runner.seconds.append(taken)
+                runner.seconds.append(duration)
 
 
 def _remaining(runners: Sequence[Runner]) -> list[Runner]:
@@ -93,7 +98,20 @@ def _remaining(runners: Sequence[Runner]) -> list[Runner]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or on a CPU, or Python failed to get memory."""
-    words = str(error)
-    is_allocation = "can't allocate memory" in words or "CUDA out of memory" in words
+    """Whether torch (on a GPU or a CPU) or Python failed to allocate memory."""
+    message = str(error)
+    is_allocation = "can't allocate memory" in message or "CUDA out of memory" in message
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_allocation
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep GPUs from computing float32 products in TF32, and restore the setting afterwards."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions

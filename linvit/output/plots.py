@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -20,9 +21,11 @@ GREY, LIGHT_GREY = "#666666", "#bbbbbb"
 _VERBATIM = {"text.parse_math": False}
 
 
-def series_style(index: int) -> dict[str, str]:
-    """Colour and marker of the line with this index; they repeat after eight lines."""
-    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+def series_style(index: int) -> dict[str, Any]:
+    """Colour and marker of the line with this index; the pairs repeat after 64 lines."""
+    # Each time the colours repeat, the markers move on by one.
+    shift = index // len(PALETTE)
+    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[(index + shift) % len(MARKERS)]}
 
 
 def save_figure(path: Path, figure: Figure, *, dpi: int = 150, metadata: dict[str, str] | None = None) -> None:

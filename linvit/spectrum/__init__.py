@@ -1,5 +1,6 @@
 """How many dimensions attention needs: `linvit spectrum`, `linvit.attention_spectrum` and `linvit.plan_k`.
 
-capture takes queries and keys out of a model, matrix makes attention matrices of them, singular their singular values;
-measure averages these over images into a result; plan and cost choose k per layer; table and plot show, command joins.
+`capture` records queries and keys while a model runs, `matrix` finds the singular values of their attention matrices,
+and `measure` averages these over images; `result` is the spectrum. `plan`, with `knapsack`, chooses k per layer.
+`show` and `plot` present both.
 """

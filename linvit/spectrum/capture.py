@@ -1,17 +1,9 @@
-"""One head's attention matrix on one image, a block of rows at a time: N × N is never held unless it is asked for.
+"""Record the queries and keys of every layer of a Vision Transformer, where they enter scaled_dot_product_attention.
 
-T tokens, K keys, d head width, C columns: K, or what K keys are mixed to.
+They are then exactly what the softmax sees, after biases, normalisation, rotary embedding and masks, and nothing of the
+model is computed twice.
 
-What every layer of a Vision Transformer attends with, taken where it goes into `scaled_dot_product_attention`.
-
-So queries and keys are as the softmax sees them, after whatever the model does to them: biases, normalisation, rotary
-embedding, masks. Nothing of the model is computed a second time.
-
-A Linformer layer attends to projected keys and mixes values by F (E where they share it): its T × T matrix is P̄ F with
-prefix tokens as they are. With Fᵀ = Q R, P̄ F = P̄ Rᵀ Qᵀ, and the columns of Q are orthonormal: P̄ Rᵀ, which is T × k, has
-the same singular values. Where the projection is no matrix (`maxpool`, `conv`) P̄ itself is taken.
-
-T tokens, N patches, K keys, H heads, d head width.
+T tokens, N patches, K keys, k projected length, H heads, d head width, M maps.
 """
 
 import contextlib
@@ -27,81 +19,19 @@ from torch.overrides import TorchFunctionMode
 
 from linvit.model.attention import LinformerAttention
 from linvit.model.projections import MatrixProjection
-
-# Entries of a block of rows: 64 MiB in single precision.
-BLOCK_ENTRIES = 2**24
-
-
-class AttentionMatrix:
-    """softmax(Q Kᵀ · scale + bias) M, (T, C).
-
-    Args:
-        queries: Q (T, d).
-        keys: K (K, d).
-        scale: what scores are multiplied by.
-        bias: added to the scores, (1 or T, K); None adds nothing.
-        mixing: M (K, C), applied to the softmax; None is the identity.
-
-    Softmax is taken in single precision, or in double where the queries have it.
-    """
-
-    def __init__(
-        self, queries: Tensor, keys: Tensor, *, scale: float, bias: Tensor | None = None, mixing: Tensor | None = None
-    ) -> None:
-        self.dtype = torch.promote_types(queries.dtype, torch.float32)
-        self.device = queries.device
-        self._queries = queries.to(self.dtype) * scale
-        self._keys = keys.to(self.dtype)
-        self._bias = None if bias is None else bias.to(self.dtype)
-        self._mixing = None if mixing is None else mixing.to(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        columns = self._keys.shape[0] if self._mixing is None else self._mixing.shape[1]
-        return self._queries.shape[0], columns
-
-    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and these (t, C), from the first to the last."""
-        num_rows = self._queries.shape[0]
-        length = max(1, BLOCK_ENTRIES // self._keys.shape[0])
-        for start in range(0, num_rows, length):
-            rows = slice(start, min(start + length, num_rows))
-            yield rows, self._rows(rows)
-
-    def _rows(self, rows: slice) -> Tensor:
-        scores = self._queries[rows] @ self._keys.mT
-        if self._bias is not None:
-            scores += self._bias if self._bias.shape[0] == 1 else self._bias[rows]
-        attention = scores.softmax(dim=-1)
-        return attention if self._mixing is None else attention @ self._mixing
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """The matrix times x (C, r): (T, r)."""
-        return torch.cat([block @ x for _, block in self.row_blocks()])
-
-    def transposed_matmul(self, y: Tensor) -> Tensor:
-        """The transposed matrix times y (T, r): (C, r)."""
-        out = y.new_zeros(self.shape[1], y.shape[1])
-        for rows, block in self.row_blocks():
-            out.addmm_(block.mT, y[rows])
-        return out
-
-    def gram(self) -> Tensor:
-        """The transposed matrix times the matrix, (C, C), in double precision."""
-        out = torch.zeros(self.shape[1], self.shape[1], dtype=torch.float64, device=self.device)
-        for _, block in self.row_blocks():
-            precise = block.double()
-            out.addmm_(precise.mT, precise)
-        return out
-
-    def energy(self) -> float:
-        """The sum of the squares of all entries, which is that of the squares of all singular values."""
-        return sum(block.double().square().sum().item() for _, block in self.row_blocks())
+from linvit.spectrum.matrix import AttentionMatrix
 
 
 @dataclass
 class LayerAttention:
-    """Queries (1, H, T, d) and keys (1, H, K, d) of one layer, a bias (1, 1 or H, 1 or T, K), and M of `matrix`."""
+    """Queries (1, H, T, d) and keys (1, H, K, d) of one layer, and what else determines its attention matrices.
+
+    `bias` is (1, 1 or H, 1 or T, K) or None. `mixing` is (1 or H, K, C) or None: a Linformer layer attends to projected
+    keys and mixes the values by F (E if they are shared), so its matrix is P̄ F, where P̄ is the softmax and prefix
+    tokens stay as they are. With Fᵀ = Q R it is P̄ Rᵀ Qᵀ. The columns of Q are orthonormal, so P̄ Rᵀ, which has only K
+    columns, has the same singular values, and `mixing` is Rᵀ. If the projection is not a matrix (`maxpool`, `conv`),
+    it is None, and the matrix is P̄.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -116,20 +46,20 @@ class LayerAttention:
     def matrix(self, head: int) -> AttentionMatrix:
         """The attention matrix of one head."""
 
-        def own(heads: Tensor | None) -> Tensor | None:
+        def of_head(heads: Tensor | None) -> Tensor | None:
             return None if heads is None else heads[head if heads.shape[0] > 1 else 0]
 
         return AttentionMatrix(
             self.queries[0, head],
             self.keys[0, head],
             scale=self.scale,
-            bias=own(None if self.bias is None else self.bias[0]),
-            mixing=own(self.mixing),
+            bias=of_head(None if self.bias is None else self.bias[0]),
+            mixing=of_head(self.mixing),
         )
 
 
 class Vit(nn.Module):
-    """What is relied on in a Vision Transformer of timm's or ours, for the type checker; never made itself."""
+    """The parts of a Vision Transformer (timm's or linvit's) that are used here, for the type checker alone."""
 
     blocks: nn.Sequential
     patch_embed: PatchEmbed
@@ -137,22 +67,22 @@ class Vit(nn.Module):
 
 
 def as_vit(model: nn.Module) -> Vit:
-    """The model itself; ValueError unless it is a Vision Transformer: patches, and blocks that attend to them."""
+    """The model itself; raises ValueError unless it is a Vision Transformer, with patches and blocks of attention."""
     blocks, embedding = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not isinstance(embedding, PatchEmbed):
         raise ValueError(
-            f"{type(model).__name__} is no Vision Transformer with patch_embed and blocks: its attention, if it has "
-            "any, is not one matrix a layer and head"
+            f"{type(model).__name__} is not a Vision Transformer with patch_embed and blocks: its attention, if any, "
+            "is not one matrix per layer and head"
         )
     return cast(Vit, model)
 
 
 @torch.no_grad()
 def capture_attention(model: Vit, image: Tensor) -> list[LayerAttention]:
-    """What each block attends with on one image (1, 3, H, W); the model is left as it was.
+    """The attention of each block on one image (1, 3, height, width); the model is restored afterwards.
 
-    Raises ValueError, naming the block, where it does not attend once to all tokens through
-    `scaled_dot_product_attention`, and where the image does not fit the model's grid.
+    Raises ValueError, naming the block, if it does not attend once to all tokens through
+    `scaled_dot_product_attention`, and if the image does not fit the model's grid.
     """
     recorder = _Recorder()
     with _ready_to_capture(model), recorder.watching(model.blocks), recorder:
@@ -181,7 +111,7 @@ class _Call:
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the calls of each block, by the block's index."""
+    """Records the calls of `scaled_dot_product_attention` in each block, by the block's index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +125,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def watching(self, blocks: nn.Module) -> Iterator[None]:
+        """Keep track of the block that is running."""
         handles = []
         for index, block in enumerate(blocks.children()):
             handles.append(block.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
@@ -209,13 +140,14 @@ class _Recorder(TorchFunctionMode):
         self._block = block
 
     def layer(self, index: int) -> LayerAttention:
+        """The attention of a block, without `mixing`; raises ValueError unless it is one matrix per head."""
         calls = self.calls.get(index, [])
         if not calls:
             raise ValueError(f"blocks.{index} does not attend by queries and keys: this model has no attention matrix")
         first = calls[0]
         if first.queries.shape[0] != 1:
             raise ValueError(f"blocks.{index} attends within {first.queries.shape[0]} windows, not to the whole image")
-        # Queries may come in runs, each with the same keys.
+        # A layer may call it for a chunk of queries at a time, each with the same keys.
         if any(call.keys.data_ptr() != first.keys.data_ptr() for call in calls) or first.is_causal:
             raise ValueError(f"blocks.{index} attends {len(calls)} times, or causally: its attention is not one matrix")
         return LayerAttention(
@@ -227,13 +159,14 @@ class _Recorder(TorchFunctionMode):
 
 
 def _additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """The mask as a bias of the scores: -inf where a boolean mask is False."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -torch.inf)
 
 
 def _mixing(block: nn.Module, grid_size: tuple[int, int]) -> Tensor | None:
-    """Rᵀ of the module's text, with rows for prefix tokens: (1 or H, K, K)."""
+    """Rᵀ, see `LayerAttention`, with rows for prefix tokens: (M, K, K)."""
     attention = next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
     projections = None if attention is None else attention.projections()
     if attention is None or projections is None or not isinstance(projections[1], MatrixProjection):
@@ -250,7 +183,7 @@ def _mixing(block: nn.Module, grid_size: tuple[int, int]) -> Tensor | None:
 
 @contextlib.contextmanager
 def _ready_to_capture(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, fused attention, Linformer layers in an order that forms queries and keys; then as before."""
+    """A context of evaluation mode, fused attention and, in Linformer layers, an order that forms queries."""
     modules = list(model.modules())
     training = [module.training for module in modules]
     fused: dict[Any, Any] = {
@@ -263,7 +196,7 @@ def _ready_to_capture(model: nn.Module) -> Iterator[None]:
             module.fused_attn = True
         for attention in orders:
             projections = attention.projections()
-            # Folded, no queries are formed.
+            # The folded order forms no queries.
             is_matrix = projections is not None and isinstance(projections[0], MatrixProjection)
             attention.order = "per_head" if is_matrix else "associative"
         yield

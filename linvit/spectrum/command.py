@@ -1,4 +1,4 @@
-"""`linvit spectrum`."""
+"""`linvit spectrum`: the command line."""
 
 import shlex
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ SUMMARY = "measure the ranks of attention, and plan k per layer"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and plan, and return the exit status."""
+    """Run `linvit spectrum` with these arguments and return the exit status."""
     options = parse_options(
         SpectrumOptions,
         argv,

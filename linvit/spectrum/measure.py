@@ -1,18 +1,8 @@
-"""Singular values of attention matrices: all of them, or the largest by random projection.
-
-All: the roots of the eigenvalues of AᵀA in double precision. Squaring costs half the digits, which leaves more than
-single precision has; AᵀA is added up without ever holding A.
-
-The largest: Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithm 4.4. What is found lies in a subspace, so it
-is never too large: every value is a lower bound. The energy of all values is known exactly, as the sum of the squares
-of the entries of A, so the energy that is missing is known exactly too.
-
-Singular values of a model's attention, averaged over images.
-"""
+"""Average the singular values of a model's attention matrices over images."""
 
 import copy
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,46 +10,13 @@ from torch import Tensor, nn
 
 from linvit.measure.flops import count_flops
 from linvit.model.attention import LinformerAttention
-from linvit.spectrum.capture import AttentionMatrix, LayerAttention, Vit, as_vit, capture_attention
+from linvit.spectrum.capture import LayerAttention, Vit, as_vit, capture_attention
+from linvit.spectrum.matrix import SingularValues, exact_singular_values, randomized_singular_values
 from linvit.spectrum.result import Spectrum
 
-# Columns beyond the rank asked for, and passes over A and Aᵀ that sharpen the subspace.
-OVERSAMPLING = 16
-POWER_ITERATIONS = 2
-
-
-class SingularValues(NamedTuple):
-    """The largest singular values, descending, in double precision, and the energy Σσ² of all there are."""
-
-    values: Tensor
-    energy: float
-
-
-def exact_singular_values(matrix: AttentionMatrix) -> SingularValues:
-    """All singular values of a matrix (T, C), C ≤ T: C of them."""
-    squares = torch.linalg.eigvalsh(matrix.gram()).clamp(min=0).flip(0)
-    return SingularValues(squares.sqrt().cpu(), squares.sum().item())
-
-
-def randomized_singular_values(matrix: AttentionMatrix, *, rank: int, seed: int) -> SingularValues:
-    """Lower bounds of the `rank` largest singular values, and the exact energy of all."""
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    for _ in range(POWER_ITERATIONS):
-        basis = _orthonormal(matrix.transposed_matmul(_orthonormal(matrix @ basis)))
-    range_basis = _orthonormal(matrix @ basis)
-    values = torch.linalg.svdvals(matrix.transposed_matmul(range_basis))[:rank]
-    return SingularValues(values.double().cpu(), matrix.energy())
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    return torch.linalg.qr(x).Q
-
-
 Method = Literal["auto", "exact", "randomized"]
-# Up to so many keys "auto" finds all singular values: beyond, those of one matrix take seconds.
-MOST_EXACT = 3000
+# With more keys, all singular values of one matrix take seconds, and "auto" finds the largest alone.
+MAX_EXACT_KEYS = 3000
 
 
 @torch.no_grad()
@@ -72,30 +29,32 @@ def attention_spectrum(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
-    """Singular values of the attention matrices of a Vision Transformer, timm's or ours, averaged over images.
+    """Singular values of a Vision Transformer's attention matrices (timm's or linvit's), averaged over images.
 
-    The matrix of a layer and head is T × T, T tokens, its rows the softmax that weighs the values (Wang et al. 2020,
-    section 3 and Figure 1). Of a Linformer layer it is P̄ F: the weights of projected keys times the projection of
-    values (E, where shared), prefix tokens as they are; or P̄, where the projection is no matrix. Matrices are formed
-    one head at a time.
+    The matrix of a layer and head is T × T for T tokens; its rows are the softmax that weights the values (Wang et al.
+    2020, section 3 and Figure 1). The matrix of a Linformer layer is P̄ F: the weights of projected keys times the
+    projection of values (E if it is shared), with prefix tokens unchanged. If the projection is not a matrix, it is P̄.
+    Matrices are formed one head at a time.
 
     Args:
-        model: left as it was, in whatever mode it is.
-        images: (B, 3, H, W), normalised, of the model's size and on its device.
+        model: may be in any mode, and is restored afterwards.
+        images: (B, 3, height, width), normalised, of the model's size and on its device.
         method: "exact" finds all T singular values, "randomized" lower bounds of the largest; "auto" is exact up to
             3,000 keys.
-        rank: how many "randomized" finds.
-        seed: of the random projection.
-        progress: called with how many matrices are done, and how many there are.
+        rank: number of singular values that "randomized" finds.
+        seed: seed of the random projection.
+        progress: called after each matrix with the number of finished matrices and their total.
 
-    Raises ValueError for models whose attention is not one matrix a layer and head, and images of another size.
+    Raises ValueError if the model's attention is not one matrix per layer and head, if the images do not have the
+    model's size, or if there are no images.
     """
     vit = as_vit(model)
     sums: _Sums | None = None
     for number, image in enumerate(images):
         layers = capture_attention(vit, image[None])
         if sums is None:
-            _check_layers(layers)
+            if len({(layer.num_heads, layer.queries.shape[2]) for layer in layers}) > 1:
+                raise ValueError("the model's layers differ in heads or tokens: their spectra cannot be compared")
             sums = _Sums(layers, method, rank)
         for row, layer in enumerate(layers):
             for head in range(layer.num_heads):
@@ -108,8 +67,9 @@ def attention_spectrum(
     height, width = images.shape[-2:]
     rows, columns = vit.patch_embed.dynamic_feat_size((height, width))
     num_tokens = layers[0].queries.shape[2]
+    cfg = getattr(model, "pretrained_cfg", None) or {}
     return Spectrum(
-        model=_name(model),
+        model=cfg.get("architecture") or type(model).__name__,
         img_size=(height, width),
         grid_size=(int(rows), int(columns)),
         num_prefix_tokens=num_tokens - int(rows * columns),
@@ -124,7 +84,7 @@ def attention_spectrum(
 
 
 class _Sums:
-    """Sums over images of the singular values (L, H, R), of their squares, and of the energies (L, H)."""
+    """Sums over images of singular values (L, H, R), their squares, and the energies (L, H)."""
 
     def __init__(self, layers: list[LayerAttention], method: Method, rank: int) -> None:
         num_tokens = layers[0].queries.shape[2]
@@ -136,7 +96,7 @@ class _Sums:
         self.totals = np.zeros(shape)
 
     def add(self, layer: int, head: int, found: SingularValues) -> None:
-        # Fewer keys than tokens leave zeros.
+        # A layer with fewer keys than tokens leaves the rest at zero.
         values = found.values.numpy()[: self.values.shape[-1]]
         self.values[layer, head, : len(values)] += values
         self.energies[layer, head, : len(values)] += values**2
@@ -151,29 +111,18 @@ def _singular_values(layer: LayerAttention, head: int, *, method: Method, rank: 
 
 
 def _is_exact(num_keys: int, method: Method, rank: int) -> bool:
-    return method == "exact" or num_keys <= rank or (method == "auto" and num_keys <= MOST_EXACT)
-
-
-def _check_layers(layers: list[LayerAttention]) -> None:
-    shapes = {(layer.num_heads, layer.queries.shape[2]) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError("the model's layers differ in heads or tokens: their spectra cannot be compared")
-
-
-def _name(model: nn.Module) -> str:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return cfg.get("architecture") or type(model).__name__
+    return method == "exact" or num_keys <= rank or (method == "auto" and num_keys <= MAX_EXACT_KEYS)
 
 
 def _flops_besides_attention(model: Vit, image: Tensor, num_tokens: int) -> int:
-    # torch's counter stumbles over parameters that are inputs of modules and want a gradient.
+    # torch's counter fails on parameters that are inputs of modules and require a gradient.
     bare = copy.deepcopy(model).to("meta").requires_grad_(False)
     total = count_flops(bare, image, mode="forward")
     width = bare.embed_dim
     tokens = image.new_empty(1, num_tokens, width)
-    ours = [module for module in bare.modules() if isinstance(module, LinformerAttention)]
-    if ours:
-        return total - sum(count_flops(layer, tokens, mode="forward") for layer in ours)
-    # Four products with D × D weights, two with N × N attention; two operations a multiply-add.
+    linformer_layers = [module for module in bare.modules() if isinstance(module, LinformerAttention)]
+    if linformer_layers:
+        return total - sum(count_flops(layer, tokens, mode="forward") for layer in linformer_layers)
+    # Four products with D × D weights, two with the T × T attention; two operations per multiply-add.
     ordinary = 2 * num_tokens * width * (4 * width + 2 * num_tokens)
     return total - len(bare.blocks) * ordinary

@@ -1,9 +1,10 @@
-"""What was measured of a model's attention at one image size, and what follows from it.
+"""The measured spectrum of a model's attention at one image size: ranks, energies, and its JSON form.
 
 L layers, H heads, R singular values, T tokens (prefix tokens and patches).
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-# In a file, singular values beyond this many are kept as means of runs, each this much longer than what is before it.
+# A file lists this many singular values singly. The rest are means over runs.
 LISTED_SINGLY = 64
+# Length of a run, as a share of the number of values before it.
 RUN_GROWTH = 0.03
+# Significant digits in a file.
 DIGITS = 5
+_ARRAYS = ("singular_values", "energies", "total_energies")
 NO_SPECTRUM = "holds no spectrum of attention: give what `linvit spectrum --json` wrote"
 
 
@@ -22,22 +26,21 @@ NO_SPECTRUM = "holds no spectrum of attention: give what `linvit spectrum --json
 class Spectrum:
     """Singular values of every layer's and head's softmax attention matrix (T × T), averaged over images.
 
-    `energy` is meant as in signal processing: a matrix's is the sum of the squares of its singular values, or of its
-    entries.
+    Energy is a term of signal processing: the sum of squares of a matrix's singular values, or of its entries.
 
     Attributes:
         model: the model's name.
         img_size: (height, width) in pixels.
         grid_size: patches, in rows and columns.
         num_prefix_tokens: class and register tokens, in front of the patches.
-        num_images: how many images the averages are of.
-        method: whether all singular values were found (R = T), or the R largest by random projection; the values are
-            then lower bounds.
+        num_images: number of images averaged over.
+        method: "exact" if all singular values were found (R = T), "randomized" if the R largest were found by random
+            projection; the values are then lower bounds.
         embed_dim: width of the tokens.
-        flops_besides_attention: operations of a forward pass of one image outside of the attention layers.
-        singular_values: (L, H, R), descending; the mean of each over images.
-        energies: (L, H, R), the mean of each one's square over images.
-        total_energies: (L, H), the mean over images of the energy of the whole matrix; exact for both methods.
+        flops_besides_attention: operations of a forward pass of one image outside the attention layers.
+        singular_values: (L, H, R), descending, means over images.
+        energies: (L, H, R), means of their squares over images.
+        total_energies: (L, H), means over images of the energy of the whole matrix; exact for both methods.
     """
 
     model: str
@@ -72,42 +75,41 @@ class Spectrum:
 
     @cached_property
     def cumulative(self) -> np.ndarray:
-        """Share of the sum of all singular values that the r largest have: (L, H, R).
+        """Share of the sum of all singular values that the r largest have: (L, H, R), the paper's Figure 1, left.
 
-        The paper's Figure 1, left. Of a randomized spectrum a lower bound: the sum of the values that were not found
-        is at most what their known energy allows.
+        A lower bound if randomized: the sum of the missing values is taken as large as their known energy allows.
         """
         sums = self.singular_values.cumsum(-1)
-        return sums / (sums[..., -1:] + self._most_not_found[..., None])
+        # Values of a given energy have the largest sum if they are equal.
+        count = self.num_tokens - self.singular_values.shape[-1]
+        max_missing_sum = np.sqrt(count * self.missing_energy * self.total_energies)
+        return sums / (sums[..., -1:] + max_missing_sum[..., None])
 
     @cached_property
     def cumulative_energy(self) -> np.ndarray:
-        """Share of the energy that the r largest singular values have: (L, H, R); of a randomized one, at least."""
+        """Share of the energy that the r largest singular values have: (L, H, R); a lower bound if randomized."""
         return self.energies.cumsum(-1) / self.total_energies[..., None]
 
     @property
     def missing_energy(self) -> np.ndarray:
-        """Share of the energy that none of the values found has: (L, H); nothing, but for rounding, where exact."""
+        """Share of the energy that the values do not account for: (L, H); zero, up to rounding, if exact."""
         return np.clip(1 - self.cumulative_energy[..., -1], 0, None)
 
     def rank(self, energy: float) -> np.ndarray:
-        """Effective rank: how many of the largest singular values have a share of the energy, (L, H) whole numbers.
+        """Effective rank: the number of largest singular values that hold this share of the energy, (L, H) integers.
 
-        T where the values found do not reach it: an upper bound.
+        T, an upper bound, where the values found do not reach it.
         """
-        # Of an exact spectrum the last share is 1 up to rounding.
+        # The last share of an exact spectrum is 1 up to rounding.
         reached = self.cumulative_energy >= energy - 1e-9
         return np.where(reached.any(-1), reached.argmax(-1) + 1, self.num_tokens)
 
-    @property
-    def _most_not_found(self) -> np.ndarray:
-        """Upper bound of the sum of the values that were not found (L, H): equal ones have the largest sum."""
-        count = self.num_tokens - self.singular_values.shape[-1]
-        return np.sqrt(count * self.missing_energy * self.total_energies)
-
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it. The first 64 singular values singly; then means of runs, so that cumulative sums are right
-        at the end of every run, to five digits."""
+        """All fields, for JSON.
+
+        The first 64 singular values are listed singly, the rest as means over runs, so that cumulative sums are right
+        at the end of every run, to five digits.
+        """
         lengths = _run_lengths(self.singular_values.shape[-1])
         runs = {name: _means(getattr(self, name), lengths) for name in ("singular_values", "energies")}
         simple = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ARRAYS}
@@ -116,7 +118,7 @@ class Spectrum:
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "Spectrum":
-        """What `to_dict` gave; ValueError where it is something else."""
+        """The spectrum that `to_dict` wrote; raises ValueError for anything else."""
         names = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or found.keys() != names | {"run_lengths"}:
             raise ValueError(NO_SPECTRUM)
@@ -133,14 +135,14 @@ class Spectrum:
 
     @classmethod
     def from_json(cls, text: str) -> "Spectrum":
-        """The spectrum in `to_json`'s text; ValueError where there is none."""
+        """The spectrum that `to_json` wrote; raises ValueError for anything else."""
         return cls.from_dict(json.loads(text))
 
 
 def read_spectra(path: Path) -> list[Spectrum]:
-    """The spectra in a file that `linvit spectrum --json` wrote, by size as measured.
+    """The spectra in a file that `linvit spectrum --json` wrote, in the order in which they were measured.
 
-    Raises ValueError, naming the file, where it cannot be read or holds something else.
+    Raises ValueError, naming the file, if it cannot be read or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +153,15 @@ def read_spectra(path: Path) -> list[Spectrum]:
         raise ValueError(f"{path}: {NO_SPECTRUM}") from None
 
 
-_ARRAYS = ("singular_values", "energies", "total_energies")
+def growth_exponent(spectra: Sequence[Spectrum], energy: float) -> float:
+    """The exponent α with which the effective rank, mean over layers and heads, grows as tokens^α: a fitted slope.
+
+    1 means growth in proportion to the tokens, 0 no growth. With the logarithmic growth of the paper's Theorem 1, α
+    tends to 0.
+    """
+    tokens = np.log([spectrum.num_tokens for spectrum in spectra])
+    ranks = np.log([spectrum.rank(energy).mean() for spectrum in spectra])
+    return float(np.polyfit(tokens, ranks, 1)[0])
 
 
 def _run_lengths(count: int) -> np.ndarray:
@@ -167,7 +177,7 @@ def _means(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
 
 
 def _rounded(values: np.ndarray) -> list[Any]:
-    """Nested lists of numbers of so many digits."""
+    """Nested lists of the values, rounded to DIGITS significant digits."""
     with np.errstate(divide="ignore"):
         magnitude = np.where(values == 0, 0.0, np.floor(np.log10(np.abs(values))))
     return np.vectorize(round, otypes=[float])(values, DIGITS - 1 - magnitude.astype(int)).tolist()

@@ -1,6 +1,5 @@
-"""`linvit spectrum`, from options to files."""
+"""Run `linvit spectrum`: measure or read spectra, plan, print tables and write the files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from linvit.data.sources.loose import load_images, sample_paths
 from linvit.device import choose_device
 from linvit.evaluation.inference import input_spec
 from linvit.measure.provenance import provenance
-from linvit.output.files import write_text
+from linvit.output.files import write_json, write_text
 from linvit.output.terminal import page, progress_bar
 from linvit.runs.folder import load_classifier
 from linvit.settings.fields import height_and_width
@@ -20,17 +19,18 @@ from linvit.settings.yaml import write_settings
 from linvit.spectrum.measure import attention_spectrum
 from linvit.spectrum.options import SpectrumOptions
 from linvit.spectrum.plan import Plan, make_plan, model_kwargs
+from linvit.spectrum.plot import save_plot
 from linvit.spectrum.result import Spectrum, read_spectra
-from linvit.spectrum.show import save_plot, show_growth, show_plan, show_spectrum, to_csv
+from linvit.spectrum.show import show_growth, show_plan, show_spectrum, to_csv
 
 HeightWidth = tuple[int, int]
 
 
 def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
-    """Measure, or read what was measured, plan, show and write the files; returns the exit status.
+    """Measure or read spectra, plan, print tables and write the files; returns the exit status.
 
-    `command` is recorded in the results. Raises UsageError for files that could not be written and ValueError where
-    model, weights, images and options do not fit together.
+    `command` is recorded in the results. Raises UsageError if a file could not be written, and ValueError if model,
+    weights, images and options do not fit together.
     """
     check_files(("--json", options.json_file), ("--csv", options.csv_file))
     check_files(("--plot", options.plot_file), ("--plan", options.plan_file))
@@ -49,25 +49,26 @@ def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
         save_plot(spectra, options.plot_file, index=options.index, plan=plan, **settings, min_k=options.min_k)
     if options.plan_file is not None and keywords is not None:
         if options.plan_file.suffix == ".json":
-            write_text(options.plan_file, json.dumps(keywords) + "\n")
+            write_json(options.plan_file, keywords, indent=None)
         else:
             write_settings(options.plan_file, keywords)
     return 0
 
 
 def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]:
-    """A spectrum for each size, on the same images; written after each."""
+    """A spectrum for each size, on the same images; the JSON file is written after each."""
     assert options.images is not None
     if options.weights is not None and not options.weights.exists():
         raise ValueError(f"--weights {options.weights}: there is no such file")
     paths = sample_paths(options.images, count=options.num_images, seed=options.seed)
     sizes: list[HeightWidth | None] = [height_and_width(size) for size in options.img_size]
+    # Refuse a device that is not there before the progress bar starts.
     choose_device(options.device)
     spectra = []
     with progress_bar() as bar:
         for size in sizes or [None]:
             spectra.append(_measure_at(size, paths, options, bar))
-            # What took minutes outlives an interruption, and a plan that cannot be made.
+            # Minutes of work must survive an interruption, and a budget that cannot be reached.
             _write_json(options.json_file, {**origin, "plan": None}, spectra)
     return spectra
 
@@ -105,4 +106,4 @@ def _show(spectra: list[Spectrum], index: int | None, plan: Plan | None, keyword
 def _write_json(path: Path | None, facts: dict[str, Any], spectra: list[Spectrum]) -> None:
     if path is not None:
         results = {**facts, "n": spectra[0].num_images, "spectra": [spectrum.to_dict() for spectrum in spectra]}
-        write_text(path, json.dumps(results) + "\n")
+        write_json(path, results, indent=None)

@@ -1,4 +1,4 @@
-"""Small models and groups that the tests of `linvit bench` share."""
+"""Small models and groups for the tests of `linvit bench` and `linvit.measure`."""
 
 from linvit.bench.options import Group
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from linvit.bench import peak
+from linvit.measure import flops
 
 
 @pytest.fixture
-def quick_peak(monkeypatch):
-    monkeypatch.setitem(peak.SIZES, "cpu", (32,))
+def quick_gemm(monkeypatch):
+    """Small matrix products to measure the speed of."""
+    monkeypatch.setitem(flops.GEMM_SIZES, "cpu", (32,))

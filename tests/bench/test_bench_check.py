@@ -1,11 +1,11 @@
-"""What is no Linformer attention is not timed."""
+"""A model that does not compute Linformer attention is refused."""
 
 import pytest
 from bench_groups import OURS, TIMM
 
 from linvit import reference
 from linvit.bench import check
-from linvit.bench.run import check_attention, size_to_check
+from linvit.bench.check import check_attention, size_to_check
 from linvit.model.attention import LinformerAttention
 from linvit.model.build import parse_spec
 
@@ -30,7 +30,7 @@ def test_layers_are_compared_with_the_reference(keywords):
 
 
 @pytest.mark.parametrize("kind", ["maxpool", "conv"])
-def test_projections_that_are_no_matrix_are_compared_with_float64(kind):
+def test_projections_that_are_not_a_matrix_are_compared_with_float64(kind):
     found = check_attention(parse_spec(f"linvit_mini_patch4_64:depth=1,k=16,projection={kind}"), SIZE)
     assert "float32" in found.compared
     assert 1e-12 < found.largest_difference < found.bound
@@ -42,11 +42,11 @@ def test_full_attention_has_nothing_to_compare():
 
 
 def test_long_sequences_are_compared_at_a_smaller_size(monkeypatch):
-    monkeypatch.setattr(check, "MOST_PATCHES", 32)
+    monkeypatch.setattr(check, "MAX_PATCHES", 32)
     spec = parse_spec("linvit_mini_patch4_64:depth=1,k=15")
     assert size_to_check(spec, (128, 64)) == (32, 16)
     assert size_to_check(spec, (32, 16)) == (32, 16)
-    # A quarter of the patches would be no more than k.
+    # A quarter of the patches would not exceed k.
     assert size_to_check(parse_spec("linvit_mini_patch4_64:depth=1,k=64"), (64, 64)) == (64, 64)
 
 
@@ -61,7 +61,7 @@ def test_a_gradient_that_differs_is_refused(monkeypatch):
     honest = LinformerAttention.forward
 
     def forward(self, x, **others):
-        # The value of x, and half of its gradient.
+        # The right value with half the gradient.
         return honest(self, 0.5 * x + 0.5 * x.detach(), **others)
 
     monkeypatch.setattr(LinformerAttention, "forward", forward)

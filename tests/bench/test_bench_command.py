@@ -11,29 +11,28 @@ from bench_groups import OURS, TIMM
 from PIL import Image
 
 from linvit import cli
-from linvit.bench import measure
-from linvit.bench.options import BenchOptions, select
+from linvit.bench import run
 from linvit.bench.output import DIGEST_KEY
-from linvit.bench.plan import Row
+from linvit.bench.rows import Row
 from linvit.measure.memory import StepMemory
 
 SELECTION = ["bench", "--device", "cpu", "--baseline", TIMM, "--models", OURS, "--img-size", "32", "--rounds", "2"]
 
-pytestmark = pytest.mark.usefixtures("quick_peak")
+pytestmark = pytest.mark.usefixtures("quick_gemm")
 
 
 def steps_that(fail):
-    """What `make_step` becomes: steps that call `fail` with the images and how many steps there were before."""
-    honest, count = measure.make_step, iter(range(1000))
+    """A `make_step` whose steps first call `fail` with the images and the number of steps before them."""
+    honest, count = run.make_step, iter(range(1000))
 
     def make_step(model, images, **others):
         step = honest(model, images, **others)
 
-        def run():
+        def failing():
             fail(images, next(count))
             return step()
 
-        return run
+        return failing
 
     return make_step
 
@@ -72,13 +71,13 @@ def test_numbers_go_to_the_terminal_and_three_files(tmp_path, capsys):
         assert image.info[DIGEST_KEY] == hashlib.sha256(files["json"].read_bytes()).hexdigest()
 
 
-def test_out_of_memory_is_a_row_and_a_second_try_at_half_the_batch(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_a_row_and_is_retried_at_half_the_batch(tmp_path, monkeypatch, capsys):
     def fail(images, step):
         # The second model's first step.
         if images.shape[0] == 2 and step == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(measure, "make_step", steps_that(fail))
+    monkeypatch.setattr(run, "make_step", steps_that(fail))
     path = tmp_path / "out.json"
     argv = [*SELECTION, "--modes", "forward", "--batch-size", "2", "--json", str(path), "--csv", str(tmp_path / "csv")]
     assert cli.main(argv) == 0
@@ -90,17 +89,17 @@ def test_out_of_memory_is_a_row_and_a_second_try_at_half_the_batch(tmp_path, mon
         (OURS, 1, "ok"),
     ]
     captured = capsys.readouterr()
-    assert "32 px, forward, batch 2, float32: out of memory, so once more at batch 1" in captured.err
+    assert "32 px, forward, batch 2, float32: out of memory; retrying at batch 1" in captured.err
     assert "out of memory" in captured.out
 
 
-def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_an_interruption_keeps_the_measurements(tmp_path, monkeypatch, capsys):
     def fail(images, step):
-        # Both warmed up, one round, and the baseline's second.
+        # After both warm-ups, one round, and the baseline's second step.
         if step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "make_step", steps_that(fail))
+    monkeypatch.setattr(run, "make_step", steps_that(fail))
     path = tmp_path / "out.json"
     assert cli.main([*SELECTION, "--json", str(path), "--csv", str(tmp_path / "out.csv")]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
@@ -115,7 +114,7 @@ def test_a_model_that_fails_is_named_and_the_rest_is_kept(tmp_path, monkeypatch,
         if step == 6:
             raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(measure, "make_step", steps_that(fail))
+    monkeypatch.setattr(run, "make_step", steps_that(fail))
     path = tmp_path / "out.json"
     assert cli.main([*SELECTION, "--json", str(path)]) == 1
     assert capsys.readouterr().err.endswith(f"error: {TIMM} fails: no kernel\n")
@@ -123,17 +122,17 @@ def test_a_model_that_fails_is_named_and_the_rest_is_kept(tmp_path, monkeypatch,
 
 
 def test_memory_is_measured_for_each_model(tmp_path, monkeypatch):
-    asked = []
+    requested = []
 
     def step_memory(model, img_size, **others):
-        asked.append((model, img_size, others["mode"]))
-        return StepMemory(10 * len(asked), 100)
+        requested.append((model, img_size, others["mode"]))
+        return StepMemory(10 * len(requested), 100)
 
-    monkeypatch.setattr(measure, "step_memory_of_own_process", step_memory)
-    monkeypatch.setattr(measure, "can_read_peaks", lambda: True)
+    monkeypatch.setattr(run, "step_memory_in_subprocess", step_memory)
+    monkeypatch.setattr(run, "can_read_peaks", lambda: True)
     path = tmp_path / "out.json"
     assert cli.main([*SELECTION, "--modes", "train", "--memory", "--json", str(path)]) == 0
-    assert asked == [(TIMM, (32, 32), "train"), (OURS, (32, 32), "train")]
+    assert requested == [(TIMM, (32, 32), "train"), (OURS, (32, 32), "train")]
     rows = json.loads(path.read_text())["rows"]
     assert [(row["step_bytes"], row["process_bytes"]) for row in rows] == [(10, 100), (20, 100)]
 
@@ -147,8 +146,8 @@ def test_models_that_differ_in_recomputation_are_checked_once(tmp_path):
     assert [row["model"] for row in found["rows"]] == [TIMM, OURS, f"{OURS},grad_checkpointing=full"]
 
 
-def test_where_memory_cannot_be_read_a_sentence_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "can_read_peaks", lambda: False)
+def test_memory_that_cannot_be_measured_is_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "can_read_peaks", lambda: False)
     path = tmp_path / "out.json"
     assert cli.main([*SELECTION, "--memory", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -174,73 +173,8 @@ def test_where_memory_cannot_be_read_a_sentence_says_so(tmp_path, monkeypatch, c
     ],
 )
 def test_wrong_usage_is_one_sentence_and_nothing_is_timed(argv, words, monkeypatch, capsys):
-    monkeypatch.setattr(measure.Bench, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(run.Bench, "measure", lambda *_: pytest.fail("measured"))
     assert cli.main(["bench", *argv]) == 2
     captured = capsys.readouterr()
     assert words in captured.err
     assert (captured.out, captured.err.count("\n")) == ("", 1)
-
-
-def test_the_selection_is_a_product_and_the_baseline_comes_first():
-    options = BenchOptions(models=("b", "a"), baseline="a", img_size=(32, (32, 64)), batch_size=(1, 2), memory=True)
-    groups = select(options)
-    assert [(group.img_size, group.batch_size, group.mode) for group in groups] == [
-        (size, batch_size, mode)
-        for size in ((32, 32), (32, 64))
-        for batch_size in (1, 2)
-        for mode in ("forward", "train")
-    ]
-    assert {(group.models, group.memory, group.rounds) for group in groups} == {(("a", "b"), ("a", "b"), 5)}
-
-
-@pytest.mark.parametrize("preset", ["readme", "gpu"])
-def test_presets_measure_memory_of_models_that_they_time(preset):
-    groups = select(BenchOptions(preset=preset))
-    assert len(set(groups)) == len(groups)
-    for group in groups:
-        assert set(group.memory) <= set(group.models)
-        assert len(set(group.models)) == len(group.models)
-
-
-# Seconds of timm's ViT-S on two cores, by mode and image size, and how many times faster k = 256, 64 and 32 must be.
-TIMM_SECONDS = {
-    ("forward", 224): 0.08,
-    ("forward", 512): 0.45,
-    ("forward", 1024): 5,
-    ("forward", 2048): 45,
-    ("train", 224): 0.25,
-    ("train", 512): 1.5,
-    ("train", 1024): 16,
-    ("train", 2048): 160,
-}
-GAINS = {
-    ("forward", 224): (1, 1, 1),
-    ("forward", 512): (1.3, 1.55, 1.7),
-    ("forward", 1024): (2.6, 2.8, 3.0),
-    ("forward", 2048): (7.5, 8.5, 9.3),
-    ("train", 224): (1, 1, 1),
-    ("train", 512): (1.4, 1.65, 1.85),
-    ("train", 1024): (3.0, 3.4, 3.9),
-    ("train", 2048): (7.5, 8.5, 10),
-}
-RECOMPUTING = {"mlp": 1.15, "full": 1.3}
-
-
-def seconds_of_a_step(model, mode, size):
-    if size == 4096:
-        return 16 * seconds_of_a_step(model, mode, 1024)
-    if model == "vit_small_patch16_224":
-        return TIMM_SECONDS[mode, size]
-    long, middle, short = GAINS[mode, size]
-    gain = middle if "k=64" in model else short if "k=32" in model else long
-    return TIMM_SECONDS[mode, size] / gain * RECOMPUTING.get(model.partition("grad_checkpointing=")[2], 1)
-
-
-def test_the_readme_preset_takes_under_fifteen_minutes():
-    building_and_checking, start_of_a_process = 50, 5
-    total = building_and_checking
-    for group in select(BenchOptions(preset="readme")):
-        seconds = {model: seconds_of_a_step(model, group.mode, group.img_size[0]) for model in group.models}
-        total += (group.rounds + group.warmup) * sum(seconds.values())
-        total += sum(start_of_a_process + 2 * seconds[model] for model in group.memory)
-    assert total < 15 * 60

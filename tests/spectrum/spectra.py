@@ -1,4 +1,4 @@
-"""Small models whose attention is known, their attention matrices by the textbook, and spectra made by hand."""
+"""Small models, their attention matrices computed by the textbook, and spectra made by hand."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SHAPE = {"img_size": (28, 20), "patch_size": 4, "embed_dim": 24, "depth": 2, "nu
 
 
 def timm_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> Any:
-    """A timm ViT of 36 tokens in double precision, its weights large enough for attention that is far from even."""
+    """A timm ViT of 36 tokens in double precision, with weights large enough for uneven attention."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**SHAPE, **kwargs}).double().eval()
     return _sharpen(model)
@@ -37,10 +37,10 @@ def images(batch: int = 2, size: tuple[int, int] = (28, 20)) -> Tensor:
 
 
 @torch.no_grad()
-def textbook_matrices(model: Any, pictures: Tensor) -> Tensor:
-    """What mixes the tokens of each image, layer and head, (B, L, H, T, T), computed from the layers' inputs.
+def textbook_matrices(model: Any, images: Tensor) -> Tensor:
+    """Attention matrices of each image, layer and head, (B, L, H, T, T), computed from the layers' inputs.
 
-    Checked against the layers' outputs: no layer does anything else.
+    Asserts that they reproduce the layers' outputs.
     """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -50,7 +50,7 @@ def textbook_matrices(model: Any, pictures: Tensor) -> Tensor:
         outputs.append(out)
 
     hooks = [block.attn.register_forward_hook(keep) for block in model.blocks]
-    model(pictures)
+    model(images)
     for hook in hooks:
         hook.remove()
     layers = []
@@ -83,7 +83,7 @@ def _dense(projection: Any, num_heads: int, num_prefix: int) -> Tensor:
 
 
 def _key_bias(lengths: list[int], num_heads: int, num_patches: int, num_prefix: int) -> Tensor:
-    """log(N/k) for projected keys, nothing for prefix tokens, and no weight for rows that only fill up: (H, 1, K)."""
+    """log(N/k) for projected keys, 0 for prefix tokens, and -inf for padding: (H, 1, K)."""
     bias = torch.full((num_heads, 1, num_prefix + max(lengths)), -torch.inf, dtype=torch.float64)
     for head, k in enumerate(lengths * (num_heads // len(lengths))):
         bias[head, :, : num_prefix + k] = np.log(num_patches / k) if num_prefix else 0.0

@@ -25,7 +25,7 @@ SPEC = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images in data/, weights of a small ViT beside it."""
+    """Images in data/, next to the weights of a small ViT."""
     folder = tmp_path_factory.mktemp("spectrum")
     make_images(folder / "data")
     save_file(timm.create_model(NAME, img_size=64, **SMALL).state_dict(), folder / "vit.safetensors")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder):
-    """Results at two sizes, and everything that is written with them."""
+    """The files of a run at two sizes."""
     files = {flag: folder / f"out.{end}" for flag, end in {"json": "json", "csv": "csv", "plot": "png"}.items()}
     flags = [part for flag, path in files.items() for part in (f"--{flag}", str(path))]
     assert run(folder, "--img-size", "64", "80x64", "--speedup", "1.05", "--min-k", "4", *flags) == 0
@@ -97,8 +97,8 @@ def test_a_run_takes_a_plan_as_its_config(measured, tmp_path, capsys):
     assert (config.projection, config.share, config.img_size) == ("separable", "kv", (80, 64))
 
 
-def test_what_was_measured_is_shown_again_without_measuring(measured, monkeypatch, capsys):
-    monkeypatch.setattr("linvit.spectrum.command.attention_spectrum", lambda *_, **__: pytest.fail("measured"))
+def test_a_results_file_is_shown_without_measuring(measured, monkeypatch, capsys):
+    monkeypatch.setattr("linvit.spectrum.run.attention_spectrum", lambda *_, **__: pytest.fail("measured"))
     assert cli.main(["spectrum", str(measured["json"]), "--index", "10"]) == 0
     shown = capsys.readouterr().out
     assert "65 tokens" in shown
@@ -106,10 +106,10 @@ def test_what_was_measured_is_shown_again_without_measuring(measured, monkeypatc
     assert "tokens^" in shown
 
 
-def test_randomized_says_what_is_missing(folder, capsys):
+def test_randomized_prints_the_missing_energy(folder, capsys):
     assert run(folder, "--img-size", "64", "--method", "randomized", "--rank", "8") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "8 singular values found, lower bounds; energy not found:" in shown
+    assert "found 8 singular values; these and their shares are lower bounds; missing energy:" in shown
 
 
 def test_the_same_seed_draws_the_same_images(folder):
@@ -156,9 +156,9 @@ def test_wrong_usage_is_one_sentence_and_nothing_is_measured(flags, words, monke
     assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
-def test_measured_results_take_no_images_and_are_not_written_again():
+def test_a_results_file_excludes_images_and_json():
     for name, flag in (("images", "--images"), ("json_file", "--json")):
-        with pytest.raises(ValueError, match=rf"out\.json has been measured: leave out {flag}"):
+        with pytest.raises(ValueError, match=rf"out\.json holds measured spectra: leave out {flag}"):
             SpectrumOptions(source="out.json", **{name: "d"})
 
 

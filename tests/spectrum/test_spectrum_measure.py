@@ -1,4 +1,4 @@
-"""Spectra of models against singular values of their attention matrices by the textbook, in double precision."""
+"""Spectra of models against singular values of their textbook attention matrices, in double precision."""
 
 import copy
 
@@ -37,7 +37,7 @@ def assert_is_spectrum_of(spectrum, matrices):
     ],
     ids=["plain", "qk_norm", "registers", "attention pooling"],
 )
-def test_timms_vits_are_those_of_the_textbook(arguments):
+def test_timms_vits_match_the_textbook(arguments):
     model, pictures = timm_vit(**arguments), images()
     spectrum = linvit.attention_spectrum(model, pictures)
     assert_is_spectrum_of(spectrum, textbook_matrices(model, pictures))
@@ -76,7 +76,7 @@ def test_our_models_in_every_form(arguments):
 
 
 @pytest.mark.parametrize("kind", REDUCING)
-def test_projections_that_are_no_matrix_show_their_weights(kind):
+def test_projections_that_are_not_a_matrix_show_their_weights(kind):
     model = linformer_vit(projection=kind)
     spectrum = linvit.attention_spectrum(model, images())
     assert (spectrum.singular_values[..., :7] > 0).all()
@@ -86,8 +86,8 @@ def test_projections_that_are_no_matrix_show_their_weights(kind):
     assert (spectrum.total_energies >= spectrum.num_tokens / 7).all()
 
 
-def test_queries_that_come_in_runs_are_put_together(monkeypatch):
-    # Reduced tokens: the only kinds whose queries the layer forms a run of tokens at a time.
+def test_queries_in_chunks_are_joined(monkeypatch):
+    # Only kinds that reduce tokens form queries a chunk of tokens at a time.
     model = linformer_vit(projection="conv")
     at_once = linvit.attention_spectrum(model, images())
     monkeypatch.setattr("linvit.model.attention.RUN_ELEMENTS", 10 * 24)
@@ -105,7 +105,7 @@ def test_known_attention_is_recognised():
     assert (even.rank(0.99) == 1).all()
 
 
-def test_random_projection_is_a_lower_bound_and_its_error_is_stated():
+def test_random_projection_is_a_lower_bound_with_known_error():
     model, pictures = timm_vit(img_size=(56, 56)), images(1, (56, 56))
     exact = linvit.attention_spectrum(model, pictures)
     found = linvit.attention_spectrum(model, pictures, method="randomized", rank=24, seed=1)
@@ -121,15 +121,15 @@ def test_random_projection_is_a_lower_bound_and_its_error_is_stated():
     assert (exact.missing_energy < 1e-9).all()
 
 
-def test_auto_projects_where_there_are_many_tokens(monkeypatch):
+def test_auto_uses_random_projection_for_many_tokens(monkeypatch):
     model, pictures = timm_vit(), images(1)
-    monkeypatch.setattr(measure, "MOST_EXACT", 35)
+    monkeypatch.setattr(measure, "MAX_EXACT_KEYS", 35)
     assert linvit.attention_spectrum(model, pictures, rank=5).method == "randomized"
-    monkeypatch.setattr(measure, "MOST_EXACT", 36)
+    monkeypatch.setattr(measure, "MAX_EXACT_KEYS", 36)
     assert linvit.attention_spectrum(model, pictures, rank=5).method == "exact"
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = linformer_vit().train()
     model.blocks[0].eval()
     model.blocks[1].attn.order = "folded"
@@ -151,7 +151,7 @@ def test_every_matrix_is_reported():
 
 @pytest.mark.parametrize("make", [timm_vit, linformer_vit], ids=["timm's", "ours"])
 def test_operations_besides_attention(make):
-    # One hidden layer of 4 · 24 a block, the embedding of 35 patches of 48 values, and nothing else.
+    # One hidden layer of 4 · 24 per block, and the embedding of 35 patches of 48 values.
     spectrum = linvit.attention_spectrum(make(), images(1))
     assert spectrum.flops_besides_attention == 2 * (2 * 2 * 36 * 24 * 96 + 35 * 48 * 24)
 
@@ -168,15 +168,15 @@ def test_operations_are_those_of_the_whole_model():
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("resnet18", {}, "ResNet is no Vision Transformer"),
-        ("mobilenetv3_small_050", {}, "MobileNetV3 is no Vision Transformer"),
+        ("resnet18", {}, "ResNet is not a Vision Transformer"),
+        ("mobilenetv3_small_050", {}, "MobileNetV3 is not a Vision Transformer"),
         (
             "swin_tiny_patch4_window7_224",
             {"img_size": 28, "window_size": 7},
-            "SwinTransformer is no Vision Transformer",
+            "SwinTransformer is not a Vision Transformer",
         ),
         ("samvit_base_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 24, "num_heads": 2}, "windows"),
-        ("xcit_nano_12_p16_224", {"img_size": 32}, "Xcit is no Vision Transformer"),
+        ("xcit_nano_12_p16_224", {"img_size": 32}, "Xcit is not a Vision Transformer"),
         ("vit_tiny_patch16_224", {"attn_layer": "diff", "img_size": 32, "depth": 1}, "attends 2 times"),
     ],
 )

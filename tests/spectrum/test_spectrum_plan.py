@@ -1,4 +1,4 @@
-"""Plans: within their budget, better for more of it, as good as can be, and usable as they are."""
+"""Plans stay within their budget, improve with more of it, are optimal, and fit the model."""
 
 import itertools
 from pathlib import Path
@@ -78,8 +78,8 @@ def test_more_budget_never_keeps_less():
     for share in ("kv", "layerwise"):
         energies = [plan(speedup=float(speedup), share=share).energy for speedup in budgets]
         assert all(more >= less for more, less in itertools.pairwise(energies))
-    asked = np.linspace(0.3, 1.0, 30)
-    flops = [plan(energy=float(energy)).flops for energy in asked]
+    shares = np.linspace(0.3, 1.0, 30)
+    flops = [plan(energy=float(energy)).flops for energy in shares]
     assert all(less <= more for less, more in itertools.pairwise(flops))
 
 
@@ -142,39 +142,42 @@ def test_lengths_that_cost_as_much_as_ordinary_attention_are_left_out():
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        ({}, "needs one budget, speedup, flops or energy: 0 are given"),
+        ({}, r"needs exactly one budget \(speedup, flops or energy\), but 0 are given"),
         ({"speedup": 2, "energy": 0.9}, "2 are given"),
-        ({"speedup": 0.5}, "speedup=0.5 is no budget"),
-        ({"flops": 0}, "flops=0 is no budget"),
-        ({"flops": 1.5}, "flops=1.5 is no budget"),
-        ({"energy": 95}, "energy=95 is no share"),
-        ({"speedup": 20}, r"speedup=20 cannot be reached: k=16 in every layer is a speedup of 2\.\d\d; ask for less"),
+        ({"speedup": 0.5}, "speedup=0.5 is not a valid budget"),
+        ({"flops": 0}, "flops=0 is not a valid budget"),
+        ({"flops": 1.5}, "flops=1.5 is not a valid budget"),
+        ({"energy": 95}, "energy=95 is not a share"),
+        (
+            {"speedup": 20},
+            r"speedup=20 cannot be reached: k=16 in every layer gives a speedup of 2\.\d\d; set a larger budget",
+        ),
         ({"speedup": 1.2, "projection": "avgpool", "share": "headwise"}, "share='headwise' has nothing to tell apart"),
         ({"speedup": 1.2, "projection": "seperable"}, "did you mean 'separable'"),
     ],
 )
-def test_budgets_that_are_none_are_refused(budget, words):
+def test_wrong_budgets_are_refused(budget, words):
     with pytest.raises(ValueError, match=words):
         linvit.plan_k(make_spectrum(RANKS), **budget)
 
 
 @pytest.mark.parametrize("share", ["none", "headwise", "kv", "layerwise"])
-def test_a_plan_goes_into_the_model_as_it_is(share):
-    picture = images(1, (40, 48)).float()
-    spectrum = linvit.attention_spectrum(timm_vit(img_size=(40, 48)).float(), picture)
+def test_a_plan_fits_the_model(share):
+    image = images(1, (40, 48)).float()
+    spectrum = linvit.attention_spectrum(timm_vit(img_size=(40, 48)).float(), image)
     k = linvit.plan_k(spectrum, speedup=1.02, share=share, min_k=30)
     assert any(length is not None for length in k)
     model = linformer_vit(img_size=(40, 48), k=k, share=share).float()
     found = [projections and projections[0].k for projections in (block.attn.projections() for block in model.blocks)]
     assert found == k
-    assert model(picture).isfinite().all()
-    # And costs what was planned.
+    assert model(image).isfinite().all()
+    # The model costs what was planned.
     planned = make_plan(spectrum, {"speedup": 1.02}, projection="separable", share=share, min_k=30)
     bare = model.to("meta").requires_grad_(False)
-    assert count_flops(bare, picture.to("meta"), mode="forward") == planned.flops
+    assert count_flops(bare, image.to("meta"), mode="forward") == planned.flops
 
 
-def test_a_real_models_early_layers_get_the_keys():
+def test_early_layers_of_a_real_model_get_the_keys():
     """DINOv2 ViT-S/14 at 518 px: early layers have ranks of hundreds, late ones of tens."""
     (*_, spectrum) = read_spectra(RESULTS / "spectrum_dinov2.json")
     assert spectrum.num_tokens == 1370

@@ -1,11 +1,11 @@
-"""The picture shows what was measured."""
+"""The plot shows the measured spectra and the plan."""
 
 import numpy as np
 from PIL import Image
 from spectra import make_spectrum
 
 from linvit.spectrum.plan import make_plan
-from linvit.spectrum.show import draw, save_plot
+from linvit.spectrum.plot import draw, save_plot
 
 SETTINGS = {"projection": "separable", "share": "kv", "min_k": 16}
 RANKS = [[3.0, 2.0, 4.0], [60.0, 90.0, 150.0], [9.0, 12.0, 20.0]]
@@ -32,10 +32,10 @@ def test_every_panel_shows_its_numbers():
     drawn = {line.get_label().partition(":")[0]: line for line in growth.lines}
     np.testing.assert_allclose(drawn["99%"].get_xdata(), [65, 257])
     np.testing.assert_allclose(drawn["99%"].get_ydata(), [spectrum.rank(0.99).mean() for spectrum in spectra[::-1]])
-    one, by_layer, chosen = frontier.lines
+    uniform, per_layer, chosen = frontier.lines
     assert chosen.get_xydata().tolist() == [[plan.speedup, plan.energy]]
-    for speedup, energy in one.get_xydata():
-        nearest = by_layer.get_xydata()[np.argmin(abs(by_layer.get_xdata() - speedup))]
+    for speedup, energy in uniform.get_xydata():
+        nearest = per_layer.get_xydata()[np.argmin(abs(per_layer.get_xdata() - speedup))]
         assert nearest[1] > energy - 0.02
 
 

@@ -1,4 +1,4 @@
-"""What follows from a spectrum, and its way into a file and back."""
+"""Shares and ranks that follow from a spectrum, and its JSON form."""
 
 import json
 
@@ -26,19 +26,17 @@ def test_shares_and_ranks_by_hand():
     assert spectrum.missing_energy[0, 0] == 0
 
 
-def test_what_was_not_found_counts_against_the_shares():
-    whole = by_hand()
-    part = by_hand(
-        singular_values=whole.singular_values[..., :2], energies=whole.energies[..., :2], method="randomized"
-    )
+def test_missing_values_count_against_the_shares():
+    full = by_hand()
+    part = by_hand(singular_values=full.singular_values[..., :2], energies=full.energies[..., :2], method="randomized")
     np.testing.assert_allclose(part.missing_energy, 2 / 22)
     np.testing.assert_allclose(part.cumulative_energy[0, 0], [16 / 22, 20 / 22])
-    # Two values with an energy of two add up to two at most; these do.
+    # Two missing values with an energy of two add up to at most two, as these do.
     np.testing.assert_allclose(part.cumulative[0, 0], [4 / 8, 6 / 8])
     assert [int(part.rank(energy)[0, 0]) for energy in (0.7, 0.9, 0.95)] == [1, 2, 4]
 
 
-def test_a_file_keeps_shares_at_the_end_of_every_run_and_comes_back_the_same():
+def test_a_file_keeps_shares_at_the_end_of_every_run():
     spectrum = make_spectrum([[3.0, 40.0, 900.0], [10.0, 200.0, 2.0]], grid_size=(30, 30))
     again = Spectrum.from_json(spectrum.to_json())
     assert again.singular_values.shape == spectrum.singular_values.shape
@@ -49,7 +47,7 @@ def test_a_file_keeps_shares_at_the_end_of_every_run_and_comes_back_the_same():
     for name in ("cumulative", "cumulative_energy"):
         expected, found = getattr(spectrum, name), getattr(again, name)
         np.testing.assert_allclose(found[..., ends], expected[..., ends], atol=1e-4)
-        # Between them the shares are too small, and by little.
+        # Between these ends the shares are slightly too small.
         assert (found <= expected + 1e-4).all()
         np.testing.assert_allclose(found, expected, atol=2e-3)
     assert Spectrum.from_json(again.to_json()).to_json() == again.to_json()

@@ -1,4 +1,4 @@
-"""Models take turns, clocks are read around steps alone, and failures are told apart."""
+"""Models take turns, only their steps are timed, and failures are distinguished."""
 
 import pytest
 import torch
@@ -7,21 +7,21 @@ from linvit.measure.timing import Runner, interleave, is_out_of_memory, make_ste
 
 
 class FakeClock:
-    """Stands still but for the steps, each of which takes as many seconds as it says."""
+    """A clock that only steps advance, each by its given seconds."""
 
     def __init__(self):
         self.now = 0.0
         self.order = []
 
     def runner(self, name, *seconds, error=None):
-        taken = iter(seconds)
+        durations = iter(seconds)
 
         def step():
             self.order.append(name)
-            spent = next(taken, None)
-            if spent is None:
+            duration = next(durations, None)
+            if duration is None:
                 raise error
-            self.now += spent
+            self.now += duration
             return torch.zeros(1)
 
         return Runner(name, step)
@@ -50,7 +50,7 @@ def test_without_warmup_the_first_step_counts():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(), RuntimeError("x: can't allocate memory: y"), MemoryError()]
 )
-def test_who_runs_out_of_memory_leaves_and_the_others_go_on(error):
+def test_a_model_that_runs_out_of_memory_is_skipped(error):
     clock = FakeClock()
     a, b = clock.runner("a", 1.0, error=error), clock.runner("b", 2.0, 3.0, 4.0)
     clock.run(a, b, rounds=3)

@@ -1,12 +1,11 @@
-"""Singular values of attention matrices: known ones, and random projection against all of them."""
+"""Attention matrices in blocks of rows, and their singular values: known ones, and random projection against all."""
 
 import numpy as np
 import pytest
 import torch
 
 from linvit.spectrum import matrix as matrices
-from linvit.spectrum.capture import AttentionMatrix
-from linvit.spectrum.measure import exact_singular_values, randomized_singular_values
+from linvit.spectrum.matrix import AttentionMatrix, exact_singular_values, randomized_singular_values
 
 
 def make_matrix(tokens=90, keys=70, width=8, sharpness=2.0, **others):
@@ -35,7 +34,7 @@ def test_all_values_are_those_of_the_decomposition():
     matrix = make_matrix()
     expected = torch.linalg.svdvals(dense(matrix))
     found = exact_singular_values(matrix)
-    # Half the digits of double precision, of the largest.
+    # Half the digits of double precision, relative to the largest value.
     torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-7 * expected[0].item())
     assert found.energy == pytest.approx(expected.square().sum().item(), rel=1e-12)
 
@@ -50,27 +49,27 @@ def test_rows_are_softmax_of_scores_bias_and_mixing():
         assert matrix.shape == (90, 5)
 
 
-def test_blocks_of_rows_add_up_to_the_whole(monkeypatch):
+def test_blocks_of_rows_make_up_the_full_matrix(monkeypatch):
     bias = torch.randn(90, 70, dtype=torch.float64)
-    whole = dense(make_matrix(bias=bias))
+    full = dense(make_matrix(bias=bias))
     monkeypatch.setattr(matrices, "BLOCK_ENTRIES", 1000)
     matrix = make_matrix(bias=bias)
     assert [rows for rows, _ in matrix.row_blocks()][:2] == [slice(0, 14), slice(14, 28)]
-    torch.testing.assert_close(dense(matrix), whole)
-    torch.testing.assert_close(matrix.gram(), whole.mT @ whole)
+    torch.testing.assert_close(dense(matrix), full)
+    torch.testing.assert_close(matrix.gram(), full.mT @ full)
     x, y = torch.randn(70, 3, dtype=torch.float64), torch.randn(90, 3, dtype=torch.float64)
-    torch.testing.assert_close(matrix @ x, whole @ x)
-    torch.testing.assert_close(matrix.transposed_matmul(y), whole.mT @ y)
-    assert matrix.energy() == pytest.approx(whole.square().sum().item())
+    torch.testing.assert_close(matrix @ x, full @ x)
+    torch.testing.assert_close(matrix.transposed_matmul(y), full.mT @ y)
+    assert matrix.energy() == pytest.approx(full.square().sum().item())
 
 
-def test_single_precision_input_is_attended_to_in_single_and_half_in_single():
+def test_single_and_half_precision_compute_in_single():
     for dtype in (torch.float32, torch.bfloat16):
         matrix = AttentionMatrix(torch.randn(9, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype), scale=1.0)
         assert dense(matrix).dtype == torch.float32
 
 
-def test_random_projection_finds_the_largest_from_below_and_knows_what_is_missing():
+def test_random_projection_gives_lower_bounds_and_the_missing_energy():
     matrix = make_matrix(tokens=300, keys=300, sharpness=1.0)
     expected = torch.linalg.svdvals(dense(matrix))
     found = randomized_singular_values(matrix, rank=20, seed=0)

@@ -1,4 +1,4 @@
-"""Models as one writes them on the command line, and the sentences that refuse wrong ones."""
+"""Models as written on the command line, the errors for wrong ones, and their facts."""
 
 import pytest
 
@@ -25,14 +25,14 @@ def test_a_spec_is_a_name_and_keywords():
         ("linvit_mini_patch4_64:k", "'k' is not keyword=value"),
         ("linvit_mini_patch4_64:k=", "'k=' is not keyword=value"),
         ("linvit_mini_patch4_64:img_size=64", "image sizes are given by --img-size"),
-        ("linvit_mini_patch4_64:grad_checkpointing=all", "takes none, mlp, full, not 'all'"),
+        ("linvit_mini_patch4_64:grad_checkpointing=all", "takes one of 'none', 'mlp', 'full', not 'all'"),
         ("linvit_mini_patch4_64:projektion=linear", "unknown keyword 'projektion'; did you mean 'projection'?"),
         ("linvit_mini_patch4_64:k=64", "k=64 does not shorten a sequence of 64 patches"),
         ("vit_tiny_patch16_224:grad_checkpointing=mlp", "take grad_checkpointing=full"),
         ("resnet18", "only timm's VisionTransformer, and linvit's, are compared here"),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_anything_is_timed(text, words):
+def test_a_model_that_cannot_be_built_is_refused(text, words):
     with pytest.raises(UsageError) as caught:
         Plan([Group((text,), (32, 32), "forward", rounds=1)])
     assert words in str(caught.value)
@@ -64,7 +64,7 @@ def test_facts_of_a_model(text, k, kind, share, projection_parameters):
     assert facts.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_recomputation_is_no_work_done():
+def test_recomputation_does_not_count_as_work():
     models = tuple(f"linvit_mini_patch4_64:k=16{more}" for more in ("", *CHECKPOINTING))
     group = Group(models, (32, 32), "train", rounds=1)
     plan = Plan([group])

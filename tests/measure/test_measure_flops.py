@@ -1,10 +1,10 @@
-"""Operations against a count by hand, and the speed of matrix products against a clock."""
+"""Operations against a count by hand, and the speed of matrix products by a fake clock."""
 
 import pytest
 import timm
 import torch
 
-from linvit.measure.flops import REPEATS, count_flops, gemm_flops_per_second
+from linvit.measure.flops import GEMM_REPEATS, count_flops, gemm_flops_per_second
 from linvit.model.attention import LinformerAttention
 from linvit.model.projections import build_projection
 
@@ -26,7 +26,7 @@ def test_a_transformer_counts_as_by_hand(depth):
     block = 2 * B * T * D * 3 * D + 2 * 2 * B * T * T * D + 2 * B * T * D * D + 2 * 2 * B * T * D * 4 * D
     forward = patch_embedding + depth * block + 2 * B * D * CLASSES
     assert count_flops(vit(depth), images, mode="forward") == forward
-    # Each product has two gradients, but for the images nobody asks.
+    # Each product has two gradients, except that the images need none.
     assert count_flops(vit(depth), images, mode="train") == 3 * forward - patch_embedding
 
 
@@ -41,14 +41,14 @@ def test_linformer_attention_counts_as_by_hand():
     projecting, keys_and_values = 2 * k * N * D, 2 * 2 * k * D * D
     attention = 2 * N * D * D + 2 * 2 * N * k * D + 2 * N * D * D
     by_hand = projecting + keys_and_values + attention
-    # Row sums of E, for the bias, come on top.
+    # The row sums of E, for the bias, come on top.
     assert by_hand <= count_flops(layer, x, mode="forward") <= by_hand + 2 * 2 * k * N
 
 
-def test_peak_is_the_fastest_product(monkeypatch):
-    monkeypatch.setattr("linvit.measure.flops.SIZES", {"cpu": (32,)})
+def test_the_fastest_product_counts(monkeypatch):
+    monkeypatch.setattr("linvit.measure.flops.GEMM_SIZES", {"cpu": (32,)})
     durations = [5.0, 2.0, 4.0, 3.0, 6.0]
-    assert len(durations) == REPEATS
+    assert len(durations) == GEMM_REPEATS
     times = iter([time for start, taken in enumerate(durations) for time in (start * 10.0, start * 10.0 + taken)])
     found = gemm_flops_per_second(torch.bfloat16, torch.device("cpu"), clock=lambda: next(times))
     assert found == 2 * 32**3 / 2.0
