@@ -1,15 +1,14 @@
-"""How fast `linvit check` is against decoding the same images alone, in as many processes.
+"""Compare the speed of `linvit check` with decoding the same images alone, in the same number of processes.
 
     python benchmarks/check_speed.py --json benchmarks/results/check_speed.json
 
-In each round both go over the same JPEG files. Decoding alone is cv2.imdecode of bytes that every process has in memory
-already. The check is all of it: listing and reading files, headers, digests, statistics, both kinds of duplicates and
-whether training would start. `share` is the check's images a second over those of decoding alone.
+In each round both process the same JPEG files. Decoding alone is cv2.imdecode of bytes that are already in memory in
+every process. The check does everything: it lists and reads files, and checks headers, digests, statistics, both kinds
+of duplicates and whether training would start. `share` is the check's images/s divided by those of decoding alone.
 """
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -18,13 +17,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-from provenance import provenance
 
 from linvit.check.command import CheckOptions, check
 from linvit.check.listing import open_source
 from linvit.check.pool import Pool, usable_cores
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
 
-# Images of each size: enough of them that starting processes does not count.
+# Images of each size: enough for the start of processes not to matter.
 SIZES = {"224x224": 8000, "500x375": 5000, "2048x1536": 200}
 CHUNK = 32
 
@@ -53,7 +53,7 @@ def decode_all(data: list[bytes], chunk: range) -> int:
 
 
 def time_decoding(data: list[bytes], workers: int) -> float:
-    """Seconds to decode them all; the processes are there before, as forks that share the bytes."""
+    """Seconds to decode all; the processes are started before, as forks that share the bytes."""
     with Pool(workers, contextlib.nullcontext(data)) as pool:
         started = time.perf_counter()
         chunks = [range(first, min(first + CHUNK, len(data))) for first in range(0, len(data), CHUNK)]
@@ -75,7 +75,7 @@ def measure(size: str, *, count: int, workers: int, rounds: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = [path.read_bytes() for path in make_images(folder, width=width, height=height, count=count)]
-        # Once untimed: imports, and files into the cache.
+        # An untimed run imports everything and brings the files into the cache.
         time_check(folder, workers)
         times = [(time_decoding(data, workers), time_check(folder, workers)) for _ in range(rounds)]
     shares = [decoding / checking for decoding, checking in times]
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="width x height")
     parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the images to take, for a quick look")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the images to use, for a quick look")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [
@@ -107,7 +107,7 @@ def main() -> None:
     ]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**provenance(seed=0, n=args.rounds), "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {**provenance(script_command(), seed=0, n=args.rounds), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluate the best weights of runs that differ in their seed, and write what they reached with their curves.
+"""Evaluate the best weights of runs that differ only in their seed, and write their metrics and curves.
 
 python benchmarks/collect_runs.py RUN ... --data DIR --recipe configs/NAME.yaml --json benchmarks/results/NAME.json
 """
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from provenance import provenance
 
-KEPT = ("top1", "top5", "loss", "num_images", "img_size", "num_tokens", "per_class", "images_per_class")
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
+
+METRICS = ("top1", "top5", "loss", "num_images", "img_size", "num_tokens", "per_class", "images_per_class")
 
 
 def evaluate(run: Path, data: Path) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def describe(run: Path, data: Path) -> dict[str, Any]:
     found = evaluate(run, data)
     return {
         "seed": settings["seed"],
-        **{name: found[name] for name in KEPT},
+        **{name: found[name] for name in METRICS},
         "train_minutes": round(sum(row["seconds"] for row in curve) / 60, 1),
         "curve": curve,
     }
@@ -48,24 +50,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--recipe", required=True, help="command line that trained them, without its seed and folder")
+    parser.add_argument("--recipe", required=True, help="recipe that trained them, such as configs/NAME.yaml")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     runs = [describe(run, args.data) for run in args.runs]
     top1 = [run["top1"] for run in runs]
     result = {
         "recipe": f"python train_imagenet.py DATA --config {args.recipe}",
-        **provenance(seed=[run["seed"] for run in runs], n=len(runs)),
+        **provenance(script_command(), seed=[run["seed"] for run in runs], n=len(runs)),
         "top1_mean": round(statistics.mean(top1), 2),
         "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
         "runs": runs,
     }
-    # Runs and data lie wherever they lie: their names tell enough.
+    # Keep the names of runs and data, not their folders on this machine.
     result["command"] = " ".join(
         Path(word).name if Path(word).is_absolute() else word for word in result["command"].split()
     )
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.json, result)
     print(f"top-1 {result['top1_mean']} ± {result['top1_std']}, n = {len(runs)}: {[round(value, 2) for value in top1]}")
 
 

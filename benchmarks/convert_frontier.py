@@ -1,10 +1,10 @@
-"""What conversion costs and gains: fidelity and probe accuracy against times faster, by projection and length.
+"""Fidelity and probe accuracy of converted models against their speed, by projection and length.
 
     python benchmarks/convert_frontier.py MODEL WEIGHTS DATA --img-size 518 --work FOLDER --json FILE --plot FILE
 
-Each case is one `linvit convert`, on images of DATA/train, then one `probe.py` over all of them beside the original.
-Options that are not known here go to `linvit convert`. Folders and features that are in --work already are not made
-again, so that a run that was stopped goes on.
+Each case is one `linvit convert` on images of DATA/train; then one `probe.py` compares all of them with the original.
+Unknown options are passed to `linvit convert`. Folders and features that --work already holds are reused, so an
+interrupted run can be resumed.
 """
 
 import argparse
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from provenance import provenance
 
-# What follows `linvit convert`; a line in the figure joins the cases of one name.
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
+from linvit.output.plots import save_figure
+
+# Options of `linvit convert` for each case; a line in the plot joins the cases with the same name.
 CASES: list[tuple[str, list[str]]] = [
     *(("planned k", ["--k", "plan", "--speedup", speedup]) for speedup in ("1.25", "1.4", "1.6")),
     *(
@@ -50,7 +53,7 @@ def amp(args: argparse.Namespace) -> list[str]:
 
 
 def probe(outputs: list[Path], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for the original, then one for each folder."""
+    """A row for the original, then one per folder."""
     script, found = Path(__file__).with_name("probe.py"), args.work / "probe.json"
     models = [f"{args.model}={args.weights}", *(f"local-dir:{output}" for output in outputs)]
     size = ["--img-size", str(args.img_size), "--cache", str(args.work / "features"), "--json", str(found)]
@@ -64,7 +67,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(17, 4.6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         for kind, marker in zip(dict.fromkeys(row["case"] for row in rows), "*osD^v"):
-            # Accuracies with the standard error of the difference to the original's, on the same images.
+            # Error bars are the standard error of the difference from the original on the same images.
             points = sorted(
                 (row["times_faster"], row[name], row.get(f"{name}_less_stderr", 0.0))
                 for row in rows
@@ -88,14 +91,14 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=518)
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--probe", type=int, default=500, help="images that features are probed on")
-    parser.add_argument("--amp", action="store_true", help="fit, and features of all models, in bfloat16")
-    parser.add_argument("--only", nargs="*", help="names of cases; all if none")
+    parser.add_argument("--probe", type=int, default=500, help="number of images to probe features on")
+    parser.add_argument("--amp", action="store_true", help="fit, and compute all features, in bfloat16")
+    parser.add_argument("--only", nargs="*", help="names of cases (default: all)")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args, args.options = parser.parse_known_args()
-    origin = provenance(seed=0, n=1)
+    origin = provenance(script_command(), seed=0, n=1)
     args.work.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if not args.only or case[0] in args.only]
     outputs = [args.work / "-".join(option.removeprefix("--") for option in options) for _, options in cases]
@@ -109,9 +112,9 @@ def main() -> None:
         speed = {name: found["speed"][0][name] for name in ("times_faster", "spread", "rounds")}
         rows.append({"case": case, "options": options, "k": found["k"], **speed, **fidelity, **row})
     if args.json:
-        args.json.write_text(json.dumps({**origin, "img_size": args.img_size, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {**origin, "img_size": args.img_size, "rows": rows}, indent=1)
     if args.plot:
-        draw(rows).savefig(args.plot, dpi=130)
+        save_figure(args.plot, draw(rows), dpi=130)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,21 @@
 
     python benchmarks/exactness.py --json benchmarks/results/exactness.json
 
-On awkward grids, for every kind, the sharings and orders of multiplication it has, form of k and prefix; the tests hold
-each to 1e-10.
+Covers awkward grids, every kind with the sharings and orders of multiplication it supports, forms of k, and prefixes.
+The tests require each difference to be below 1e-10.
 """
 
 import argparse
 import itertools
-import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from provenance import provenance
 from torch import nn
 
 from linvit import reference
+from linvit.measure.provenance import provenance, script_command
 from linvit.model.attention import LinformerAttention
 from linvit.model.projections import (
     PROJECTIONS,
@@ -29,6 +28,7 @@ from linvit.model.projections import (
 )
 from linvit.model.projections.conv import ConvProjection
 from linvit.model.projections.grid import factor_pair
+from linvit.output.files import write_json
 
 GRIDS = [(7, 5), (13, 13), (6, 10)]
 PREFIXES = {"none": 0, "class token": 1, "class and 4 registers": 5}
@@ -39,7 +39,7 @@ SHARES = {"none": (HEADS, False), "headwise": (1, False), "kv": (1, True), "laye
 
 
 def reductions(projection: Projection, num_heads: int) -> list[reference.Reduction]:
-    """E of each head as the reference takes it."""
+    """E of each head, in the form that the reference takes."""
     if isinstance(projection, PerHeadProjection):
         return [found for head in projection.each_head() for found in reductions(head, 1)]
     if isinstance(projection, MatrixProjection):
@@ -122,7 +122,7 @@ def main() -> None:
         print("{projection:<10} {share:<10} {cases:>3} cases   {forward:.1e}   {gradients:.1e}".format(**row))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**provenance(seed=0, n=1), "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {**provenance(script_command(), seed=0, n=1), "rows": rows})
 
 
 if __name__ == "__main__":

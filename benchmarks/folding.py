@@ -1,24 +1,24 @@
-"""Where folding a layer's weights into its keys pays: seconds of the associative over those of the folded order.
+"""Find where folding a layer's weights into its keys pays off: time of the associative order over the folded order.
 
     python benchmarks/folding.py --json benchmarks/results/folding_cpu.json
 
-One attention layer, separable projection, one class token, over width, k, patches, batch and mode. Above 1 folding is
-faster; `folds` is what `choose_order` does, `cost` the ratio of the multiply-adds that it compares.
+Times one attention layer with a separable projection and a class token, over width, k, patches, batch and mode. Folding
+is faster above 1. `folds` is the choice of `choose_order`, `cost` the ratio of multiply-adds that it compares.
 """
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
 
+from linvit.measure.provenance import provenance, script_command
 from linvit.model.attention import LinformerAttention, choose_order
 from linvit.model.projections import build_projection
+from linvit.output.files import write_json
 
 WIDTHS = {192: 3, 384: 6, 768: 12}
 LENGTHS = [16, 36, 49, 64, 81, 100]
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    origin = provenance(seed=0, n=args.rounds)
+    origin = provenance(script_command(), seed=0, n=args.rounds)
     rows = []
     for case in itertools.product(WIDTHS, LENGTHS, GRIDS, BATCHES, ("forward", "train")):
         rows.append(measure(*case, rounds=args.rounds, device=args.device, dtype=getattr(torch, args.dtype)))
@@ -90,7 +90,7 @@ def main() -> None:
     if args.json:
         found = {**origin, "dtype": args.dtype, "agreeing": agreeing, "largest_loss": round(lost - 1, 3), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found, indent=1)
 
 
 if __name__ == "__main__":

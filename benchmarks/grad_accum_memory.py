@@ -1,15 +1,16 @@
-"""Peak memory of one update with `--grad-accum-steps`, in sets of gradients, before and after a change.
+"""Measure the extra memory of one update with `--grad-accum-steps`, in sets of gradients.
 
-    python benchmarks/grad_accum_memory.py --before COMMIT --json benchmarks/results/grad_accum_memory.json
+    python benchmarks/grad_accum_memory.py --json benchmarks/results/grad_accum_memory.json
 
-Each measurement is a process of its own: after one update, which grows whatever stays grown, it resets the kernel's
-count of its peak memory and runs the forward and backward passes of a second one. The model is large and its batches
-are a single small image, so that gradients take most of what these passes add; with large batches the activations do,
-and one set of gradients weighs less. SGD without momentum keeps no state. The code of COMMIT is read from git.
+Each measurement runs in a process of its own. After a first update, which allocates what stays allocated, it measures
+the forward and backward passes of a second one. The model is large and a batch is one small image, so that gradients
+take most of the extra memory; with large batches activations do. SGD without momentum keeps no state.
+
+`--before COMMIT` measures an older commit too. It takes linvit and this script from git and runs both as they were, so
+COMMIT must have this script.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -19,18 +20,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 2, 4)
 
 
 def measure_here(model_name: str, img_size: int, batch_size: int, num_batches: int) -> dict[str, int]:
-    """Bytes that the passes of one update add at their peak, and bytes of the gradients of the model."""
+    """Extra memory of the passes of one update, and size of the model's gradients, in bytes."""
     import timm
     import torch
 
     import linvit  # noqa: F401
     from linvit.distributed import Ranks, StopRequest
-    from linvit.measure.memory import CLEAR_REFS, SET_PEAK_BACK, _give_back_freed_memory, _status_bytes
+    from linvit.measure.memory import cpu_step_memory
     from linvit.training.config import TrainConfig
     from linvit.training.loss import create_loss
     from linvit.training.optim import create_optimizer
@@ -61,21 +65,16 @@ def measure_here(model_name: str, img_size: int, batch_size: int, num_batches: i
 
     passes()
     step.update()
-    gc.collect()
-    _give_back_freed_memory()
-    before = _status_bytes("VmRSS")
-    CLEAR_REFS.write_text(SET_PEAK_BACK)
-    passes()
-    added = _status_bytes("VmHWM") - before
+    added = cpu_step_memory(passes).step_bytes
     return {"added_bytes": added, "gradient_bytes": sum(4 * each.grad.numel() for each in step.parameters)}
 
 
 def measure(code: Path, model: str, img_size: int, batch_size: int, *, repeats: int) -> list[dict[str, Any]]:
-    """A row for each number of batches, of the linvit in the folder `code`."""
+    """A row per number of batches, by linvit and this script in the folder `code`."""
     rows = []
     for num_batches in BATCHES:
         call = f"measure_here({model!r}, {img_size}, {batch_size}, {num_batches})"
-        script = f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import json; "
+        script = f"import sys; sys.path.append({str(code / 'benchmarks')!r}); import json; "
         script += f"from grad_accum_memory import measure_here; print(json.dumps({call}))"
         environment = {**os.environ, "PYTHONPATH": str(code)}
         command = [sys.executable, "-c", script]
@@ -100,7 +99,7 @@ def measure(code: Path, model: str, img_size: int, batch_size: int, *, repeats: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", help="a commit to compare with")
+    parser.add_argument("--before", help="older commit to compare with; it must have this script")
     parser.add_argument("--model", default="linvit_base_patch16_224")
     parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -111,17 +110,18 @@ def main() -> None:
     result: dict[str, Any] = {"model": args.model, "img_size": args.img_size, "batch_size": args.batch_size}
     if args.before:
         with tempfile.TemporaryDirectory() as folder:
+            paths = ["linvit", "benchmarks/grad_accum_memory.py"]
             archive = subprocess.run(
-                ["git", "archive", args.before, "linvit"], cwd=ROOT, capture_output=True, check=True
+                ["git", "archive", args.before, *paths], cwd=ROOT, capture_output=True, check=False
             )
+            if archive.returncode != 0:
+                parser.error(f"--before {args.before}: {archive.stderr.decode().strip()}")
             subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
             result["before"] = measure(Path(folder), *settings, repeats=args.repeats)
     result["now"] = measure(ROOT, *settings, repeats=args.repeats)
     if args.json:
-        from provenance import provenance
-
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**provenance(seed=0, n=args.repeats), **result}, indent=2) + "\n")
+        write_json(args.json, {**provenance(script_command(), seed=0, n=args.repeats), **result})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Kill training at random instants, also while it saves, resume it, and compare what comes out to the bit.
+"""Kill training at random times, also while it saves, resume it, and compare the results bit by bit.
 
     python benchmarks/kill_test.py --kills 200 --seed 0 --json benchmarks/results/kill_test.json
 
-A tiny run is left alone once. Then runs of the same settings are killed by SIGKILL, resumed by `--resume auto` and
-killed again until they end; a third of the kills wait for a save to be under way. After every kill all checkpoints must
-be whole, and in the end weights, average, optimizer and summary.csv must be those of the run left alone. Each process
-is forked from one that has imported everything, and runs on one thread.
+A tiny run finishes undisturbed once. Then runs with the same settings are killed by SIGKILL, resumed by `--resume auto`
+and killed again until they end; a third of the kills wait for a save to start. After every kill all checkpoints must be
+intact, and at the end weights, moving average, optimizer and summary.csv must equal those of the undisturbed run. Each
+process is forked from one that has imported everything, and runs on one thread.
 """
 
 import argparse
@@ -27,15 +27,16 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from provenance import provenance
 from torch import Tensor
 
 import linvit
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
 from linvit.runs.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
 from linvit.settings.flags import run
 from linvit.training.config import TrainConfig
 
-# The script lies beside the package, not in it.
+# train_imagenet.py is next to the package, not in it.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from train_imagenet import train
@@ -68,7 +69,7 @@ SETTINGS: dict[str, Any] = {
 }
 # Columns of summary.csv that depend on the clock.
 TIMING = {"images_per_second", "data_wait", "seconds"}
-# Reading images in processes of their own makes no difference either.
+# Worker processes must make no difference either.
 WORKERS = (0, 0, 0, 2)
 
 
@@ -101,7 +102,7 @@ def start(config: TrainConfig, log: Path) -> int:
 
 
 def has_ended(pid: int, until: float) -> bool:
-    """Whether the process ends by itself by then; raises where it fails."""
+    """Whether the process ends by itself before `until`; raises RuntimeError if it fails."""
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -114,7 +115,7 @@ def has_ended(pid: int, until: float) -> bool:
 
 
 def kill(pid: int) -> None:
-    """With its workers, which may not be there yet, as when the power fails."""
+    """Kill a process with its workers, which may not exist yet, as a power failure would."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -123,14 +124,14 @@ def kill(pid: int) -> None:
 
 
 def leftovers(folder: Path) -> set[str]:
-    """What is half written or half deleted there: state, best, last, file."""
+    """Kinds of half written or half deleted files: state, best, last, file."""
     found = [path.name for path in folder.glob(".*")] + [path.name for path in folder.glob("checkpoints/.*")]
     kinds = ("state", "best", "last")
     return {next((kind for kind in kinds if name.startswith(f".{kind}")), "file") for name in found}
 
 
 def is_killed_at_random(pid: int, duration: float, rng: random.Random) -> bool:
-    """Kill at an instant of the time that a whole run takes; False where the run ends before."""
+    """Kill at a random time within the duration of a full run; False if the run ends before."""
     if has_ended(pid, time.monotonic() + rng.uniform(0.0, duration)):
         return False
     kill(pid)
@@ -138,14 +139,14 @@ def is_killed_at_random(pid: int, duration: float, rng: random.Random) -> bool:
 
 
 def is_killed_in_save(pid: int, folder: Path, rng: random.Random) -> bool:
-    """Kill a moment after one of the next saves has begun; False where the run ends before."""
-    to_pass = rng.randrange(8)
+    """Kill shortly after one of the next saves has started; False if the run ends before."""
+    num_skipped = rng.randrange(8)
     was_saving = False
     while not has_ended(pid, 0.0):
         is_saving = bool(leftovers(folder))
-        to_pass -= is_saving and not was_saving
+        num_skipped -= is_saving and not was_saving
         was_saving = is_saving
-        if to_pass < 0:
+        if num_skipped < 0:
             time.sleep(rng.uniform(0.0, 0.01))
             kill(pid)
             return True
@@ -153,7 +154,7 @@ def is_killed_in_save(pid: int, folder: Path, rng: random.Random) -> bool:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Digests of all that must not depend on how often a run was killed."""
+    """Digests of everything that must not depend on how often a run was killed."""
     state = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     with (folder / "summary.csv").open(newline="") as file:
         rows = [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
@@ -193,13 +194,13 @@ def main() -> int:
     print(json.dumps(found, indent=2))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {**provenance(seed=args.seed, n=args.kills), "settings": SETTINGS, **found}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        result = {**provenance(script_command(), seed=args.seed, n=args.kills), "settings": SETTINGS, **found}
+        write_json(args.json, result)
     return 1 if found["mismatches"] or found["damaged"] else 0
 
 
 def torment(scratch: Path, *, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill so many times; returns what happened."""
+    """Kill `kills` times and return what happened."""
     log = scratch / "log.txt"
     common = SETTINGS | {"data_dir": make_images(scratch / "data"), "output": scratch}
     began = time.monotonic()

@@ -1,16 +1,15 @@
-"""Images per second of one core: this loader and timm's, epoch by epoch in turn.
+"""Images per second on one core: this loader and timm's, in alternating epochs.
 
     python benchmarks/loader.py --json benchmarks/results/loader.json
 
-Both have one worker process, which reads JPEG files, crops, flips and collates bytes (timm: PIL and its prefetcher's
-collate); both normalise on the device, which is not part of this. An epoch is timed from its first request to its last
-batch. What counts is the median of the epochs' ratios.
+Both use one worker process, which reads JPEG files, crops, flips and collates bytes (timm: PIL and its prefetcher's
+collate). Both normalise on the device, which is not measured. An epoch is timed from its first request to its last
+batch. The result is the median of the epochs' ratios.
 
-The images are generated: contrast at every scale as photographs have it, and noise; quality 90, 4:2:0.
+The images are generated, with contrast at every scale, as in photographs, and noise; quality 90, 4:2:0.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -20,25 +19,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before libraries that start threads are loaded: each worker is to have one core.
+# Set before libraries that start threads are loaded, so that each worker has one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import numpy as np
 import torch
-from provenance import provenance
 from timm.data import create_dataset, create_loader
 
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import create_eval_loader, create_train_loader
 from linvit.data.options import AugmentOptions, CacheOptions
 from linvit.data.sources.folder import open_folder
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Case(NamedTuple):
-    """Images of (height, width) brought to a square of `size` pixels."""
+    """Images of (height, width), resized to a square of `size` pixels."""
 
     height: int
     width: int
@@ -55,7 +55,7 @@ CASES = {
 
 
 def make_images(folder: Path, case: Case) -> float:
-    """Writes the JPEG files of both splits; returns their mean size in KB."""
+    """Write the JPEG files of both splits and return their mean size in KB."""
     rng = np.random.default_rng(0)
     sizes = []
     for index in range(case.images):
@@ -75,7 +75,7 @@ def make_images(folder: Path, case: Case) -> float:
 
 
 def our_batches(folder: Path, case: Case, mode: str, caching: CacheOptions | None = None) -> Iterable[Any]:
-    """Epochs of what a worker sends: uint8 images and their labels."""
+    """Epochs of batches as a worker sends them: uint8 images and their labels."""
     spec = InputSpec((case.size, case.size), MEAN, STD, "bicubic", 0.9, "center")
     dataset = open_folder(folder, split=mode)
     settings: dict[str, Any] = {"batch_size": case.batch, "workers": 1, "device": "cpu", "caching": caching}
@@ -106,7 +106,7 @@ def timm_batches(folder: Path, case: Case, mode: str) -> Iterable[Any]:
 
 
 class Epochs:
-    """A DataLoader, another epoch each time."""
+    """A DataLoader that starts the next epoch each time it is iterated."""
 
     def __init__(self, loader: Iterable[Any], set_epoch: Callable[[int], None]) -> None:
         self.loader = loader
@@ -118,7 +118,7 @@ class Epochs:
         self.epoch += 1
         for batch in self.loader:
             yield batch
-            # What our loader does once a batch is on the device.
+            # linvit's loader does this once a batch is on the device.
             if hasattr(batch, "release"):
                 batch.release()
 
@@ -173,7 +173,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**provenance(seed=0, n=args.rounds), "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {**provenance(script_command(), seed=0, n=args.rounds), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""What the training loop adds to the bare step of a model: seconds of both, step by step in turn.
+"""Measure what the training loop adds to a model's bare step, with both in alternating steps.
 
     python benchmarks/loop_overhead.py --json benchmarks/results/loop_overhead.json
 
-train_imagenet.py itself runs for an epoch, on batches of bytes that lie in memory. From one request for a batch to the
-next it normalises the batch, seeds, trains, checks loss and gradients, reports and sees whether to save or to stop.
-After each such step a second model of the same kind takes a bare one, on the same batch already normalised: forward,
-loss, backward, optimizer. Reading images is not part of either. What counts is the median of the steps' ratios.
+train_imagenet.py runs for an epoch on batches of bytes in memory. Between two requests for a batch, it normalises the
+batch, seeds, trains, checks loss and gradients, reports, and checks whether to save or stop. After each of these steps
+a second model of the same kind runs a bare step on the same batch, already normalised: forward, loss, backward,
+optimizer. Reading images is in neither. The result is the median of the steps' ratios.
 """
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -22,17 +21,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from provenance import provenance
 
-import linvit.data.loader
 from linvit.data.loader import Loader, normalize
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
+from linvit.training import setup
 from linvit.training.config import TrainConfig, parse
 from linvit.training.loss import create_loss
 from linvit.training.model import build_model
 from linvit.training.optim import create_optimizer
 from linvit.training.randomness import seed_run
 
-# The script lies beside the package, not in it.
+# train_imagenet.py is next to the package, not in it.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_imagenet
 
@@ -43,7 +43,7 @@ WARMUP = 3
 
 
 class Turns:
-    """In a loader's place: hands out cached batches, and times the loop's step on each and then a bare one."""
+    """Replaces a loader: yields cached batches, and times the loop's step and then a bare step on each."""
 
     def __init__(self, loader: Loader, bare_step: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         batches = list(itertools.islice(iter(loader._loader), CACHED_BATCHES))
@@ -64,7 +64,7 @@ class Turns:
 
 
 def make_bare_step(config: TrainConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """What training a model takes at the least."""
+    """The minimal training step of a model."""
     seed_run(config.seed)
     model, _ = build_model(config, class_names=CLASSES)
     model.train()
@@ -90,23 +90,23 @@ def make_images(folder: Path, count: int) -> None:
 
 def measure(model: str, batch_size: int, *, steps: int) -> dict[str, Any]:
     turns: list[Turns] = []
-    create = linvit.data.loader.create_train_loader
+    build_train_loader = setup.build_train_loader
     with tempfile.TemporaryDirectory() as scratch:
         make_images(Path(scratch) / "data", batch_size * (steps + WARMUP))
         settings = f"--model {model} -b {batch_size} --epochs 1 --warmup-epochs 0 --lr 1e-3 -j 0 --device cpu"
         argv = [f"{scratch}/data", *settings.split(), "--output", scratch, "--experiment", "run"]
 
         def cached(*args: Any, **kwargs: Any) -> Loader:
-            loader = create(*args, **kwargs)
+            loader = build_train_loader(*args, **kwargs)
             turns.append(Turns(loader, make_bare_step(parse(argv))))
             loader._loader = turns[0]  # type: ignore[assignment]
             return loader
 
-        linvit.data.loader.create_train_loader = cached
+        setup.build_train_loader = cached
         try:
             status = train_imagenet.main(argv)
         finally:
-            linvit.data.loader.create_train_loader = create
+            setup.build_train_loader = build_train_loader
         if status != 0:
             raise SystemExit(status)
     loop, bare = turns[0].loop[WARMUP:], turns[0].bare[WARMUP:]
@@ -134,7 +134,7 @@ def main() -> None:
     rows = [measure(model, int(batch), steps=args.steps) for model, batch in pairs]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**provenance(seed=42, n=args.steps), "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {**provenance(script_command(), seed=42, n=args.steps), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Write the pages' numbers from benchmarks/results/*.json, between their `<!-- begin NAME -->` and `<!-- end -->`.
+"""Write tables from benchmarks/results/*.json into the docs, between `<!-- begin NAME -->` and `<!-- end -->`.
 
 python benchmarks/make_tables.py            # rewrites README.md, docs/bench.md and the plots in docs/
-python benchmarks/make_tables.py --check    # exit 1 where they would change
+python benchmarks/make_tables.py --check    # exits with 1 if they would change
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -36,7 +37,7 @@ def bench() -> str:
 
 
 def _times(rows: list[Row]) -> str:
-    """Times faster than the baseline, by model and mode, over the sizes that the baseline was measured at."""
+    """Times faster than the baseline, by model and mode, over image sizes."""
     rows = [row for row in rows if row["baseline"] is not None and "grad_checkpointing" not in row["model"]]
     sizes = sorted({(row["patches"], row["image_size"]) for row in rows})
     lines = [
@@ -63,7 +64,7 @@ def _time(row: Row) -> str:
 
 
 def _memory(rows: list[Row]) -> str:
-    """What a training step adds at the largest size that has it, and what recomputing costs in time."""
+    """Extra memory of a training step at the largest size measured, and the time that recomputing costs."""
     trained = [row for row in rows if row["mode"] == "train" and row["step_bytes"]]
     trained = [row for row in trained if row["patches"] == max(row["patches"] for row in trained)]
     (base,) = (row for row in trained if row["model"] == row["baseline"])
@@ -87,7 +88,7 @@ def _memory(rows: list[Row]) -> str:
 
 
 def _long(rows: list[Row]) -> str:
-    """Seconds a patch of the model that was measured alone, against the same at 1024 px."""
+    """Seconds per patch of the model that was measured alone, against the same at 1024 px."""
     (alone,) = (row for row in rows if row["baseline"] is None)
     (short,) = (
         row for row in rows if (row["model"], row["mode"], row["image_size"]) == (alone["model"], "forward", 1024)
@@ -110,7 +111,7 @@ def _conditions(found: dict[str, Any]) -> str:
 
 
 def gpu() -> str:
-    """In a sentence what `gpu_table` says of the shortest k."""
+    """A sentence with the numbers of `gpu_table` for the shortest k."""
     eager, compiled = read(GPU), read(COMPILED)
     model = next(row["model"] for row in compiled["rows"] if row["model"] != row["baseline"])
 
@@ -126,7 +127,7 @@ def gpu() -> str:
 
 
 def gpu_table() -> str:
-    """Times faster than the baseline on a GPU, by model and mode; compiled models where they were timed."""
+    """Times faster than the baseline on a GPU, by model and mode, with compiled models where they were timed."""
     eager, compiled = read(GPU), read(COMPILED)
     columns = [
         (size, is_compiled, {(row["model"], row["mode"]): row for row in found["rows"] if row["image_size"] == size})
@@ -170,7 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {"bench": bench, "gpu": gpu, "demo": demo
 
 
 def fill(text: str) -> str:
-    """The text with every marked table made anew."""
+    """The text with every marked table rewritten."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
@@ -179,7 +180,7 @@ def fill(text: str) -> str:
 
 
 def is_plot_of(plot: Path, results: Path) -> bool:
-    """Whether a picture says that it was drawn from these very results."""
+    """Whether a plot carries the digest of these results."""
     if not plot.exists():
         return False
     with Image.open(plot) as image:
@@ -195,10 +196,13 @@ def _digest(path: Path) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything would change")
+    args = parser.parse_args()
     texts = {path: path.read_text() for path in PAGES}
     filled = {path: fill(text) for path, text in texts.items()}
     stale = {plot: results for plot, results in PLOTS.items() if not is_plot_of(plot, results)}
-    if "--check" in sys.argv[1:]:
+    if args.check:
         return int(texts != filled or bool(stale))
     for path, text in filled.items():
         path.write_text(text)

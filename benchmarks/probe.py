@@ -1,12 +1,11 @@
-"""How much of a backbone's knowledge its features hold: k-nearest-neighbour and linear-probe accuracy.
+"""Measure the quality of a backbone's features: k-nearest-neighbour and linear-probe accuracy.
 
     python benchmarks/probe.py DATA NAME=WEIGHTS local-dir:FOLDER ... --img-size 518 --json FILE
 
-Features are what the model gives without its classifier, of images of DATA/val, as many of each class as of any other.
-Ten-fold: each image is classified by what was learnt from the other nine tenths. Neighbours: k = 20, votes weighted
-by exp(cosine / 0.07) as in Caron et al. 2021, section 4.1. Linear probe: logistic regression on standardised features;
-a tenth of what it learns from decides which L2 it takes. Once more with the mean of the patch tokens beside them, as in
-Oquab et al. 2023 (DINOv2), appendix B.3.
+Features are the model's outputs without its classifier, for images of DATA/val, equally many of each class. Accuracy is
+cross-validated in ten folds. Neighbours: k = 20, votes weighted by exp(cosine / 0.07), as in Caron et al. 2021, section
+4.1. Linear probe: logistic regression on standardised features; a tenth of its training images chooses the L2 penalty.
+A second linear probe also gets the mean of the patch tokens, as in Oquab et al. 2023 (DINOv2), appendix B.3.
 """
 
 import argparse
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from provenance import provenance
 from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +30,8 @@ from linvit.data.sources.base import ImageSet
 from linvit.data.sources.loose import load_batches
 from linvit.data.sources.open import open_images
 from linvit.device import choose_device
-from linvit.output.files import sha256_of
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import sha256_of, write_json
 from linvit.runs.weights import weights_file
 
 NUM_NEIGHBOURS = 20
@@ -42,7 +41,7 @@ L2_TRIED = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def draw(images: ImageSet, count: int, seed: int) -> list[int]:
-    """Indices of `count` images, as many of each class as of any other."""
+    """Indices of about `count` images, equally many of each class."""
     order = np.random.default_rng(seed).permutation(len(images))
     labels = np.asarray(images.labels)[order]
     per_class = count // len(images.class_names)
@@ -51,21 +50,21 @@ def draw(images: ImageSet, count: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def features_of(model: VisionTransformer, batches: Iterable[Tensor], *, amp: bool) -> Tensor:
-    """What the model gives for images (B, 3, H, W) on its device, and the mean of its patch tokens: (N, 2, D) float32.
+    """The model's features and the mean of its patch tokens, (N, 2, D) float32, for batches (B, 3, H, W) on its device.
 
-    With `amp` it computes in bfloat16.
+    With `amp` the model runs in bfloat16.
     """
     rows = []
     for images in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             tokens = model.forward_features(images)
-            given = model.forward_head(tokens)
-        rows.append(torch.stack([given.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1).cpu())
+            features = model.forward_head(tokens)
+        rows.append(torch.stack([features.float(), tokens[:, model.num_prefix_tokens :].float().mean(1)], dim=1).cpu())
     return torch.cat(rows)
 
 
-def kept(path: Path | None) -> Tensor | None:
-    """Features of an earlier call."""
+def cached(path: Path | None) -> Tensor | None:
+    """Features from an earlier call, or None."""
     if path is None or not path.exists():
         return None
     features: Tensor = torch.load(path, weights_only=True)
@@ -73,7 +72,7 @@ def kept(path: Path | None) -> Tensor | None:
 
 
 def knn_hits(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> Tensor:
-    """Whether each test image is classified rightly, (N,) bool."""
+    """Whether each test image is classified correctly, (N,) bool."""
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
     best, neighbours = similarity.topk(min(NUM_NEIGHBOURS, len(train)), dim=1)
     votes = torch.zeros(len(test), int(labels.max()) + 1)
@@ -82,7 +81,7 @@ def knn_hits(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -
 
 
 def probe_hits(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> Tensor:
-    """Whether each test image is classified rightly, (N,) bool."""
+    """Whether each test image is classified correctly, (N,) bool."""
     choosing = torch.arange(len(train)) % FOLDS == 0
     inner = train[~choosing], labels[~choosing], train[choosing]
     l2 = max(L2_TRIED, key=lambda each: int((classify(*inner, l2=each) == labels[choosing]).sum()))
@@ -109,7 +108,7 @@ def classify(train: Tensor, labels: Tensor, test: Tensor, *, l2: float) -> Tenso
 
 
 def by_folds(hits: Callable[..., Tensor], features: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """For each image whether what was learnt from the other folds classifies it rightly, (N,) bool."""
+    """Whether each image is classified correctly by what was learnt from the other folds, (N,) bool."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     found = torch.zeros(len(features), dtype=torch.bool)
     for fold in range(FOLDS):
@@ -119,29 +118,29 @@ def by_folds(hits: Callable[..., Tensor], features: Tensor, labels: Tensor, seed
 
 
 class Probes:
-    """What can be learnt from features (N, 2, D) of images: for each of them, in each way, whether it is right."""
+    """For each kind of probe on features (N, 2, D), whether each image is classified correctly."""
 
     def __init__(self, features: Tensor, labels: Tensor, seed: int) -> None:
         self.features = features
-        given, patches = features.unbind(1)
+        outputs, patches = features.unbind(1)
         self.hits = {
-            "knn": by_folds(knn_hits, given, labels, seed),
-            "linear": by_folds(probe_hits, given, labels, seed),
-            "linear_with_patches": by_folds(probe_hits, torch.cat([given, patches], dim=1), labels, seed),
+            "knn": by_folds(knn_hits, outputs, labels, seed),
+            "linear": by_folds(probe_hits, outputs, labels, seed),
+            "linear_with_patches": by_folds(probe_hits, torch.cat([outputs, patches], dim=1), labels, seed),
         }
 
     def against(self, reference: "Probes") -> dict[str, float]:
-        """Accuracies in per cent, points less than the reference's, and how near the features are to its own."""
+        """Accuracies in per cent, points lost against the reference, and the similarity of the features."""
         row = {name: 100 * each.float().mean().item() for name, each in self.hits.items()}
         for name, each in self.hits.items():
-            # Of the paired differences: both models see the same images.
+            # Both models see the same images, so the differences are paired.
             less = reference.hits[name].float() - each.float()
             row[f"{name}_less"] = 100 * less.mean().item()
             row[f"{name}_less_stderr"] = 100 * less.std().item() / len(less) ** 0.5
-        given, theirs = self.features[:, 0], reference.features[:, 0]
-        row["cosine"] = F.cosine_similarity(given, theirs, dim=1).mean().item()
-        # Of the features' variance, each standardised by the reference's, what is not the reference's.
-        row["variance_lost"] = ((given - theirs) / theirs.std(0)).square().mean().item()
+        own, theirs = self.features[:, 0], reference.features[:, 0]
+        row["cosine"] = F.cosine_similarity(own, theirs, dim=1).mean().item()
+        # Variance of the difference, in units of the reference's variance per feature.
+        row["variance_lost"] = ((own - theirs) / theirs.std(0)).square().mean().item()
         return row
 
 
@@ -155,7 +154,7 @@ def create(source: str, size: int | None) -> VisionTransformer:
 
 
 def weights_of(source: str) -> str:
-    """A digest of a model's weights, so that features of others under the same name are not taken for its own."""
+    """A digest of a model's weights, so that cached features of other weights are not reused for it."""
     _, _, path = source.partition("=")
     file = Path(path) if path else weights_file(Path(source.removeprefix("local-dir:")))
     return sha256_of(file)
@@ -164,13 +163,13 @@ def weights_of(source: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", type=Path)
-    parser.add_argument("models", nargs="+", help="the first is what the others are compared with")
+    parser.add_argument("models", nargs="+", help="models; the others are compared with the first")
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--amp", action="store_true", help="all models in bfloat16")
-    parser.add_argument("--device", default="auto", help="of the features; the probes are learnt on the CPU")
-    parser.add_argument("--cache", type=Path, help="folder that features are kept in, by model, size and images")
+    parser.add_argument("--amp", action="store_true", help="run all models in bfloat16")
+    parser.add_argument("--device", default="auto", help="device for the features; probes are fitted on the CPU")
+    parser.add_argument("--cache", type=Path, help="folder to cache features in, by model, size and images")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -186,7 +185,7 @@ def main() -> None:
         started = time.perf_counter()
         key = f"{source} {weights_of(source)} {spec} {args.amp} {device.type} {images.root} {indices}"
         path = args.cache and args.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-        features = kept(path)
+        features = cached(path)
         if features is None:
             paths = [str(images.path(index)) for index in indices]
             batches = load_batches(paths, spec, batch_size=8 if device.type == "cuda" else 1)
@@ -200,12 +199,12 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.json is not None:
-        about = provenance(seed=args.seed, n=1) | {
+        about = provenance(script_command(), seed=args.seed, n=1) | {
             "img_size": args.img_size,
             "num_images": len(indices),
             "amp": args.amp,
         }
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        write_json(args.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

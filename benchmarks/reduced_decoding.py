@@ -1,14 +1,13 @@
-"""What decoding JPEGs at a reduced size changes: pixels, and the accuracy of a trained classifier.
+"""Measure how decoding JPEGs at a reduced size changes pixels and the accuracy of a trained classifier.
 
     python benchmarks/reduced_decoding.py RUN DATA --num-images 2000 --json benchmarks/results/reduced_decoding.json
 
-Photographs are enlarged to the smallest size at which they are decoded at 1/2, 1/4 and 1/8, which is the worst case: no
-more than twice the pixels of the input are left, each way. Differences are means over pixels, in grey levels; that
-between bilinear and bicubic resizing of the whole image is there to compare with.
+Photographs are enlarged to the smallest size at which they are decoded at 1/2, 1/4 and 1/8. This is the worst case: the
+decoded sides are no more than twice those of the input. Differences are means over pixels, in grey levels. For
+comparison, the difference between bilinear and bicubic resizing of the full image is listed too.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,19 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from provenance import provenance
 
 from linvit.data.augment.build import build_eval_pipeline
 from linvit.data.decode import decode_image
 from linvit.data.loader import normalize
 from linvit.data.sources.open import open_images
 from linvit.evaluation.inference import input_spec
+from linvit.measure.provenance import provenance, script_command
+from linvit.output.files import write_json
 from linvit.runs.folder import load_classifier
 
 
 def enlarged(image: np.ndarray, shorter: int) -> bytes:
-    """A JPEG of the image whose shorter side has so many pixels, rounded up to whole blocks."""
+    """A JPEG of the image, resized so that its shorter side has `shorter` pixels, rounded up to whole blocks."""
     height, width = image.shape[:2]
     scale = shorter / min(height, width)
     size = [-(-round(length * scale) // 8) * 8 for length in (width, height)]
@@ -63,13 +63,13 @@ def main() -> None:
         changed = 0
         for index in drawn:
             data, label = enlarged(images.read(index), shorter), images.label(index)
-            whole_image = decode_image(data, name="")
-            whole, resized = (each(image=whole_image)["image"] for each in (pipeline, other))
+            decoded = decode_image(data, name="")
+            full, resized = (each(image=decoded)["image"] for each in (pipeline, other))
             reduced = pipeline.read(data, name="")
-            hits = is_right(whole, label), is_right(reduced, label)
+            hits = is_right(full, label), is_right(reduced, label)
             changed += hits[0] != hits[1]
-            levels = (np.abs(each.astype(int) - whole).mean() for each in (reduced, resized))
-            sums += [*levels, *hits]
+            differences = (np.abs(each.astype(int) - full).mean() for each in (reduced, resized))
+            sums += [*differences, *hits]
         difference, between_filters, *top1 = (sums / len(drawn)).tolist()
         rows.append(
             {
@@ -83,8 +83,8 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     if args.json is not None:
-        about = provenance(seed=0, n=1) | {"num_images": len(drawn), "img_size": list(spec.size)}
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        about = provenance(script_command(), seed=0, n=1) | {"num_images": len(drawn), "img_size": list(spec.size)}
+        write_json(args.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

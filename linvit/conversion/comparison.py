@@ -10,7 +10,7 @@ import torch
 from timm.models import VisionTransformer, get_model_args
 from torch import Tensor
 
-from linvit.measure.memory import OutOfMemory, can_read_peaks, cuda_step_memory, step_memory_of_own_process
+from linvit.measure.memory import OutOfMemory, can_read_peaks, cuda_step_memory, step_memory_in_subprocess
 from linvit.measure.timing import Runner, interleave, make_step
 from linvit.model.vit import LinformerViT
 from linvit.settings.fields import DType
@@ -170,7 +170,7 @@ def _own_process_bytes(
         return None
     spec = model_spec(model)
     try:
-        memory = step_memory_of_own_process(spec, img_size, mode="forward", batch_size=batch_size, dtype=dtype)
+        memory = step_memory_in_subprocess(spec, img_size, mode="forward", batch_size=batch_size, dtype=dtype)
     except OutOfMemory:
         return None
     return memory.step_bytes
