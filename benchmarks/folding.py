@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from linvit.measure.provenance import provenance, script_command
-from linvit.model.attention import LinformerAttention, choose_order
+from linvit.model.attention import LinformerAttention
+from linvit.model.order import choose_order
 from linvit.model.projections import build_projection
 from linvit.output.files import write_json
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from linvit.version import __version__
 
-# The module of each public name; `__getattr__` imports it on first use.
+# The module of each public name, which `__getattr__` imports on first use.
 _PUBLIC = {
     "LinformerAttention": "linvit.model.attention",
     "LinformerViT": "linvit.model.vit",
@@ -41,6 +41,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
-# Our own commands register the models when they need them, since `--help` must not wait for torch.
+# The commands register the models when they need them, because `--help` must not wait for torch.
 if "linvit_command" not in sys.modules:
     from linvit.model import registry  # noqa: F401

@@ -3,15 +3,16 @@
     head_h = softmax( Q_h K̄_hᵀ / √d ) V̄_h        (Eq. 7)
     K̄_h = E_h K_h,   V̄_h = F_h V_h              E_h, F_h: k_h × N
 
-Everything fast in this package is tested against this file, forward and every gradient, in float64.
+All fast code in this package is tested against this file, forward and every gradient, in float64.
 
 Differs from the paper:
-- Prefix tokens (class, registers) are keys of their own, never projected. A projected key stands for N/k patches,
-  so beside prefix keys its scores carry the constant log(N/k): a prefix key then weighs as it does in full attention.
-- Patches may be absent (masked). Row i then sees the share s_i = Σ_j |E_ij| m_j / Σ_j |E_ij| of its mass, with m_j = 1
-  for the n patches that are present and 0 for the others. Its key is Σ_j E_ij m_j K_j / s_i, its value likewise; it
-  stands for n s_i / Σ_i s_i patches in place of N/k, and it is not a key if s_i = 0. If E and F differ, s_i is the
-  geometric mean of their shares there. If an image has no token to attend to, none of its keys is hidden.
+- Prefix tokens (class, registers) are keys of their own and never projected. A projected key stands for N/k patches,
+  so beside prefix keys its scores carry the constant log(N/k). A prefix key then weighs as much as in full attention.
+- Patches may be absent (masked). Row i then covers the share s_i = Σ_j |E_ij| m_j / Σ_j |E_ij| of its mass, with
+  m_j = 1 for the n patches that are present and 0 for the others. Its key is Σ_j E_ij m_j K_j / s_i, and its value
+  likewise. The key stands for n s_i / Σ_i s_i patches instead of N/k, and it is hidden if s_i = 0. If E and F differ,
+  this number uses the geometric mean of their shares. If an image has no token to attend to, none of its keys is
+  hidden.
 - The paper's pooling and convolution are applied to the tokens X, before Wk and Wv: K̄_h = reduce(X) Wk_h + b_h.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, k projected length.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 
 class Pooling:
-    """What reduces tokens (B, N, D) to (B, k, D), and the share (k, N) of each cell's area that each patch covers."""
+    """A function that reduces tokens (B, N, D) to (B, k, D), and the share (k, N) of each cell's area per patch."""
 
     def __init__(self, reduce: Callable[[Tensor], Tensor], area: Tensor) -> None:
         self.reduce, self.area = reduce, area
@@ -34,7 +35,7 @@ class Pooling:
         return self.reduce(x)
 
 
-# E_h (k, N), or what reduces tokens (B, N, D) to (B, k, D); with absent patches a `Pooling`.
+# E_h (k, N), or a function that reduces tokens (B, N, D) to (B, k, D); with absent patches it must be a `Pooling`.
 Reduction = Tensor | Callable[[Tensor], Tensor]
 
 
@@ -53,10 +54,10 @@ def linformer_attention(
 ) -> Tensor:
     """Linformer self-attention of the tokens `x` (B, T, D); returns (B, T, D).
 
-    `qkv_weight` (3D, D) and `qkv_bias` (3D) are laid out as in timm: all queries, all keys, all values, each by head.
-    `E[h]` and `F[h]` belong to head h: a matrix (k_h, N), or a function that reduces the patch tokens (B, N, D) to
-    (B, k_h, D) and leaves absent ones out itself. `present` (B, N) is False for absent patches. `prefix_mask` (B, P) is
-    False where a prefix token may not be attended to.
+    `qkv_weight` (3D, D) and `qkv_bias` (3D) are ordered as in timm: all queries, all keys, all values, each by head.
+    `E[h]` and `F[h]` belong to head h. Each is a matrix (k_h, N), or a function that reduces the patch tokens (B, N, D)
+    to (B, k_h, D) and itself leaves absent ones out. `present` (B, N) is False for absent patches. `prefix_mask` (B, P)
+    is False where a prefix token may not be attended to.
     """
     B, T, D = x.shape
     H, P = len(E), num_prefix_tokens
@@ -68,7 +69,7 @@ def linformer_attention(
         K_bar = torch.cat([_apply(Wk, x[:, :P]), _reduced(E[h], Wk, x[:, P:], present)], dim=1)
         V_bar = torch.cat([_apply(Wv, x[:, :P]), _reduced(F[h], Wv, x[:, P:], present)], dim=1)
         scores = Q @ K_bar.transpose(1, 2) / math.sqrt(d)
-        # How many tokens each key stands for.
+        # The number of tokens that each key stands for.
         counts = torch.ones(B, P, dtype=x.dtype) if prefix_mask is None else prefix_mask.to(x.dtype)
         if present is None:
             k = K_bar.shape[1] - P
@@ -107,15 +108,15 @@ def _reduced(
 
 
 def _present_share(reduction: Reduction, present: Tensor) -> Tensor:
-    """Share of each row's absolute mass, or of each cell's area, that lies on present patches (B, N): (B, k)."""
+    """The share of each row's absolute mass, or of each cell's area, on present patches (B, N): (B, k)."""
     assert isinstance(reduction, Tensor | Pooling)
     mass = reduction.area if isinstance(reduction, Pooling) else reduction.abs()
-    whole = mass.sum(dim=1)
-    return (present.to(mass) @ mass.T) / torch.where(whole == 0, 1, whole)
+    full = mass.sum(dim=1)
+    return (present.to(mass) @ mass.T) / torch.where(full == 0, 1, full)
 
 
 def _patches_per_key(E: Reduction, F: Reduction, present: Tensor) -> Tensor:
-    """How many of the present patches (B, N) each projected key stands for: (B, k)."""
+    """The number of present patches (B, N) that each projected key stands for: (B, k)."""
     product = _present_share(E, present) * _present_share(F, present)
     share = torch.where(product == 0, 0, torch.where(product == 0, 1, product).sqrt())
     live = share.sum(dim=1, keepdim=True)
@@ -123,7 +124,7 @@ def _patches_per_key(E: Reduction, F: Reduction, present: Tensor) -> Tensor:
 
 
 def _log_counts(counts: Tensor) -> Tensor:
-    """log of how many tokens each key stands for (B, K), -∞ for none; zeros for an image without any."""
+    """log of the numbers of tokens (B, K), -∞ for a key that stands for none; zeros for an image without any key."""
     log = torch.where(counts == 0, -math.inf, torch.where(counts == 0, 1, counts).log())
     return torch.where((counts == 0).all(dim=1, keepdim=True), 0, log)
 
@@ -131,8 +132,8 @@ def _log_counts(counts: Tensor) -> Tensor:
 def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Move the rows of `E` (k, H·W) to another grid by overlap area; returns (k, H'·W').
 
-    Each row is a density over the image, constant on every old patch; a new patch receives the part of each old
-    patch's mass that lies inside it, so row sums do not change.
+    Each row is a density over the image, constant on every old patch. A new patch receives the part of each old patch's
+    mass that lies inside it, so row sums do not change.
     """
     (h, w), (new_h, new_w) = old_grid, new_grid
     out = torch.zeros(E.shape[0], new_h * new_w, dtype=E.dtype)
@@ -146,7 +147,7 @@ def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Te
 
 
 def average_pool_matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """The (k_h·k_w, H·W) matrix that averages the patches of each of k_h × k_w equal cells, by area."""
+    """The (k_h·k_w, H·W) matrix that averages the patches of each of k_h × k_w equal cells by area."""
     rows, columns = (
         torch.tensor([[_overlap(i, k, a, n) * k for a in range(n)] for i in range(k)], dtype=torch.float64)
         for n, k in zip(grid, cells)
@@ -155,9 +156,9 @@ def average_pool_matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor
 
 
 def max_pool(x: Tensor, grid: tuple[int, int], cells: tuple[int, int], present: Tensor | None = None) -> Tensor:
-    """Largest value of each channel over all patches that overlap each of k_h × k_w cells: (B, H·W, C) → (B, k, C).
+    """The maximum of each channel over all patches that overlap each of k_h × k_w cells: (B, H·W, C) → (B, k, C).
 
-    Only patches that are `present` (B, H·W) count; a cell without any gives zeros.
+    Only patches that are `present` (B, H·W) count; a cell without one gives zeros.
     """
     B, _, C = x.shape
     touches = average_pool_matrix(grid, cells) > 0
@@ -182,8 +183,8 @@ def depthwise_conv(
 ) -> Tensor:
     """A kernel per channel on each of k_h × k_w cells, then layer norm over channels: (B, H·W, C) → (B, k, C).
 
-    `weight` (C, s_h, s_w) is constant on s_h × s_w pieces of the cell; each weighs the mean of the image on its piece.
-    `gamma` and `beta` (C) are layer norm's. Patches that are not `present` (B, H·W) are zeros.
+    `weight` (C, s_h, s_w) has one entry for each of s_h × s_w pieces of a cell, which multiplies the image's mean on
+    that piece. `gamma` and `beta` (C) belong to the layer norm. Patches that are not `present` (B, H·W) are zeros.
     """
     (k_h, k_w), (C, s_h, s_w) = cells, weight.shape
     if present is not None:
@@ -199,7 +200,7 @@ def depthwise_conv(
 
 
 def dct_modes(k: int, grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """The k lowest cosine modes (u, v) of an H × W grid, by (u/H)² + (v/W)², then by u."""
+    """The k lowest cosine modes (u, v) of an H × W grid, sorted by (u/H)² + (v/W)², then by u."""
     H, W = grid
     return sorted(
         ((u, v) for u in range(H) for v in range(W)), key=lambda uv: ((uv[0] * W) ** 2 + (uv[1] * H) ** 2, uv)

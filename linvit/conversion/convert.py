@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from linvit.conversion.compatibility import linformer_keywords
 from linvit.model import registry
 from linvit.model.attention import LinformerAttention
-from linvit.model.vit import LinformerViT, ProjectedLength, Share, plain_lengths
+from linvit.model.sharing import ProjectedLength, Share, plain_lengths
+from linvit.model.vit import LinformerViT
 from linvit.runs.weights import compact
 
 # Entries of timm's pretrained_cfg on preprocessing, licence and classes, which stay true of the converted weights.

@@ -33,7 +33,8 @@ from linvit.conversion.solvers import (
     replaced_by_identity,
 )
 from linvit.model.attention import LinformerAttention
-from linvit.model.vit import LinformerViT, Share
+from linvit.model.sharing import Share
+from linvit.model.vit import LinformerViT
 
 # Patches of each image that a regression uses.
 PATCHES_FITTED = 256

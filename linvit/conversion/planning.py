@@ -22,7 +22,8 @@ from linvit.conversion.calibration import Activations, after_attention, after_ml
 from linvit.conversion.convert import attentions, convert_unchecked
 from linvit.measure.flops import count_flops
 from linvit.model.projections import GridSize, Projection
-from linvit.model.vit import LinformerViT, Share
+from linvit.model.sharing import Share
+from linvit.model.vit import LinformerViT
 from linvit.spectrum.knapsack import Item, choose
 from linvit.spectrum.plan import lengths_to_try
 

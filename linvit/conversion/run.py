@@ -23,7 +23,8 @@ from linvit.evaluation.inference import input_spec
 from linvit.measure.provenance import provenance
 from linvit.measure.timing import exact_float32
 from linvit.model.build import create_model
-from linvit.model.vit import LinformerViT, ProjectedLength
+from linvit.model.sharing import ProjectedLength
+from linvit.model.vit import LinformerViT
 from linvit.output.files import sha256_of, write_json
 from linvit.output.terminal import page, progress_bar
 from linvit.runs.folder import Classifier, load_classifier

@@ -1,1 +1,1 @@
-"""LinformerViT: attention, projections, and the names registered with timm."""
+"""The model: Linformer attention, its projections, LinformerViT, and the models registered with timm."""

@@ -2,17 +2,11 @@
 
     head = softmax( (X Wq) (E X Wk)ᵀ / √d ) (F X Wv)        E, F: k × N        O(N k)
 
-The same function in three orders of multiplication; `choose_order` takes the cheapest.
-
-- **per head**: keys and values of all N tokens, then E and F on them. What is published.
-- **associative**: E(XWk + 1bᵀ) = (EX)Wk + (E1)bᵀ: project the tokens down to k first, apply Wk and Wv to k rows only.
-- **folded**: with few keys, scores are X (Wq K̄ᵀ) and the output is P (V̄ Wo): two products of width K·H, no queries and
-  no per-head outputs are ever formed.
+The layer computes this in one of three orders of multiplication; `linvit.model.order` describes them.
 
 Differs from the paper: prefix tokens (class, registers) are keys of their own and never projected. A projected key
 stands for N/k patches, so beside prefix keys its scores carry log(N/k), and a prefix key weighs as in full attention.
-Query and key normalisation (`qk_norm`) act on the projected keys. Projections that are no matrix (`maxpool`, `conv`)
-reduce the tokens, before Wk and Wv: for them there is no per-head order.
+Query and key normalisation (`qk_norm`) act on the projected keys.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, M maps of a projection (1 or H),
 k projected length, K = P + k keys.
@@ -20,7 +14,7 @@ k projected length, K = P + k keys.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.layers import Attention
@@ -29,63 +23,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linvit.model.eager import (
-    HALF_PRECISIONS,
-    apply_in_runs,
+    apply_in_chunks,
     autocast_dtype,
     cast_once,
-    goes_in_runs,
     in_forward_mode,
     is_plain_linear,
+    runs_in_chunks,
 )
+from linvit.model.order import Order, choose_order, keeps_scores_on_chip
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
-from linvit.model.projections.pair import check_pair
 from linvit.model.scripted import ScriptableAttention
 from linvit.model.sdpa import split_attention
+from linvit.model.sharing import check_pair
 from linvit.model.tokens import Patches, TokenLayout, read_patches
 
-Order = Literal["per_head", "associative", "folded"]
+# Tokens × width of one chunk on a CPU: 2 MiB in single precision.
+CHUNK_ELEMENTS = 2**19
 
-
-def choose_order(
-    *,
-    dim: int,
-    num_heads: int,
-    num_keys: int,
-    num_patches: int,
-    k: int,
-    num_maps: int,
-    foldable: bool,
-    is_matrix: bool = True,
-) -> Order:
-    """The cheapest order by multiply-adds per patch.
-
-    | order       | keys and values      | queries, attention, output |
-    |-------------|----------------------|----------------------------|
-    | per head    | 2 D² + 2 D k         | 2 D² + 2 D K               |
-    | associative | 2 D k M              | 2 D² + 2 D K               |
-    | folded      | 2 D k M              | 2 D K H + 2 D² K / N       |
-
-    The last term folds the weights into the keys, once an image; products this small run at half speed on the CPU it
-    was measured on, so it counts twice.
-    """
-    folding = num_keys * num_heads + 2 * dim * num_keys / num_patches
-    if foldable and folding <= dim + num_keys:
-        return "folded"
-    return "associative" if k * num_maps <= dim + k or not is_matrix else "per_head"
-
-
-def keeps_scores_on_chip(x: Tensor) -> bool:
-    """Whether fused attention of `x` costs next to nothing: in half precision on a GPU.
-
-    Folding saves multiply-adds there that are not what takes the time, and writes the scores to memory.
-    """
-    return x.is_cuda and (autocast_dtype(x) or x.dtype) in HALF_PRECISIONS
-
-
-# Tokens × width of one run over the tokens on a CPU: 2 MiB in single precision.
-RUN_ELEMENTS = 2**19
-
-# From tokens (b, t, D), and which of the batch's images they belong to, to (b, t, D).
+# Maps tokens (b, t, D), and the images of the batch that they belong to, to outputs (b, t, D).
 Attend = Callable[[Tensor, slice], Tensor]
 
 
@@ -94,23 +49,26 @@ class LinformerAttention(Attention):
     """Self-attention whose keys and values are projected from N patches to k; a drop-in for timm's `Attention`.
 
     Args:
-        dim: width D of the tokens, (B, T, D) in and out.
-        num_heads: H.
+        dim: width D of the tokens; inputs and outputs are (B, T, D).
+        num_heads: number of heads H.
         qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's `Attention`.
-        num_prefix_tokens: P, tokens in front of the patches that are never projected.
-        key_projection: E, from `build_projection`; None makes this ordinary attention.
+        num_prefix_tokens: number P of tokens in front of the patches, which are never projected.
+        key_projection: E, from `build_projection`; None gives ordinary attention.
         value_projection: F; None uses E for values too (the paper's key-value sharing).
 
     `attn_mask` may be a boolean key-padding mask (B or 1, 1, 1, T), True where a token may be attended to. It is
-    applied before projecting, and a projected key that sees no present patch is not a key; `linvit.model.tokens` has the
-    rule. For `avgpool`, `maxpool` and `conv` it is exact, to rounding, if padding fills whole rows or columns of cells:
-    a masked image gives what its crop gives with cells of the same size. It is approximate if padding cuts cells, and
-    for `linear`, `separable`, `dct` and `random`, whose rows reach over the padding: they are rescaled from the patches
-    that are present. Every other mask raises ValueError, and so does `is_causal`: a projected key is a mixture of all
-    positions. An ordinary attention layer takes whatever `scaled_dot_product_attention` takes.
+    applied before projecting, and a projected key that covers no present patch is ignored; `linvit.model.tokens` has
+    the rule. For `avgpool`, `maxpool` and `conv` the mask is exact, to rounding, if padding fills whole rows or columns
+    of cells: a masked image gives the same result as its crop with cells of the same size. It is approximate if padding
+    cuts cells, and for `linear`, `separable`, `dct` and `random`, whose rows reach over the padding: they are rescaled
+    from the patches that are present. An ordinary attention layer accepts every mask that
+    `scaled_dot_product_attention` accepts.
 
-    `layout` says where the tokens lie if they are not the full grid of the projections: on another grid, or a part of
-    the patches.
+    `layout` describes where the tokens lie if they do not fill the projections' own grid: on another grid, or only
+    some of the patches.
+
+    Raises ValueError for E and F that do not match, for every other mask, for `is_causal` (a projected key mixes all
+    positions), and for patches that do not fill the grid.
     """
 
     def __init__(
@@ -146,24 +104,24 @@ class LinformerAttention(Attention):
         )
         self.num_prefix_tokens = num_prefix_tokens
         self.foldable = not (qk_norm or scale_norm)
-        # None: `choose_order` decides. Tests and benchmarks set it.
+        # None lets `choose_order` decide. Tests and benchmarks set it.
         self.order: Order | None = None
-        # None: by size, see `split_attention`.
+        # None chooses by size, see `split_attention`.
         self.query_chunks: int | None = None
         self.set_projections(key_projection, value_projection)
 
     def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
-        """E and F; None for F shares E between keys and values, None for both is ordinary attention.
+        """Set E and F. None for F shares E between keys and values, None for both gives ordinary attention.
 
-        Raises ValueError where they do not go together: with maps for another number of heads, other lengths or grids,
-        or one a matrix and the other not.
+        Raises ValueError if they do not match: maps for a different number of heads, different lengths or grids, or
+        only one of them is a matrix.
         """
         check_pair(key_projection, value_projection, num_heads=self.num_heads)
         self.key_projection = key_projection
         self.value_projection = value_projection
 
     def projections(self) -> tuple[Projection, Projection] | None:
-        """E and F, or None where this layer is ordinary attention."""
+        """E and F, or None if this layer is ordinary attention."""
         key = self.key_projection
         if key is None or isinstance(key, IdentityProjection):
             return None
@@ -193,14 +151,17 @@ class LinformerAttention(Attention):
             bias = self._key_bias(x, key_proj.lengths, patches)
             return self.proj_drop(self._output(self._softmax_attention(self.q_norm(queries), keys, values, bias)))
         attend = self._prepare(x, key_proj, value_proj, patches, order)
-        # Once there are keys and values, every token is on its own.
-        out = apply_in_runs(attend, x, RUN_ELEMENTS // self.attn_dim) if goes_in_runs(x) else attend(x, slice(None))
+        # Given the keys and values, tokens do not depend on each other.
+        out = (
+            apply_in_chunks(attend, x, CHUNK_ELEMENTS // self.attn_dim) if runs_in_chunks(x) else attend(x, slice(None))
+        )
         return self.proj_drop(out)
 
     def attend_to(self, x: Tensor) -> Attend:
-        """Keys and values of the tokens x (B, T, D), as a function from any tokens to their outputs.
+        """A function that maps any tokens to their outputs, given the keys and values of the tokens x (B, T, D).
 
-        So a few of the tokens can be computed alone. Without dropout of the output, and only for a projected layer.
+        This computes a few of the tokens without the others. The layer must have projections. Output dropout is not
+        applied.
         """
         projections = self.projections()
         assert projections is not None
@@ -219,7 +180,7 @@ class LinformerAttention(Attention):
 
     def _choose_order(self, key_proj: Projection, value_proj: Projection, x: Tensor) -> Order:
         is_matrix = isinstance(key_proj, MatrixProjection)
-        # With an adapter, a hook or a quantised weight `qkv` must be called; the other orders read a plain weight.
+        # Only the per-head order calls `qkv`; the others read its weight, which must not bypass an adapter or a hook.
         readable = is_plain_linear(self.qkv)
         if not is_matrix and (self.order == "per_head" or not readable):
             raise ValueError(
@@ -227,7 +188,7 @@ class LinformerAttention(Attention):
                 + (
                     "use associative or folded"
                     if readable
-                    else "take adapters and hooks off qkv, and quantised weights out of it, or use another kind"
+                    else "remove adapters, hooks and quantised weights from qkv, or use another kind of projection"
                 )
             )
         if not readable:
@@ -293,7 +254,7 @@ class LinformerAttention(Attention):
     def _map_rows(
         self, rows: Tensor, row_sums: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Wk, Wv or both, `weight` (D or 2 D, D), on rows (B, M, K, D): one or two of (B, H, K, d)."""
+        """Apply `weight` (D or 2 D, D), which is Wk, Wv or both, to rows (B, M, K, D): one or two of (B, H, K, d)."""
         parts = weight.shape[0] // self.attn_dim
         if rows.shape[1] == 1:
             y = F.linear(rows, weight).unflatten(3, (parts, self.num_heads, -1))  # (B, 1, K, parts, H, d)
@@ -302,7 +263,7 @@ class LinformerAttention(Attention):
             by_head = weight.unflatten(0, (parts, 1, self.num_heads, -1))
             y = rows @ by_head.mT  # (parts, B, H, K, d)
         if bias is not None and row_sums is not None:
-            # In the products' precision: what comes out goes into fused attention.
+            # In the precision of the products, since the result goes into fused attention.
             y = torch.addcmul(y, row_sums.to(y.dtype), bias.to(y.dtype).unflatten(0, (parts, 1, self.num_heads, 1, -1)))
         return y.unbind(0)
 
@@ -317,7 +278,7 @@ class LinformerAttention(Attention):
         return attend
 
     def _folded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
-        """softmax(X (Wq K̄ᵀ/√d)) (V̄ Wo), softmax within each head's keys: no queries are formed."""
+        """softmax(X (Wq K̄ᵀ/√d)) (V̄ Wo), with the softmax within each head's keys."""
         keys = keys * self.scale
         offset = keys.new_zeros(1, 1, 1, keys.shape[2]) if bias is None else bias
         if weights.q_bias is not None:
@@ -353,7 +314,7 @@ class LinformerAttention(Attention):
         return self.attn_drop(scores.softmax(dim=-1)) @ v
 
     def _key_bias(self, x: Tensor, lengths: list[int], patches: Patches) -> Tensor | None:
-        """What is added to the scores of each key: (B or 1, H or 1, 1, K), None where that is nothing."""
+        """The bias added to the scores of each key (B or 1, H or 1, 1, K), or None if there is none."""
         prefix, longest = self.num_prefix_tokens, max(lengths)
         per_image = patches.log_patches_per_key()
         if per_image is not None:
@@ -361,7 +322,7 @@ class LinformerAttention(Attention):
             if patches.prefix_mask is not None:
                 hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
                 bias = bias.masked_fill(hidden, -math.inf)
-            # Without any key softmax would be 0/0.
+            # With every key hidden, softmax would be 0/0.
             return bias.masked_fill((bias == -math.inf).all(dim=-1, keepdim=True), 0.0).to(x.dtype)
         if prefix == 0 and min(lengths) == longest:
             return None
@@ -378,14 +339,14 @@ class LinformerAttention(Attention):
         weight, bias = self.qkv.weight, self.qkv.bias
         if weight.dtype != dtype and autocast_dtype(weight) == dtype:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        # One split each: its gradient is one copy, where that of three slices is three matrices of zeros.
+        # The gradient of one split is one copy; that of three slices would be three matrices of zeros.
         sizes = [self.attn_dim, 2 * self.attn_dim]
         q, kv = weight.split(sizes)
         q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
         return _Weights(q, kv, q_bias, kv_bias)
 
     def _split_prefix(self, y: Tensor) -> list[Tensor]:
-        """Prefix tokens and patches of (B, M, T, C)."""
+        """Split (B, M, T, C) into prefix tokens and patches."""
         return y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
 
     def _split_heads(self, y: Tensor) -> Tensor:
@@ -396,7 +357,7 @@ class LinformerAttention(Attention):
 
 
 class _Weights(NamedTuple):
-    """The parts of the `qkv` layer: queries (D, D), keys and values (2 D, D), and their biases."""
+    """The weights of the `qkv` layer for queries (D, D) and for keys and values (2 D, D), and their biases."""
 
     q: Tensor
     kv: Tensor

@@ -1,7 +1,7 @@
-"""timm's transformer blocks with a `layout` keyword that tells the attention layer where the tokens lie.
+"""timm's transformer blocks with a `layout` keyword, which tells the attention layer where the tokens lie.
 
-The layout is an argument, not a state of the attention layer: a checkpointed block that runs again in the backward
-pass gets its own, and so does each thread that shares a model.
+The layout is an argument and not a state of the attention layer. A checkpointed block that runs again in the backward
+pass therefore gets the same layout as before, and threads that share a model do not disturb each other.
 """
 
 import inspect
@@ -50,7 +50,7 @@ _WITH_LAYOUT: dict[Any, type[nn.Module]] = {Block: LayoutBlock, ResPostBlock: La
 
 
 def with_layout(block_fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The block that takes `layout` in place of timm's `Block` or `ResPostBlock`; every other one as it is."""
+    """Replace timm's `Block` or `ResPostBlock` by one that takes `layout`; every other block is returned unchanged."""
     if isinstance(block_fn, partial):
         return partial(with_layout(block_fn.func), *block_fn.args, **block_fn.keywords)
     return _WITH_LAYOUT.get(block_fn, block_fn)

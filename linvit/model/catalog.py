@@ -1,4 +1,4 @@
-"""The registered models as a table: `linvit models`."""
+"""`linvit models`: a table of the registered models."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -15,16 +15,16 @@ SUMMARY = "list the registered models"
 
 
 class CatalogOptions(BaseModel):
-    """Which models to list."""
+    """Which models to list, and where to write the list."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pattern: str = Field("linvit_*", description="names to list, with * and ? (default: all)")
-    json_file: Path | None = Field(None, description="file that the table is written to")
+    pattern: str = Field("linvit_*", description="model names to list, may contain * and ? (default: all)")
+    json_file: Path | None = Field(None, description="write the table to this JSON file")
 
 
 class ModelEntry(NamedTuple):
-    """A registered model and its defaults: size in pixels, patches, parameters with its own 1,000 classes."""
+    """A registered model with its defaults; the image size is in pixels, the parameters include 1,000 classes."""
 
     name: str
     img_size: int
@@ -36,35 +36,24 @@ class ModelEntry(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """List the models, and return the exit status."""
-    return print_catalog(
-        parse_options(
-            CatalogOptions,
-            argv,
-            prog="linvit models",
-            description="List the registered models.",
-            positionals={"pattern": "PATTERN"},
-            spellings={"json_file": ["--json"]},
-        )
+    """Run `linvit models` and return the exit status. Raises ValueError if no model matches the pattern."""
+    options = parse_options(
+        CatalogOptions,
+        argv,
+        prog="linvit models",
+        description="List the registered models.",
+        positionals={"pattern": "PATTERN"},
+        spellings={"json_file": ["--json"]},
     )
-
-
-def print_catalog(options: CatalogOptions) -> int:
-    """Print the models of a pattern; raises ValueError where there is none."""
     entries = list_entries(options.pattern)
-    print(f"{'model':<28}{'size':>6}{'tokens':>9}{'parameters':>14}{'k':>6}  projection  share")
-    for entry in entries:
-        print(
-            f"{entry.name:<28}{entry.img_size:>6}{entry.num_tokens:>9,}{entry.num_parameters:>14,}{entry.k:>6}"
-            f"  {entry.projection:<10}  {entry.share}"
-        )
+    print_entries(entries)
     if options.json_file is not None:
         write_json(options.json_file, [entry._asdict() for entry in entries])
     return 0
 
 
 def list_entries(pattern: str) -> list[ModelEntry]:
-    """The linvit models whose names match `pattern`, smallest image and width first."""
+    """The linvit models whose names match `pattern`, by image size, then by parameters; ValueError if none does."""
     import timm
 
     import linvit.model.registry  # noqa: F401  registers the names
@@ -76,11 +65,30 @@ def list_entries(pattern: str) -> list[ModelEntry]:
     return sorted((_describe(name) for name in names), key=lambda entry: (entry.img_size, entry.num_parameters))
 
 
+def print_entries(entries: Sequence[ModelEntry]) -> None:
+    """Print the models as a table of at most 100 columns when piped."""
+    from linvit.output.terminal import page, table
+
+    columns = ["model", "size", "tokens", "parameters", "k", "projection", "share"]
+    models = table(columns, text={"model", "projection", "share"})
+    for entry in entries:
+        models.add_row(
+            entry.name,
+            str(entry.img_size),
+            f"{entry.num_tokens:,}",
+            f"{entry.num_parameters:,}",
+            str(entry.k),
+            entry.projection,
+            entry.share,
+        )
+    page().print(models)
+
+
 def _describe(name: str) -> ModelEntry:
     import timm
     import torch
 
-    # No memory and no random numbers are spent on weights that are only counted.
+    # The weights are only counted, so none are allocated or initialised.
     with torch.device("meta"):
         model = timm.create_model(name, weight_init="skip")
     projections = model.blocks[0].attn.projections()

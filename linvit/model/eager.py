@@ -1,7 +1,12 @@
-"""What hand-written code paths may do when operations run as they are called, and how they go through tokens in runs.
+"""When the hand-written code paths may run, and how they process tokens in chunks on a CPU.
 
-Fresh memory is paid for page by page on a CPU, and cache is small: where each token is computed alone, a run of them at
-a time costs less than all at once.
+Layers here replace some of PyTorch's and timm's code by their own. That code reads weights directly and writes into
+buffers, so it is for plain tensors, eager execution and reverse-mode derivatives. Everything else takes the usual path.
+
+On a CPU, fresh memory is paid for page by page and the cache is small. Where each token is computed on its own, a chunk
+of tokens at a time is faster than all at once.
+
+B batch, T tokens, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +24,14 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor: a subclass (quantised, distributed) may support only what a layer calls."""
+    """Whether `x` is an ordinary tensor; a subclass (quantised, distributed) may support only what a layer calls."""
     return type(x) in _PLAIN_TENSORS
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer and nothing else, so that its weight may be read instead of calling it.
+    """Whether `module` is an unmodified linear layer, so that its weight may be read instead of calling the layer.
 
-    False for subclasses (adapters, quantised layers), for layers with hooks, and where weight or bias is a tensor
+    False for subclasses (adapters, quantised layers), for layers with hooks, and if the weight or bias is a tensor
     subclass (quantised weights in a plain layer).
     """
     return (
@@ -42,7 +47,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def runs_eagerly() -> bool:
     """Whether operations run as they are called, with reverse-mode derivatives at most.
 
-    False while compiled, exported or traced, in torch.func's transforms and in forward-mode differentiation.
+    False while compiling, exporting or tracing, inside torch.func's transforms and in forward-mode differentiation.
     """
     return not (
         torch.compiler.is_compiling()
@@ -53,27 +58,27 @@ def runs_eagerly() -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Whether derivatives may be computed along with the values: dual numbers, `torch.func.jvp`."""
+    """Whether derivatives may be computed along with the values, by dual numbers or `torch.func.jvp`."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts `x` to before a product; None where it is off, or lets `x` be."""
+    """The type autocast converts `x` to before a matrix product; None if autocast is off or leaves `x` unchanged."""
     kind = x.device.type
-    # Meta tensors know of no autocast. Not `is_autocast_available`, at which compiling would break off.
+    # Autocast does not know meta tensors. `is_autocast_available` would break the graph when compiling.
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """`x` as autocast's products take it, where each of several products would cast it for itself."""
+    """`x` in autocast's type, so that several products do not each convert it."""
     dtype = autocast_dtype(x) if runs_eagerly() else None
     return x if dtype is None else x.to(dtype)
 
 
-def goes_in_runs(x: Tensor) -> bool:
-    """Whether going through tokens in runs is for `x`: on a CPU, without a gradient, in one precision."""
+def runs_in_chunks(x: Tensor) -> bool:
+    """Whether tokens like `x` should be processed in chunks: on a CPU, without a gradient, in one precision."""
     return (
         x.is_cpu
         and not torch.is_grad_enabled()
@@ -83,29 +88,29 @@ def goes_in_runs(x: Tensor) -> bool:
     )
 
 
-def equal_runs(total: int, wanted: int) -> Iterator[slice]:
-    """0 … total in runs of about `wanted`, as equal as can be: a last one of a few tokens would be slow."""
-    length = run_length(total, wanted)
+def equal_chunks(total: int, wanted: int) -> Iterator[slice]:
+    """Slices of 0 … total with about `wanted` elements each, as equal as possible: a short last one would be slow."""
+    length = chunk_length(total, wanted)
     for start in range(0, total, length):
         yield slice(start, min(start + length, total))
 
 
-def run_length(total: int, wanted: int) -> int:
-    """The length of the longest of `equal_runs`."""
+def chunk_length(total: int, wanted: int) -> int:
+    """The length of the longest of `equal_chunks`."""
     number = max(1, round(total / max(1, wanted)))
     return max(1, -(-total // number))
 
 
-def apply_in_runs(function: Callable[[Tensor, slice], Tensor], x: Tensor, wanted: int) -> Tensor:
-    """`function(x[images], images)` of tokens (B, T, D) → (B, T, D), about `wanted` tokens at a time.
+def apply_in_chunks(function: Callable[[Tensor, slice], Tensor], x: Tensor, wanted: int) -> Tensor:
+    """Apply `function(x[images], images)` to tokens (B, T, D) → (B, T, D), about `wanted` tokens at a time.
 
-    Only where each token's result depends on no other token, and no gradient is wanted.
+    Each token's result must not depend on other tokens, and no gradient is recorded.
     """
     B, T, _ = x.shape
-    if run_length(B * T, wanted) == B * T:
+    if chunk_length(B * T, wanted) == B * T:
         return function(x, slice(None))
     out = torch.empty_like(x)
-    for images in equal_runs(B, wanted // max(T, 1)):
-        for tokens in equal_runs(T, wanted):
+    for images in equal_chunks(B, wanted // max(T, 1)):
+        for tokens in equal_chunks(T, wanted):
             out[images, tokens] = function(x[images, tokens], images)
     return out

@@ -1,46 +1,51 @@
 """The transformer's MLP with less memory traffic: fc2(GELU(fc1(x))), the same function as timm's `Mlp`.
 
-timm's layers keep the hidden activations twice for the backward pass (before and after the GELU), 8 of the 16 widths
-that a ViT block keeps a token. On a CPU the GELU is computed again here from what it was given, which leaves 4; with
-`recompute="hidden"` fc1 is computed again too, on a GPU as well, which leaves none.
+timm's layers keep the hidden activations twice for the backward pass, before and after the GELU: 8 of the 16 widths
+that a ViT block keeps per token. On a CPU, the backward pass here recomputes the GELU from its input, which leaves 4.
+With `recompute="hidden"` it also recomputes fc1, on a GPU too, which leaves none.
 
-On a CPU, too, the tokens go through in runs whose hidden activations fit the cache, in buffers that are used again:
-fresh memory is paid for page by page, which for long sequences costs more than the GELU does.
+On a CPU, tokens are also processed in chunks whose hidden activations fit the cache, in buffers that are reused. Fresh
+memory is paid for page by page, which for long sequences costs more than the GELU.
 
 B batch, T tokens, D width, D' hidden width, n = B·T rows.
-
-Layers by name, so that what a model is made of can be written down: in args.yaml, in config.json.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import LayerNorm, Mlp, SwiGLU, SwiGLUPacked, get_norm_layer
+from timm.layers import Mlp, SwiGLU, SwiGLUPacked
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.checkpoint import checkpoint
 
-from linvit.model.eager import autocast_dtype, equal_runs, is_plain_linear, is_plain_tensor, run_length, runs_eagerly
+from linvit.model.eager import (
+    autocast_dtype,
+    chunk_length,
+    equal_chunks,
+    is_plain_linear,
+    is_plain_tensor,
+    runs_eagerly,
+)
 from linvit.settings.fields import none_of
 
-# What the backward pass computes again: the GELU alone (on a CPU), or all that is hidden.
+# What the backward pass recomputes: only the GELU (on a CPU), or all hidden activations.
 Recompute = Literal["activation", "hidden"]
 
-# Hidden activations of one run over the tokens: 6 MiB in single precision, 1,024 tokens of a ViT-S.
-RUN_ELEMENTS = 3 * 2**19
+# Hidden activations in one chunk of tokens: 6 MiB in single precision, 1,024 tokens of a ViT-S.
+CHUNK_ELEMENTS = 3 * 2**19
 
 
 @register_notrace_module
 class LeanMlp(Mlp):
-    """timm's `Mlp`, same parameters and same results, that keeps less for the backward pass.
+    """timm's `Mlp` with the same parameters and results, which keeps less for the backward pass.
 
-    Anything but two biased or unbiased linear layers around an exact GELU (another activation, a norm in between,
-    active dropout, layers with hooks or replaced by an adapter, tensor subclasses such as quantised weights) runs as in
-    timm, under `torch.utils.checkpoint` where `recompute` is "hidden". So does compiled and exported code, which is
-    fused by its compiler, and forward-mode differentiation.
+    This holds for two linear layers, with or without biases, around an exact GELU. Everything else runs as in timm,
+    under `torch.utils.checkpoint` if `recompute` is "hidden": another activation, a norm in between, active dropout,
+    layers with hooks or replaced by an adapter, and tensor subclasses such as quantised weights. So do compiled and
+    exported code, which the compiler fuses, and forward-mode differentiation.
     """
 
     recompute: Recompute = "activation"
@@ -84,13 +89,28 @@ class LeanMlp(Mlp):
     def __prepare_scriptable__(self) -> nn.Module:
         plain = Mlp(1)
         plain.__dict__.update(self.__dict__, _modules=dict(self._modules))
-        # torch.jit remembers modules by id while it scripts: none that it has seen may be freed.
+        # torch.jit identifies modules by id while it scripts, so no module that it has seen may be freed.
         plain._replaced = [self]
         return plain
 
 
+# The MLPs that can be named in args.yaml and config.json; all but the first are timm's own.
+MLP_LAYERS: dict[str, Callable[..., nn.Module]] = {"mlp": LeanMlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+
+MlpLayer = str | Callable[..., nn.Module] | None
+
+
+def mlp_class(layer: MlpLayer) -> Callable[..., nn.Module]:
+    """The class for `mlp_layer`: a name, a class, or None for the default. Raises ValueError for an unknown name."""
+    if not isinstance(layer, str):
+        return layer or LeanMlp
+    if layer not in MLP_LAYERS:
+        raise ValueError(none_of("mlp_layer", layer, MLP_LAYERS))
+    return MLP_LAYERS[layer]
+
+
 class _LeanMlpFunction(torch.autograd.Function):
-    """fc2(GELU(fc1(x))) that keeps x and, unless that is recomputed too, fc1(x)."""
+    """fc2(GELU(fc1(x))), keeping x and, unless it is recomputed too, fc1(x)."""
 
     @staticmethod
     def forward(
@@ -103,9 +123,9 @@ class _LeanMlpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2, hidden = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly():
-            # Asked for with create_graph: gradients that can be differentiated again. Or batched by torch.func.vmap,
-            # which writing into buffers does not allow.
+        if torch.is_grad_enabled() or not runs_eagerly() or is_legacy_batchedtensor(grad):
+            # With create_graph, gradients must be differentiable. With torch.func.vmap or `is_grads_batched`, the
+            # gradient is a batched tensor, which cannot be written into a buffer.
             return *_differentiable_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2), None
         return *_backward(grad, ctx.needs_input_grad[:5], x, w1, b1, w2, hidden), None
 
@@ -113,18 +133,18 @@ class _LeanMlpFunction(torch.autograd.Function):
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, hidden: Tensor | None
 ) -> Tensor:
-    """The output (…, D); fills `hidden` (…, D') with fc1(x) where it is given."""
+    """The output (…, D); fills `hidden` (…, D'), if given, with fc1(x)."""
     rows = x.flatten(0, -2)  # (n, D)
     out = rows.new_empty(rows.shape[0], w2.shape[0])
     kept = None if hidden is None else hidden.flatten(0, -2)
-    wanted = _run_tokens(rows, w1)
-    buffer = rows.new_empty(run_length(rows.shape[0], wanted), w1.shape[0])
-    for run in equal_runs(rows.shape[0], wanted):
-        activated = buffer[: run.stop - run.start]
-        before = activated if kept is None else kept[run]
-        _linear(rows[run], w1, b1, out=before)
+    wanted = _chunk_tokens(rows, w1)
+    buffer = rows.new_empty(chunk_length(rows.shape[0], wanted), w1.shape[0])
+    for chunk in equal_chunks(rows.shape[0], wanted):
+        activated = buffer[: chunk.stop - chunk.start]
+        before = activated if kept is None else kept[chunk]
+        _linear(rows[chunk], w1, b1, out=before)
         torch.ops.aten.gelu.out(before, out=activated)
-        _linear(activated, w2, b2, out=out[run])
+        _linear(activated, w2, b2, out=out[chunk])
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -136,27 +156,27 @@ def _backward(
     shapes = (rows.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     grads = [rows.new_empty(shape) if need else None for shape, need in zip(shapes, needed)]
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2 = grads
-    wanted = _run_tokens(rows, w1)
-    length = run_length(rows.shape[0], wanted)
+    wanted = _chunk_tokens(rows, w1)
+    length = chunk_length(rows.shape[0], wanted)
     buffers = [rows.new_empty(length, w1.shape[0]) for _ in range(2 if kept is not None else 3)]
-    for run in equal_runs(rows.shape[0], wanted):
-        activated, upstream, *spare = (buffer[: run.stop - run.start] for buffer in buffers)
-        before = spare[0] if kept is None else kept[run]
+    for chunk in equal_chunks(rows.shape[0], wanted):
+        activated, upstream, *spare = (buffer[: chunk.stop - chunk.start] for buffer in buffers)
+        before = spare[0] if kept is None else kept[chunk]
         if kept is None:
-            _linear(rows[run], w1, b1, out=before)
+            _linear(rows[chunk], w1, b1, out=before)
         if grad_w2 is not None:
             torch.ops.aten.gelu.out(before, out=activated)
-            _accumulate(grad_w2, grad_rows[run].mT, activated, first=run.start == 0)
-        torch.mm(grad_rows[run], w2, out=upstream)
-        # From here on `activated` holds the gradient before the GELU.
+            _accumulate(grad_w2, grad_rows[chunk].mT, activated, first=chunk.start == 0)
+        torch.mm(grad_rows[chunk], w2, out=upstream)
+        # From here on, `activated` holds the gradient of the GELU's input.
         torch.ops.aten.gelu_backward.grad_input(upstream, before, grad_input=activated)
         if grad_w1 is not None:
-            _accumulate(grad_w1, activated.mT, rows[run], first=run.start == 0)
+            _accumulate(grad_w1, activated.mT, rows[chunk], first=chunk.start == 0)
         if grad_b1 is not None:
             part = activated.sum(0)
-            grad_b1 = part if run.start == 0 else grad_b1 + part
+            grad_b1 = part if chunk.start == 0 else grad_b1 + part
         if grad_x is not None:
-            torch.mm(activated, w1, out=grad_x[run])
+            torch.mm(activated, w1, out=grad_x[chunk])
     if grad_b2 is not None:
         torch.sum(grad_rows, 0, out=grad_b2)
     return [None if grad_x is None else grad_x.unflatten(0, x.shape[:-1]), grad_w1, grad_b1, grad_w2, grad_b2]
@@ -165,14 +185,15 @@ def _backward(
 def _differentiable_backward(
     grad: Tensor, needed: tuple[bool, ...], x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor
 ) -> list[Tensor | None]:
-    """The gradients as formulas that autograd differentiates again.
+    """The gradients as formulas that autograd can differentiate.
 
-    Not by `torch.autograd.grad`: where x follows from the weights (a block applied twice), it would count that path
-    too, which the backward pass of the layer below adds.
+    `torch.autograd.grad` would be wrong here: if x depends on the weights (a block applied twice), it would include
+    that path, which the backward pass of the layer below adds again.
     """
-    # Forward, autocast has cast all to one precision already.
+    # The forward pass has already cast everything to one precision.
     with torch.autocast(x.device.type, enabled=False):
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)  # (n, D)
+        # Legacy vmap has no rules for `flatten`, `unflatten` and `mT`.
+        rows, grad_rows = x.flatten(0, -2), grad.reshape(-1, grad.shape[-1])  # (n, D)
         before = rows @ w1.mT
         if b1 is not None:
             before = before + b1
@@ -180,10 +201,10 @@ def _differentiable_backward(
         share = 0.5 * (1 + torch.erf(before * math.sqrt(0.5)))
         grad_before = (grad_rows @ w2) * (share + before * density)
         return [
-            (grad_before @ w1).unflatten(0, x.shape[:-1]) if needed[0] else None,
-            grad_before.mT @ rows if needed[1] else None,
+            (grad_before @ w1).reshape(x.shape) if needed[0] else None,
+            grad_before.transpose(0, 1) @ rows if needed[1] else None,
             grad_before.sum(0) if needed[2] else None,
-            grad_rows.mT @ (before * share) if needed[3] else None,
+            grad_rows.transpose(0, 1) @ (before * share) if needed[3] else None,
             grad_rows.sum(0) if needed[4] else None,
         ]
 
@@ -202,28 +223,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(total, a, b, out=total)
 
 
-def _run_tokens(rows: Tensor, w1: Tensor) -> int:
-    # A GPU needs all rows at once to be busy, and half precision would lose in sums over runs.
+def _chunk_tokens(rows: Tensor, w1: Tensor) -> int:
+    # A GPU needs all rows at once to be busy, and in half precision sums over chunks would lose accuracy.
     if not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
         return rows.shape[0]
-    return RUN_ELEMENTS // w1.shape[0]
-
-
-# `mlp` is timm's Mlp, keeping less for the backward pass; the others are timm's own.
-MLP_LAYERS: dict[str, Callable[..., nn.Module]] = {"mlp": LeanMlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
-
-LayerLike = str | Callable[..., nn.Module] | None
-
-
-def mlp_class(layer: LayerLike) -> Callable[..., nn.Module]:
-    """The MLP of that name; a class is itself, None the default. Raises ValueError for an unknown name."""
-    if not isinstance(layer, str):
-        return layer or LeanMlp
-    if layer not in MLP_LAYERS:
-        raise ValueError(none_of("mlp_layer", layer, MLP_LAYERS))
-    return MLP_LAYERS[layer]
-
-
-def norm_with_eps(layer: LayerLike, eps: float) -> Any:
-    """timm's normalisation of that name (None: layer norm), or a class, with its `eps`."""
-    return partial(get_norm_layer(layer) or LayerNorm, eps=eps)
+    return CHUNK_ELEMENTS // w1.shape[0]

@@ -1,8 +1,8 @@
-"""The registered models: timm names for LinformerViT, and their default configurations.
+"""The registered models: LinformerViT under timm names, with their default configurations.
 
-Sizes are the ViT's own (Dosovitskiy et al. 2021; DeiT for tiny and small). Every keyword of timm's VisionTransformer
-and of LinformerViT overrides a default. All names default to `projection="separable"`, `share="kv"`: E costs
-k_h·H + k_w·W parameters a layer, and moves to any other grid.
+Sizes are those of the ViT (Dosovitskiy et al. 2021; DeiT for tiny and small). Every keyword of timm's VisionTransformer
+and of LinformerViT overrides a default. All models default to `projection="separable"` and `share="kv"`: E costs
+k_h·H + k_w·W parameters per layer and can be moved to any other grid.
 """
 
 from typing import Any
@@ -15,13 +15,14 @@ from timm.data import (
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from linvit.model.vit import LinformerViT, checkpoint_filter_fn
+from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.vit import LinformerViT
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-# For CPUs and demonstrations: two heads of 32 keep up to 32 keys in the folded order.
+# For CPUs and demonstrations. With two heads of width 32, up to 32 keys use the folded order.
 MINI = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 
 
@@ -73,7 +74,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def create(variant: str, pretrained: bool, **kwargs: Any) -> LinformerViT:
-    """Build a registered `variant` as timm builds its models; `kwargs` go to LinformerViT."""
+    """Build the registered model `variant` as timm builds its models; `kwargs` go to LinformerViT."""
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         LinformerViT,

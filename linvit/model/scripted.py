@@ -1,4 +1,4 @@
-"""What TorchScript sees in place of `LinformerAttention`: the per-head order with E and F frozen to dense matrices."""
+"""The TorchScript version of `LinformerAttention`: the per-head order with E and F as constant dense matrices."""
 
 import math
 from typing import Optional
@@ -13,9 +13,10 @@ from linvit.model.tokens import TokenLayout
 
 
 class ScriptableAttention(nn.Module):
-    """Inference-only twin of an attention layer, at its own grid and without masks.
+    """Inference-only copy of an attention layer, for its own grid and without masks.
 
-    `torch.jit.script(model)` puts it in place by itself; the model that is scripted stays as it is.
+    `torch.jit.script(model)` uses it automatically and does not change `model`. Raises ValueError for projections that
+    are not matrices.
     """
 
     key_matrix: Optional[Tensor]  # noqa: UP045
@@ -26,7 +27,7 @@ class ScriptableAttention(nn.Module):
         self, attention: Attention, projections: tuple[Projection, Projection] | None, num_prefix_tokens: int
     ) -> None:
         super().__init__()
-        # torch.jit remembers modules by id while it scripts: none that it has seen may be freed.
+        # torch.jit identifies modules by id while it scripts, so no module that it has seen may be freed.
         self._replaced = [attention]
         self.num_heads = attention.num_heads
         self.head_dim = attention.head_dim
@@ -61,7 +62,7 @@ class ScriptableAttention(nn.Module):
         layout: Optional[TokenLayout] = None,  # noqa: UP045
     ) -> Tensor:
         assert attn_mask is None, "a scripted Linformer attention layer takes no mask"
-        assert layout is None, "a scripted Linformer attention layer has one grid"
+        assert layout is None, "a scripted Linformer attention layer works on one grid"
         assert not is_causal, "Linformer attention cannot be causal"
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -78,7 +79,7 @@ class ScriptableAttention(nn.Module):
 def _matrix(projection: Projection) -> Tensor:
     if not isinstance(projection, MatrixProjection):
         raise ValueError(
-            f"TorchScript takes projections as frozen matrices, and projection {projection.kind!r} is none: "
+            f"TorchScript needs projections that are matrices, and projection {projection.kind!r} is not one: "
             f"use torch.compile or torch.export"
         )
     return projection.matrix()

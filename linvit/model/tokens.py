@@ -1,23 +1,23 @@
-"""Where the tokens of a batch lie on the patch grid, which are there, and what projecting makes of that.
+"""Where a batch's tokens lie on the patch grid, which are present, and how projecting accounts for absent ones.
 
-A key-padding mask hides patches, image by image. Row i of E then sees the share
+A key-padding mask hides patches, image by image. Row i of E then covers the share
 
     s_i = Σ_j |E_ij| m_j / Σ_j |E_ij|        m_j = 1 for a patch that is present, 0 for a masked or dropped one
 
-of its mass. The mask acts on it in three ways:
+of its mass. This changes the row's key in three ways:
 
-- Its key and value are projected from the present patches and divided by s_i: a pooling cell averages the patches that
-  are present. The absolute mass of the row stays the same, so signed rows (`dct`, `random`) cannot blow up.
-- It stands for n s_i / Σ_i s_i of the n present patches, in place of N/k, and its scores carry the logarithm. All
-  projected keys together stand for n patches, as in full attention.
-- If s_i = 0, it is not a key.
+- Key and value are projected from the present patches and divided by s_i, so a pooling cell averages its present
+  patches. The absolute mass of the row does not change, so signed rows (`dct`, `random`) cannot blow up.
+- The key stands for n s_i / Σ_i s_i of the n present patches instead of N/k, and its scores carry the logarithm of
+  that number. All projected keys together stand for n patches, as in full attention.
+- If s_i = 0, the key is hidden.
 
 If E and F differ, a key has the geometric mean of their shares. For kinds that reduce tokens, s_i is the share of the
-cell's area, and the projection leaves absent patches out itself. If an image has no token to attend to, none of its
+cell's area, and the projection itself leaves absent patches out. If an image has no token to attend to, none of its
 keys is hidden.
 
-Patch dropout without a mask uses the average over random subsets: every row is multiplied by N/n and stands for n/k
-patches. With a mask, dropped patches count as masked.
+Patch dropout without a mask is treated as the average over random subsets: every row is multiplied by N/n and stands
+for n/k patches. With a mask, dropped patches count as masked.
 
 B batch, P prefix tokens, N patches of the grid, n patches present, M maps of a projection, C channels, k projected
 length.
@@ -33,15 +33,18 @@ from linvit.model.projections import GridSize, MatrixProjection, Projection
 
 
 class TokenLayout(NamedTuple):
-    """Where a batch's patch tokens lie when they are not simply the full grid of the model."""
+    """Where a batch's patch tokens lie if they are not the full grid of the model."""
 
     grid_size: GridSize
-    # Indices of the patches that are present (B, n), each image its own; None: all of them, in order.
+    # Indices of the kept patches of each image (B, n); None if all are kept, in order.
     kept: Optional[Tensor] = None  # noqa: UP045  TorchScript reads it
 
 
 def mask_of_kept(mask: Tensor, layout: TokenLayout, num_prefix_tokens: int) -> Tensor:
-    """The key-padding mask (B or 1, 1, 1, P + N) of a full grid, for the tokens that were kept: (B, 1, 1, P + n)."""
+    """The part of a full grid's key-padding mask (B or 1, 1, 1, P + N) for the kept tokens: (B, 1, 1, P + n).
+
+    Raises ValueError for a mask of another shape.
+    """
     assert layout.kept is not None
     batch, tokens = layout.kept.shape[0], num_prefix_tokens + layout.grid_size[0] * layout.grid_size[1]
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, 1, tokens):
@@ -54,15 +57,15 @@ def mask_of_kept(mask: Tensor, layout: TokenLayout, num_prefix_tokens: int) -> T
 
 
 class Patches(NamedTuple):
-    """The patches of one batch: where they lie, which are there, and the share of E's and F's rows that they are."""
+    """The patches of one batch: where they lie, which are present, and which share of E's and F's rows they cover."""
 
-    # None: the projection's own grid.
+    # None for the projection's own grid.
     grid_size: GridSize | None
     num_patches: int
-    # Tokens, masked ones included.
+    # Number of tokens, including masked ones.
     num_present: int
     kept: Tensor | None
-    # Of a mask: True where a patch is present (B, n), and where a prefix token may be attended to (B, P).
+    # From a mask: True where a patch is present (B, n), and where a prefix token may be attended to (B, P).
     seen: Tensor | None
     prefix_mask: Tensor | None
     # The present share of each row of E and of F (B, M, k, 1); None without a mask.
@@ -70,16 +73,16 @@ class Patches(NamedTuple):
     value_share: Tensor | None = None
 
     def place(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, M, n, C) on the whole grid (B, M, N, C); masked and dropped ones leave zeros."""
+        """Put patch tokens (B, M, n, C) on the full grid (B, M, N, C), with zeros for masked and dropped ones."""
         if self.seen is not None:
             return self.fill(tokens, 0.0)
         if self.kept is None:
             return tokens
-        # The kept patches stand for all: on average the projection is that of the whole image.
+        # The kept patches stand for all, so that the projection equals that of the full image on average.
         return self._scatter(tokens * (self.num_patches / self.num_present), 0.0)
 
     def fill(self, tokens: Tensor, absent: float) -> Tensor:
-        """Patch tokens (B, M, n, C) on the whole grid (B, M, N, C), masked and dropped ones reading `absent`."""
+        """Put patch tokens (B, M, n, C) on the full grid (B, M, N, C), with `absent` for masked and dropped ones."""
         if self.seen is not None:
             tokens = tokens.masked_fill(~self.seen[:, None, :, None], absent)
         return tokens if self.kept is None else self._scatter(tokens, absent)
@@ -87,18 +90,18 @@ class Patches(NamedTuple):
     def _scatter(self, tokens: Tensor, absent: float) -> Tensor:
         assert self.kept is not None
         index = self.kept[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
-        whole = tokens.new_full((*tokens.shape[:2], self.num_patches, tokens.shape[3]), absent)
-        return whole.scatter(2, index, tokens)
+        empty = tokens.new_full((*tokens.shape[:2], self.num_patches, tokens.shape[3]), absent)
+        return empty.scatter(2, index, tokens)
 
     def project(self, projection: Projection, on_grid: Tensor, share: Tensor | None) -> Tensor:
-        """Tokens on the grid (B, 1 or M, N, C) → (B, M, k, C), rows of E rescaled from their present share."""
+        """Project tokens on the grid (B, 1 or M, N, C) → (B, M, k, C); rows of E are divided by their present share."""
         reduced: Tensor = projection(on_grid, self.grid_size)
         if share is None or not isinstance(projection, MatrixProjection):
             return reduced
         return reduced / share.masked_fill(share == 0, 1.0).to(reduced.dtype)
 
     def row_sums(self, projection: Projection, like: Tensor, share: Tensor | None) -> Tensor:
-        """By what the bias of Wk or Wv is multiplied: E1 (B or 1, M, k, 1), or ones where tokens are reduced."""
+        """The factors of the bias of Wk or Wv: E1 (B or 1, M, k, 1), or ones if the tokens are reduced."""
         if not isinstance(projection, MatrixProjection):
             return like.new_ones(1, 1, projection.k, 1)
         if self.seen is None and self.kept is None:
@@ -107,9 +110,9 @@ class Patches(NamedTuple):
         return self.project(projection, ones, share)
 
     def log_patches_per_key(self) -> Tensor | None:
-        """log of how many present patches each projected key stands for: (B, M, 1, k), -∞ for one that sees none.
+        """log of the number of present patches that each projected key stands for (B, M, 1, k); None without a mask.
 
-        None without a mask.
+        It is -∞ for a key that covers no present patch.
         """
         if self.seen is None or self.key_share is None or self.value_share is None:
             return None
@@ -132,7 +135,7 @@ def read_patches(
     layout: TokenLayout | None,
     mask: Tensor | None,
 ) -> Patches:
-    """The patches of tokens `x` (B, P + n, D); ValueError where they do not fit the projection's grid or the mask."""
+    """Describe the patches of tokens `x` (B, P + n, D). Raises ValueError if they do not fit the grid or the mask."""
     present = x.shape[1] - num_prefix_tokens
     own_grid = key_proj.grid_size
     grid_size = own_grid if layout is None else layout.grid_size
@@ -141,7 +144,7 @@ def read_patches(
     if kept is None and present != num_patches:
         raise ValueError(
             f"{present} patch tokens do not fill the {grid_size[0]}×{grid_size[1]} grid of this attention layer: "
-            f"call set_input_size(), or build the model with dynamic_img_size=True"
+            f"call set_input_size() or build the model with dynamic_img_size=True"
         )
     if grid_size != own_grid:
         key_proj.check_grid_size(grid_size)
@@ -165,13 +168,13 @@ def read_patches(
 
 def _present_share(projection: Projection, patches: Patches, x: Tensor) -> Tensor:
     assert patches.seen is not None
-    # A sum over all patches: half precision would round it. Meta tensors know of no autocast.
+    # Half precision would round a sum over all patches. Autocast does not know meta tensors.
     dtype = torch.promote_types(x.dtype, torch.float32)
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         present = patches.place(patches.seen[:, None, :, None].to(dtype))
         mass = projection.row_mass(present, patches.grid_size)
-        whole = projection.row_mass(present.new_ones(1, 1, patches.num_patches, 1), patches.grid_size)
-        return mass / whole.masked_fill(whole == 0, 1.0)
+        full_mass = projection.row_mass(present.new_ones(1, 1, patches.num_patches, 1), patches.grid_size)
+        return mass / full_mass.masked_fill(full_mass == 0, 1.0)
 
 
 def _split_key_padding_mask(mask: Tensor, x: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +184,7 @@ def _split_key_padding_mask(mask: Tensor, x: Tensor, num_prefix_tokens: int) -> 
     if mask.dtype != torch.bool or not fits:
         raise ValueError(
             f"Linformer attention takes a boolean key-padding mask of shape ({batch}, 1, 1, {tokens}), True where a "
-            f"token may be attended to; this mask is {mask.dtype} of shape {tuple(mask.shape)}. Masks that differ "
+            f"token may be attended to; this mask is {mask.dtype} of shape {tuple(mask.shape)}. A mask that differs "
             f"between queries cannot be applied to projected keys"
         )
     rows = mask[:, 0, 0].expand(batch, -1)

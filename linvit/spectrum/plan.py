@@ -15,7 +15,8 @@ import torch
 from linvit.measure.flops import count_flops
 from linvit.model.projections import GridSize
 from linvit.model.projections.grid import factor_pair
-from linvit.model.vit import LinformerViT, Share
+from linvit.model.sharing import Share
+from linvit.model.vit import LinformerViT
 from linvit.spectrum.knapsack import Item, choose
 from linvit.spectrum.result import Spectrum
 

@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from linvit.model.vit import Share
+from linvit.model.sharing import Share
 from linvit.output.plots import BLUE, GREY, ORANGE, RED, save_figure
 from linvit.spectrum.plan import Plan, make_plan, uniform_plans
 from linvit.spectrum.result import Spectrum, growth_exponent

@@ -90,7 +90,7 @@ def test_queries_in_chunks_are_joined(monkeypatch):
     # Only kinds that reduce tokens form queries a chunk of tokens at a time.
     model = linformer_vit(projection="conv")
     at_once = linvit.attention_spectrum(model, images())
-    monkeypatch.setattr("linvit.model.attention.RUN_ELEMENTS", 10 * 24)
+    monkeypatch.setattr("linvit.model.attention.CHUNK_ELEMENTS", 10 * 24)
     np.testing.assert_allclose(linvit.attention_spectrum(model, images()).energies, at_once.energies, atol=1e-9)
 
 

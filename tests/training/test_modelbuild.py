@@ -53,7 +53,7 @@ def test_k_must_shorten_the_sequence() -> None:
 
 
 def test_weights_that_are_not_published_are_refused() -> None:
-    with pytest.raises(ValueError, match="linvit_tiny_patch16_224 cannot be built so: No pretrained weights exist"):
+    with pytest.raises(ValueError, match="linvit_tiny_patch16_224 cannot be built: No pretrained weights exist"):
         build_model(config(model="linvit_tiny_patch16_224", k=4, pretrained=True), class_names=CLASSES)
 
 
@@ -108,9 +108,9 @@ def test_a_converted_model_is_fine_tuned_at_a_larger_size(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config_json", "message"),
     [
-        ("{", "config.json describes no model (Expecting property name"),
-        ("{}", "config.json describes no model"),
-        ('{"architecture": "vit_huge_patch1_7"}', "cannot be built so: Unknown model (vit_huge_patch1_7)"),
+        ("{", "config.json does not describe a model (Expecting property name"),
+        ("{}", "config.json does not describe a model"),
+        ('{"architecture": "vit_huge_patch1_7"}', "cannot be built: Unknown model (vit_huge_patch1_7)"),
     ],
 )
 def test_a_folder_that_describes_no_model_is_named(tmp_path: Path, config_json: str, message: str) -> None:

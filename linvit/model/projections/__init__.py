@@ -1,4 +1,4 @@
-"""Kinds of projection: what E and F are. A new kind is one file here and one import line below."""
+"""The kinds of projection that E and F can be. A new kind is one file here and its name in the import below."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from linvit.model.projections.base import (
     PerHeadProjection,
     Projection,
     ProjectionInit,
-    are_several,
     check_shortens,
+    is_list_of_lengths,
+    parse_length,
     projection_class,
     register_projection,
-    whole_length,
 )
 from linvit.model.projections.grid import GridSize
 from linvit.model.projections.identity import IdentityProjection
@@ -50,16 +50,16 @@ def build_projection(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Projection:
-    """A projection of `kind` for an (H, W) patch grid.
+    """Build a projection of `kind` for an (H, W) patch grid.
 
-    `k` is one length, or one per head (then `num_maps` is the number of heads). `dim` is the tokens' width, which
-    `conv` needs. Raises ValueError for an unknown kind, for a k that is no whole number or that the grid cannot hold,
-    and for several maps of a kind whose maps are all the same.
+    `k` is one length, or one per head (then `num_maps` is the number of heads). `dim` is the width of the tokens, which
+    only `conv` needs. Raises ValueError for an unknown kind or `init`, for a k that is not a whole number or does not
+    fit the grid, and for several maps of a kind whose maps are all the same.
     """
     cls = projection_class(kind)
     if init not in get_args(ProjectionInit):
         raise ValueError(none_of("projection_init", init, get_args(ProjectionInit)))
-    if are_several(k):
+    if is_list_of_lengths(k):
         if len(k) != num_maps:
             raise ValueError(f"k={list(k)} names {len(k)} heads, but there are {num_maps}")
         heads = [
@@ -67,7 +67,7 @@ def build_projection(
             for each in k
         ]
         return PerHeadMatrixProjection(heads) if issubclass(cls, MatrixProjection) else PerHeadProjection(heads)
-    k = whole_length(k)
+    k = parse_length(k)
     if cls is not IdentityProjection:
         check_shortens(k, grid_size)
     if num_maps > 1 and not maps_can_differ(kind):
@@ -80,9 +80,9 @@ def build_projection(
 
 
 def maps_can_differ(kind: str) -> bool:
-    """Whether two projections of `kind` with one k on one grid can differ, by parameters or buffers.
+    """Whether two projections of `kind` with the same k and grid can differ, because they have parameters or buffers.
 
-    They cannot where all follows from k and the grid. `identity`, ordinary attention, counts as any.
+    They cannot if everything follows from k and the grid. For `identity`, ordinary attention, the result is True.
     """
     cls = projection_class(kind)
     probe = cls(k=1, grid_size=(2, 2), dim=1, device=torch.device("meta"))

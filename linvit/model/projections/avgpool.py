@@ -1,7 +1,7 @@
 """Average pooling to k_h × k_w cells (Wang et al. 2020, section 4, "general projections").
 
-Cells are averaged by area, so a grid that the cells do not divide loses no patch, and a finer grid of the same shape
-gives the same keys on the same picture. No parameters.
+Cells are averaged by area. No patch is lost if the cells do not divide the grid, and a finer grid of the same shape
+gives the same keys for the same image. No parameters.
 """
 
 import torch
@@ -14,7 +14,7 @@ from linvit.model.projections.separable import project_separable
 
 @register_projection("avgpool")
 class AveragePoolProjection(MatrixProjection):
-    """E averages the patches of each cell; the cells follow from k and the shape of the grid alone."""
+    """E averages the patches of each cell; the cells follow from k and the shape of the grid."""
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         return average_cells(x, self.k, grid_size or self.grid_size)
@@ -31,7 +31,7 @@ class AveragePoolProjection(MatrixProjection):
 
 
 def average_cells(x: Tensor, k: int, grid_size: GridSize) -> Tensor:
-    """Means of x (B, M, N, C) over each of k cells, by area: (B, M, k, C)."""
+    """Average x (B, M, N, C) over each of k cells, by area: (B, M, k, C)."""
     weight_h, weight_w = _averages(k, grid_size, x.device, x.dtype)
     return project_separable(x, weight_h[None], weight_w[None])
 

@@ -1,12 +1,10 @@
-"""What a projection is: the contract every kind keeps, and the registry it is found in.
+"""The base classes of all projections, and the registry of their kinds.
 
-A projection reduces the N = H·W patches of a grid to k. It knows its grid and its k, and nothing of heads' or layers'
-sharing: who uses it, and how often, is decided by the model that owns it. Most kinds are matrices E and may act on
-tokens or on keys and values alike; the others reduce the tokens, before Wk and Wv.
+A projection reduces the N = H·W patches of a grid to k. It knows its grid and its k, but not which heads and layers
+share it: the model decides that. Most kinds are matrices E, which can be applied to tokens as well as to keys and
+values. The others reduce the tokens, before Wk and Wv.
 
 B batch, M maps (1, or one per head), N patches, K projected length, C channels.
-
-A projected length of its own for every head: the paper's non-uniform projected dimension (section 4).
 """
 
 import operator
@@ -21,7 +19,7 @@ from linvit.model.projections.grid import GridSize
 from linvit.settings.fields import none_of
 
 ProjectionInit = Literal["pool", "average", "jl"]
-# Of the entries of a plain average; it tells rows apart that are trained from scratch.
+# Relative to the entries of a plain average. It makes rows differ that are trained from scratch.
 POOL_NOISE = 0.1
 
 
@@ -33,17 +31,17 @@ class Projection(nn.Module):
         grid_size: (H, W) of the patch grid, N = H·W.
         num_maps: number of independent maps; 1 when all heads share one, else the number of heads.
         dim: width C of the tokens, for kinds that have parameters per channel.
-        init: `"pool"` starts at 2-D local averages plus a little noise, so that EX has the scale of X at every N;
-            `"average"` without the noise, for weights that are trained already; `"jl"` at the paper's N(0, 1/k)
-            (Theorem 2). Kinds without parameters have nothing to start.
+        init: `"pool"` starts at 2-D local averages plus a little noise, so that EX has the scale of X at every N.
+            `"average"` omits the noise, for a model whose other weights are trained already. `"jl"` draws from the
+            paper's N(0, 1/k) (Theorem 2). Kinds without parameters ignore it.
 
-    A kind defines `forward`, and `row_mass` for masks; if it has parameters or buffers, `create_parameters` and
-    `reset_parameters`; `remap_weight` if they lie on the grid, and `adopt` if a checkpoint's may have other shapes.
-    `build_projection` makes one and checks that it fits.
+    A kind defines `forward`, and `row_mass` for masks. If it has parameters or buffers, it also defines
+    `create_parameters` and `reset_parameters`, `remap_weight` if they lie on the grid, and `adopt` if those of a
+    checkpoint may have other shapes. `build_projection` builds one and checks that it fits.
     """
 
     kind: str
-    # What a masked or dropped patch reads as, where the projection is no matrix.
+    # The value of masked and dropped patches, for a projection that is not a matrix.
     absent: float = 0.0
 
     def __init__(
@@ -58,7 +56,7 @@ class Projection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.k = whole_length(k)
+        self.k = parse_length(k)
         self.grid_size = grid_size
         self.num_maps = num_maps
         self.dim = dim
@@ -67,16 +65,16 @@ class Projection(nn.Module):
         self.reset_parameters()
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Register the kind's (still empty) parameters and buffers."""
+        """Register the kind's parameters and buffers, uninitialised."""
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         """Reduce patches of `grid_size` (default: the projection's own): (B, 1, N, C) → (B, M, K, C)."""
         raise NotImplementedError
 
     def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
-        """How much of the patches x (B, 1, N, 1) ≥ 0 each result depends on, for masks: (B, M or 1, K, 1).
+        """The mass of patches x (B, 1, N, 1) ≥ 0 that each row covers, for masks: (B, M or 1, K, 1).
 
-        For a matrix |E|x; else the mean of x over each cell. A kind that does not say depends on all patches alike.
+        This is |E|x for a matrix, else the mean of x over each cell. The default covers all patches equally.
         """
         return x.mean(2, keepdim=True).expand(-1, self.num_maps, self.k, -1)
 
@@ -97,18 +95,18 @@ class Projection(nn.Module):
         return [self.k] * self.num_maps
 
     def check_grid_size(self, grid_size: GridSize) -> None:
-        """Raise ValueError where this projection would not shorten the sequence."""
+        """Raise ValueError if this projection cannot work on the grid, or would not shorten the sequence."""
         check_shortens(self.k, grid_size)
 
     def remap_weight(self, name: str, weight: Tensor, grid_size: GridSize) -> Tensor:
-        """Weight or buffer `name`, whatever grid it lies on, as it reads on `grid_size`."""
+        """The weight or buffer `name`, from whatever grid it lies on, moved to `grid_size`."""
         return weight
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take on what a checkpoint's weights and buffers `state` fix beside their values; ValueError if it cannot."""
+        """Take over the shapes of a checkpoint's weights and buffers `state`. Raises ValueError if they do not fit."""
 
     def set_grid_size(self, grid_size: GridSize) -> None:
-        """Move to another patch grid; parameters are replaced and keep `requires_grad`."""
+        """Move to another patch grid; parameters are replaced and keep `requires_grad`. Raises ValueError if k ≥ N."""
         self.check_grid_size(grid_size)
         for name, weight in list(self.named_parameters(recurse=False)):
             moved = self.remap_weight(name, weight.detach(), grid_size)
@@ -124,7 +122,7 @@ class Projection(nn.Module):
 class MatrixProjection(Projection):
     """A projection that is a matrix E on the patches, so that E(XW) = (EX)W.
 
-    `forward` also takes an x per map, (B, M, N, C) → (B, M, K, C).
+    `forward` also accepts one x per map: (B, M, N, C) → (B, M, K, C).
     """
 
     def matrix(self) -> Tensor:
@@ -132,19 +130,19 @@ class MatrixProjection(Projection):
         raise NotImplementedError
 
     def row_sums(self, like: Tensor, grid_size: GridSize | None = None) -> Tensor:
-        """E1 (1, M, K, 1) on a grid (default: the projection's own), of the dtype and on the device of `like`."""
+        """E1 (1, M, K, 1) on a grid (default: the projection's own), with the dtype and device of `like`."""
         height, width = grid_size or self.grid_size
         sums: Tensor = self(like.new_ones(1, 1, height * width, 1), grid_size)
         return sums
 
     def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
-        # E itself, dense: N² numbers on the way. The kinds here do without.
+        # This makes E dense, from N² numbers. The kinds in this package override it.
         E: Tensor = self(torch.eye(x.shape[2], dtype=x.dtype, device=x.device)[None, None], grid_size)
         return E.abs() @ x
 
 
-def whole_length(k: object) -> int:
-    """A projected length as an int, from whole numbers of any kind, as NumPy's; ValueError, naming it, otherwise."""
+def parse_length(k: object) -> int:
+    """A projected length as an int, from any integer type, such as NumPy's. Raises ValueError for everything else."""
     try:
         if isinstance(k, bool) or getattr(k, "dtype", None) is torch.bool:
             raise TypeError
@@ -153,8 +151,8 @@ def whole_length(k: object) -> int:
         raise ValueError(f"k={k!r}: a projected length is a whole number, such as k=16") from None
 
 
-def are_several(k: object) -> TypeGuard[Sequence[Any]]:
-    """Whether `k` is a list of lengths, also as an array, rather than one."""
+def is_list_of_lengths(k: object) -> TypeGuard[Sequence[Any]]:
+    """Whether `k` is a sequence or an array of lengths, rather than one length."""
     return (isinstance(k, Sequence) and not isinstance(k, str)) or getattr(k, "ndim", 0) > 0
 
 
@@ -176,11 +174,11 @@ ProjectionType = TypeVar("ProjectionType", bound=type[Projection])
 
 
 def register_projection(kind: str) -> Callable[[ProjectionType], ProjectionType]:
-    """Class decorator that makes a kind known under its name."""
+    """Class decorator that registers a projection under the name `kind`. Raises ValueError for a name in use."""
 
     def register(cls: ProjectionType) -> ProjectionType:
         if kind in PROJECTIONS:
-            raise ValueError(f"projection kind {kind!r} is registered already, by {PROJECTIONS[kind].__name__}")
+            raise ValueError(f"projection kind {kind!r} is already registered by {PROJECTIONS[kind].__name__}")
         cls.kind = kind
         PROJECTIONS[kind] = cls
         return cls
@@ -189,16 +187,16 @@ def register_projection(kind: str) -> Callable[[ProjectionType], ProjectionType]
 
 
 def projection_class(kind: str) -> type[Projection]:
-    """The class registered under `kind`; ValueError with the nearest name otherwise."""
+    """The class registered under `kind`. Raises ValueError, listing the kinds, for an unknown one."""
     if isinstance(kind, str) and kind in PROJECTIONS:
         return PROJECTIONS[kind]
     raise ValueError(none_of("projection", kind, sorted(PROJECTIONS)))
 
 
 class PerHeadProjection(Projection):
-    """One single-map projection per head; shorter results are filled up with zero rows to the longest, K.
+    """A projection per head, each with a length of its own: the paper's non-uniform projected dimension (section 4).
 
-    Whoever attends to the result masks the rows past `lengths`.
+    Shorter results are padded with zero rows to the longest, K; attention must mask the rows past `lengths`.
     """
 
     def __init__(self, heads: Sequence[Projection]) -> None:
@@ -244,7 +242,7 @@ class PerHeadProjection(Projection):
 
 
 class PerHeadMatrixProjection(PerHeadProjection, MatrixProjection):
-    """The same for kinds that are matrices."""
+    """`PerHeadProjection` for kinds that are matrices."""
 
     def matrix(self) -> Tensor:
         matrices = [head.matrix() for head in self.heads if isinstance(head, MatrixProjection)]

@@ -1,9 +1,9 @@
 """Depthwise convolution with kernel and stride of one cell, then layer norm (Wang et al. 2020, section 4).
 
-The paper's "kernel and stride n/k" in two dimensions: k_h × k_w cells, each a weighted sum of its patches, with one
-kernel per channel. The kernel is a density on the cell, piecewise constant on s_h × s_w pieces. Tokens are averaged
-by area to k_h·s_h × k_w·s_w pieces where the grid is another: no patch is dropped where the stride does not divide,
-and the weights never change with the grid. The convolution has no bias: the norm has one.
+This is the paper's "kernel and stride n/k" in two dimensions: k_h × k_w cells, each a weighted sum of its patches, with
+one kernel per channel. The kernel is a density on the cell, piecewise constant on s_h × s_w pieces. If the grid differs
+from k_h·s_h × k_w·s_w, tokens are first averaged to these pieces by area. So no patch is dropped if the stride does not
+divide the grid, and the weights never change with the grid. The convolution has no bias, because the norm has one.
 
 Differs from the paper: the tokens are convolved, before Wk and Wv.
 """
@@ -24,11 +24,13 @@ NORM_EPS = 1e-6
 
 @register_projection("conv")
 class ConvProjection(Projection):
-    """Kernels `weight` (M, C, s_h, s_w), one patch a piece at first; layer norm's `gamma` and `beta` (M, C)."""
+    """Kernels `weight` (M, C, s_h, s_w), initially with one piece per patch; layer norm's `gamma` and `beta` (M, C)."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         if self.dim is None:
-            raise ValueError("projection 'conv' has one kernel per channel: build it with dim=, the tokens' width")
+            raise ValueError(
+                "projection 'conv' has one kernel per channel: build it with dim=, the width of the tokens"
+            )
         cells, (height, width) = factor_pair(self.k, self.grid_size), self.grid_size
         kernel = -(-height // cells[0]), -(-width // cells[1])
         self.weight = nn.Parameter(torch.empty(self.num_maps, self.dim, *kernel, device=device, dtype=dtype))
@@ -67,7 +69,7 @@ class ConvProjection(Projection):
         factor_pair(self.k, grid_size)
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take a checkpoint's number of pieces: its kernels then mean what they were trained to."""
+        """Take over a checkpoint's number of pieces, so that its kernels compute what they were trained for."""
         if "weight" in state and state["weight"].shape[2:] != self.weight.shape[2:]:
             shape = (*self.weight.shape[:2], *state["weight"].shape[2:])
             self.weight = nn.Parameter(self.weight.new_empty(shape), requires_grad=self.weight.requires_grad)

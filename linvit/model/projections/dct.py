@@ -1,9 +1,9 @@
 """The k lowest cosine modes of the image: a fixed low-pass filter.
 
-Mode (u, v) is the density c_u c_v cos(πut) cos(πvs) on the unit square, c = 1 for 0 and √2 else, integrated over every
-patch. The modes are those of least (u/H)² + (v/W)²; row 0 is the mean, and rows are orthogonal. On an image that is
-constant on the patches of a grid the grid twice as fine gives the same keys, as long as it chooses the same modes:
-that is for k up to π/4 · N.
+Mode (u, v) is the density c_u c_v cos(πut) cos(πvs) on the unit square, integrated over every patch; c = 1 for 0, else
+√2. The modes with the least (u/H)² + (v/W)² are used. Row 0 is the mean, and rows are orthogonal. For an image that is
+constant on the patches of a grid, a grid twice as fine gives the same keys if it uses the same modes, which holds for k
+up to π/4 · N.
 """
 
 import math
@@ -18,7 +18,7 @@ from linvit.model.projections.separable import project_separable
 
 @register_projection("dct")
 class CosineProjection(MatrixProjection):
-    """Rows of E are 2-D cosine modes; no parameters, all follows from k and the grid. Costs about N·√k, not N·k."""
+    """Rows of E are 2-D cosine modes. No parameters. Multiply-adds per channel are about N·√k instead of N·k."""
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         modes_h, modes_w, order = self._modes(grid_size or self.grid_size, x.device, x.dtype)
@@ -33,12 +33,12 @@ class CosineProjection(MatrixProjection):
         return torch.kron(modes_h, modes_w)[None, order]
 
     def _modes(self, grid_size: GridSize, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Modes along each axis, (U, H) and (V, W), and which k of their U·V products are the lowest, in order."""
+        """Modes along each axis, (U, H) and (V, W), and the indices of the k lowest of their U·V products, in order."""
         height, width = grid_size
         # A quarter ellipse of this radius holds at least k modes: the unit squares at its grid points cover it.
         radius = math.sqrt(4 * self.k / (math.pi * height * width))
         num_h, num_w = (size if radius > 1 else min(size, int(size * radius) + 1) for size in grid_size)
-        # In whole numbers equal frequencies are equal, and a stable sort orders them by (u, v).
+        # With integers, equal frequencies compare equal, and a stable sort orders them by (u, v).
         u = torch.arange(num_h, device=device)[:, None] * width
         v = torch.arange(num_w, device=device)[None, :] * height
         order = (u.square() + v.square()).flatten().argsort(stable=True)[: self.k]
@@ -49,7 +49,7 @@ class CosineProjection(MatrixProjection):
 
 
 def cosine_modes(count: int, size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Integrals of the modes 0 … count − 1 over each of `size` equal intervals of [0, 1]: (count, size)."""
+    """Integrate the modes 0 … count − 1 over each of `size` equal intervals of [0, 1]: (count, size)."""
     mode = torch.arange(count, device=device, dtype=torch.float64)[:, None]
     centre = (torch.arange(size, device=device, dtype=torch.float64) + 0.5) / size
     # ∫ cos(πut) over an interval of width 1/size is its value at the centre times sinc(u / 2·size) / size.

@@ -1,9 +1,9 @@
-"""Areas on patch grids: how a density over the image is read on another grid.
+"""Moving projections between patch grids by overlap area, and dividing a grid into k cells.
 
-A row of E is a density, piecewise constant on the H × W patches. On another grid each new patch receives the part of
-every old patch's mass that lies inside it: E' = A_h E A_wᵀ with A the overlap fractions along one axis. Row sums stay
-exactly, doubling a grid and halving it again returns the same E, and on an image that is constant on the old patches
-the finer grid gives the very same projection.
+A row of E is a density, piecewise constant on the H × W patches. On another grid, each new patch receives the part of
+every old patch's mass that lies inside it: E' = A_h E A_wᵀ, with the overlap fractions A along one axis. Row sums are
+preserved exactly, doubling a grid and halving it again returns the same E, and for an image that is constant on the old
+patches a finer grid gives the same projection.
 """
 
 import torch
@@ -13,17 +13,17 @@ GridSize = tuple[int, int]
 
 
 def overlap_matrix(old: int, new: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Fraction of each of `old` equal intervals that lies in each of `new`: (new, old), columns sum to one."""
+    """The fraction of each of `old` equal intervals that lies in each of `new`: (new, old), columns sum to one."""
     return (_overlap_units(new, old, device) / new).to(dtype)
 
 
 def averaging_matrix(cells: int, size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Averages `size` equal intervals over each of `cells`, by length: (cells, size), rows sum to one."""
+    """Averages `size` equal intervals over each of `cells` by length: (cells, size), rows sum to one."""
     return (_overlap_units(cells, size, device) / size).to(dtype)
 
 
 def _overlap_units(n: int, m: int, device: torch.device) -> Tensor:
-    """Overlap of n and of m equal intervals of a line of n·m units: whole numbers, so nothing is rounded."""
+    """Overlap of n and of m equal intervals on a line of n·m units: integers, so that nothing is rounded."""
     i = torch.arange(n, device=device, dtype=torch.float64)[:, None]
     j = torch.arange(m, device=device, dtype=torch.float64)[None, :]
     return (torch.minimum((i + 1) * m, (j + 1) * n) - torch.maximum(i * m, j * n)).clamp(min=0)
@@ -34,7 +34,7 @@ def remap_axis(weight: Tensor, new: int) -> Tensor:
     old = weight.shape[-1]
     if old == new:
         return weight
-    # Half precision would round the mass that a row loses and gains.
+    # In half precision, rounding would change a row's total mass.
     precise = torch.promote_types(weight.dtype, torch.float32)
     moved = weight.to(precise) @ overlap_matrix(old, new, device=weight.device, dtype=precise).mT
     return moved.to(weight.dtype)
@@ -47,9 +47,9 @@ def remap_grid(weight: Tensor, new: GridSize) -> Tensor:
 
 
 def factor_pair(k: int, grid_size: GridSize) -> GridSize:
-    """The k_h × k_w = k that fits the grid with k_h / k_w nearest to H / W by ratio, so that cells are near square.
+    """The factors k_h × k_w = k that fit the grid with k_h / k_w nearest to H / W by ratio, for nearly square cells.
 
-    Of two as near the more square one, then the one with k_h ≤ k_w. Raises ValueError where none fits.
+    Ties go to the more square pair, then to the one with k_h ≤ k_w. Raises ValueError if no pair fits.
     """
     height, width = grid_size
     best: GridSize | None = None
@@ -60,7 +60,7 @@ def factor_pair(k: int, grid_size: GridSize) -> GridSize:
         if best is None:
             best = k_h, k_w
             continue
-        # Ratios grow with k_h: the later of two is the nearer where their geometric mean lies below H / W.
+        # Ratios grow with k_h, so the later of two is nearer if their geometric mean lies below H / W.
         mean, shape = best[0] * k_h * width**2, best[1] * k_w * height**2
         if mean < shape or (mean == shape and max(k_h, k_w) < max(best)):
             best = k_h, k_w
@@ -69,13 +69,13 @@ def factor_pair(k: int, grid_size: GridSize) -> GridSize:
     fitting = {a * b for a in range(1, height + 1) for b in range(1, width + 1) if a * b < height * width}
     nearest = sorted(fitting, key=lambda other: abs(other - k))[:3]
     raise ValueError(
-        f"k={k} is no product k_h × k_w that fits a {height}×{width} patch grid; "
-        f"take k={' or '.join(map(str, sorted(nearest)))}"
+        f"k={k} is not a product k_h × k_w that fits a {height}×{width} patch grid: "
+        f"choose k={' or '.join(map(str, sorted(nearest)))}"
     )
 
 
 def check_cells(cells: GridSize, grid_size: GridSize) -> None:
-    """Raise ValueError where k_h × k_w cells are finer than the patches along an axis."""
+    """Raise ValueError if there are more cells than patches along an axis."""
     if cells[0] > grid_size[0] or cells[1] > grid_size[1]:
         raise ValueError(
             f"k={cells[0] * cells[1]} as {cells[0]}×{cells[1]} cells does not fit a "
@@ -86,7 +86,7 @@ def check_cells(cells: GridSize, grid_size: GridSize) -> None:
 def tile_rows(k: int, grid_size: GridSize, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """k local averages that tile the grid like bricks, each summing to one: (k, H, W).
 
-    With a factor pair of k close to the grid's shape the bricks are the cells of average pooling.
+    If k has a factor pair close to the grid's shape, the bricks are the cells of average pooling.
     """
     height, width = grid_size
     bands = _num_bands(k, grid_size)
@@ -102,7 +102,7 @@ def tile_rows(k: int, grid_size: GridSize, *, device: torch.device, dtype: torch
 def _num_bands(k: int, grid_size: GridSize) -> int:
     height, width = grid_size
     ideal = (k * height / width) ** 0.5
-    # An exact tiling near the ideal shape beats uneven bands.
+    # Prefer an exact tiling near the ideal shape to bands with different numbers of bricks.
     candidates = sorted(range(1, min(k, height) + 1), key=lambda bands: abs(bands - ideal))
     exact = [bands for bands in candidates[:3] if k % bands == 0]
     return (exact or candidates)[0]

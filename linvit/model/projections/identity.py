@@ -1,4 +1,4 @@
-"""E = I: ordinary softmax attention through the same class, as baseline and ablation."""
+"""E = I: ordinary softmax attention in the same class, as a baseline and for ablations."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from linvit.model.projections.grid import GridSize
 
 @register_projection("identity")
 class IdentityProjection(MatrixProjection):
-    """Keeps every patch: k is N, whatever was asked for."""
+    """Keeps every patch; k is always N."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.set_grid_size(self.grid_size)
@@ -21,7 +21,7 @@ class IdentityProjection(MatrixProjection):
         return torch.eye(self.k)[None]
 
     def check_grid_size(self, grid_size: GridSize) -> None:
-        """Every grid will do: nothing is shortened."""
+        """Every grid fits, because nothing is shortened."""
 
     def set_grid_size(self, grid_size: GridSize) -> None:
         self.grid_size = grid_size

@@ -1,4 +1,4 @@
-"""The paper's learned k × N matrix (Wang et al. 2020, Eq. 7), kept on the grid so that it can change size."""
+"""The paper's learned k × N matrix (Wang et al. 2020, Eq. 7), stored on the grid so that it can change size."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from linvit.model.projections.grid import GridSize, remap_grid, tile_rows
 
 
 def project_dense(x: Tensor, weight: Tensor) -> Tensor:
-    """E x for x (B, M, H·W, C), E (M, K, H, W): (B, M, K, C). One x serves all maps."""
+    """E x for E (M, K, H, W) and x (B, M or 1, H·W, C): (B, M, K, C). A single x is used for all maps."""
     weight = weight.flatten(2)  # (M, K, N)
     if x.shape[1] == 1:
-        # One product for all maps, and no copy of x per map or of E per image.
+        # One product for all maps, without a copy of x per map or of E per image.
         y = torch.einsum("kn,bnc->bkc", weight.flatten(0, 1), x.squeeze(1))
         return y.unflatten(1, weight.shape[:2])
     return torch.einsum("mkn,bmnc->bmkc", weight, x)
@@ -19,7 +19,7 @@ def project_dense(x: Tensor, weight: Tensor) -> Tensor:
 
 @register_projection("linear")
 class LinearProjection(MatrixProjection):
-    """E is a parameter (M, K, H, W): k·N numbers, whatever they have learnt."""
+    """E is a parameter (M, K, H, W) of k·N numbers per map."""
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         shape = (self.num_maps, self.k, *self.grid_size)

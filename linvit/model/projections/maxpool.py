@@ -1,7 +1,9 @@
 """Maximum pooling to k_h × k_w cells (Wang et al. 2020, section 4, "general projections").
 
-Every patch that overlaps a cell takes part in its maximum: where the cells do not divide the grid, neighbours share
-a patch and none is lost. No parameters. Differs from the paper: the tokens are pooled, before Wk and Wv.
+Every patch that overlaps a cell is included in its maximum. If the cells do not divide the grid, neighbouring cells
+share patches and none is lost. No parameters.
+
+Differs from the paper: the tokens are pooled, before Wk and Wv.
 """
 
 import math
@@ -16,7 +18,7 @@ from linvit.model.projections.grid import GridSize, factor_pair
 
 @register_projection("maxpool")
 class MaxPoolProjection(Projection):
-    """The largest value of each channel in each cell; a cell without any present patch gives zeros."""
+    """The largest value of each channel in each cell; a cell without a present patch gives zeros."""
 
     absent = -math.inf
 

@@ -10,7 +10,7 @@ from linvit.model.projections.linear import project_dense
 
 @register_projection("random")
 class RandomProjection(MatrixProjection):
-    """E is a buffer (M, K, H, W) drawn from N(0, 1/k), whatever `init` says; it is saved with the model."""
+    """E is a buffer (M, K, H, W) drawn from N(0, 1/k) for every `init`; it is saved with the model."""
 
     weight: Tensor
 

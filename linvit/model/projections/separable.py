@@ -1,7 +1,7 @@
-"""E = E_h ⊗ E_w: every key is a rectangle of soft row weights × soft column weights.
+"""E = E_h ⊗ E_w: every key weights the rows and the columns of the grid separately.
 
-k_h·H + k_w·W parameters instead of k·N, and N·k_h multiply-adds per channel instead of N·k. The number of rows and
-columns, k_h and k_w, is what the weights were made with: it stays when the grid changes.
+This takes k_h·H + k_w·W parameters instead of k·N, and N·k_h multiply-adds per channel instead of N·k. k_h and k_w are
+fixed when the weights are created and do not change with the grid.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from linvit.model.projections.grid import GridSize, averaging_matrix, check_cell
 def project_separable(x: Tensor, weight_h: Tensor, weight_w: Tensor) -> Tensor:
     """(E_h ⊗ E_w) x for x (B, M, H·W, C), E_h (M, k_h, H), E_w (M, k_w, W): (B, M, k_h·k_w, C).
 
-    Either M may be 1: one map for all of x, or one x for all maps.
+    Either M may be 1, for one map on all of x or one x for all maps.
     """
     (M, k_h, H), W = weight_h.shape, weight_w.shape[2]
     if M == 1 and x.shape[1] == 1:
-        # The usual case, in the fewest steps. Not `@`, which copies x, transposed, to make one product of all images.
+        # The usual case, in the fewest steps. `@` would copy a transposed x to make one product of all images.
         grid = x.reshape(-1, H, W * x.shape[3])
         rows = torch.bmm(weight_h.expand(grid.shape[0], -1, -1), grid)  # (B, k_h, W·C)
         return (weight_w @ rows.view(-1, k_h, W, x.shape[3])).flatten(1, 2)[:, None]
     grid = x.unflatten(2, (H, W)).flatten(3)  # (B, M, H, W·C)
     if x.shape[1] == 1:
-        # All maps in one product: broadcasting would copy x for each.
+        # All maps in one product, because broadcasting would copy x for each.
         rows = (weight_h.flatten(0, 1)[None, None] @ grid).unflatten(2, (M, k_h)).squeeze(1)
     else:
         rows = weight_h[None] @ grid
@@ -48,7 +48,7 @@ class SeparableProjection(MatrixProjection):
         for weight in (self.weight_h, self.weight_w):
             _, cells, size = weight.shape
             if self.init == "jl":
-                # The product of two such entries has variance 1/k.
+                # The product of an entry of E_h and one of E_w then has variance 1/k.
                 nn.init.normal_(weight, std=cells**-0.5)
             else:
                 nn.init.normal_(weight, std=self.pool_noise * cells / size)
@@ -64,7 +64,7 @@ class SeparableProjection(MatrixProjection):
         return project_separable(x, *(weight.abs().to(x.dtype) for weight in weights))
 
     def row_sums(self, like: Tensor, grid_size: GridSize | None = None) -> Tensor:
-        # Every grid has the same: remapping conserves them.
+        # Remapping preserves row sums, so they are the same on every grid.
         sums = self.weight_h.sum(2)[:, :, None] * self.weight_w.sum(2)[:, None]  # (M, k_h, k_w)
         return sums.flatten(1)[None, :, :, None]
 
@@ -79,7 +79,7 @@ class SeparableProjection(MatrixProjection):
         return remap_axis(weight, grid_size[0 if name == "weight_h" else 1])
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take a checkpoint's k_h × k_w where it is another factoring of the same k."""
+        """Take over a checkpoint's k_h × k_w if it is another factorisation of the same k."""
         if not {"weight_h", "weight_w"} <= state.keys():
             return
         cells = state["weight_h"].shape[1], state["weight_w"].shape[1]
