@@ -1,4 +1,4 @@
-"""Every projection kind: the lengths and sharings it is tested with, and how the reference computes it."""
+"""All kinds of projection: the lengths and sharings to test them with, and how the reference computes them."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from linvit import reference
 from linvit.model.projections import MatrixProjection, PerHeadProjection, Projection
 from linvit.model.projections.grid import factor_pair
 
-# kind → the k that each grid is tested with; a test holds this table against the registry.
+# kind → the k to test on each grid; a test compares this table with the registry.
 KINDS: dict[str, dict[tuple[int, int], int]] = {
     "linear": {(7, 5): 11, (13, 13): 7, (6, 10): 13},
     "separable": {(7, 5): 12, (13, 13): 6, (6, 10): 8},
@@ -24,7 +24,7 @@ SHARES = ["none", "headwise", "kv", "layerwise"]
 
 # The same for every head, and for E and F.
 FIXED = ["avgpool", "maxpool", "dct"]
-# These reduce tokens: they are no matrix, and have no per-head order.
+# These kinds reduce tokens: they are not matrices and have no per-head order.
 REDUCING = ["conv", "maxpool"]
 
 KIND_SHARES = [(kind, share) for kind in KINDS for share in SHARES if kind not in FIXED or share in ("kv", "layerwise")]
@@ -35,7 +35,7 @@ def orders_of(kind: str) -> list[str]:
 
 
 def reductions(projection: Projection, num_heads: int, present: Tensor | None = None) -> list[reference.Reduction]:
-    """E of each head as the reference takes it; `present` (B, N) is for kinds that reduce tokens."""
+    """E of each head in the form that the reference takes; `present` (B, N) is for kinds that reduce tokens."""
     if isinstance(projection, PerHeadProjection):
         return [found for head in projection.each_head() for found in reductions(head, 1, present)]
     if isinstance(projection, MatrixProjection):

@@ -5,18 +5,18 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from linvit import models
+from linvit.model import registry
 from linvit.model.vit import LinformerViT
 
 SHARES = ["none", "headwise", "kv", "layerwise"]
 BASES: dict[str, dict[str, Any]] = {
-    "linvit_mini_patch4_64": dict(patch_size=4, k=16, **models.MINI),
-    "linvit_tiny_patch16_224": dict(patch_size=16, k=49, **models.TINY),
-    "linvit_tiny_patch8_224": dict(patch_size=8, k=64, **models.TINY),
+    "linvit_mini_patch4_64": dict(patch_size=4, k=16, **registry.MINI),
+    "linvit_tiny_patch16_224": dict(patch_size=16, k=49, **registry.TINY),
+    "linvit_tiny_patch8_224": dict(patch_size=8, k=64, **registry.TINY),
 }
 
 default_cfgs = generate_default_cfgs(
-    {f"{base}_{share}.untrained": models.default_cfgs[base].default.to_dict() for base in BASES for share in SHARES}
+    {f"{base}_{share}.untrained": registry.default_cfgs[base].default.to_dict() for base in BASES for share in SHARES}
 )
 
 
@@ -24,7 +24,7 @@ def _variant(base: str, share: str) -> Callable[..., LinformerViT]:
     name = f"{base}_{share}"
 
     def create(pretrained: bool = False, **kwargs: Any) -> LinformerViT:
-        return models.create(name, pretrained, **dict(BASES[base], share=share, **kwargs))
+        return registry.create(name, pretrained, **dict(BASES[base], share=share, **kwargs))
 
     create.__name__ = name
     create.__module__ = __name__

@@ -1,4 +1,4 @@
-"""LinformerViTs small enough to compare in every way, and their images."""
+"""LinformerViTs small enough to compare in every way, images for them, and what they keep for the backward pass."""
 
 import torch
 
@@ -25,3 +25,19 @@ def make(**kwargs) -> LinformerViT:
 
 def images(size=(28, 20), batch=2, **kwargs):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+def kept_elements(model, x):
+    """The number of elements kept for the backward pass, without parameters and inputs."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [x, *model.parameters()]}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(found.values())

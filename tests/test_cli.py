@@ -1,6 +1,5 @@
 """The `linvit` command and train_imagenet.py: fast help, one-sentence errors, exit statuses."""
 
-import json
 import os
 import resource
 import subprocess
@@ -207,16 +206,3 @@ def test_linvit_train_runs_train_imagenet(monkeypatch):
     monkeypatch.setattr("linvit.training.command.load_loop", lambda: loop)
     assert cli.main(["train", "DATA", "--lr", "0.5"]) == 3
     assert (seen[0].data_dir, seen[0].lr) == (Path("DATA"), 0.5)
-
-
-def test_models_lists_the_registered_names_with_their_sizes(tmp_path, capsys):
-    assert cli.main(["models", "linvit_mini_*", "--json", str(tmp_path / "models.json")]) == 0
-    entries = json.loads((tmp_path / "models.json").read_text())
-    assert [(entry["name"], entry["img_size"], entry["num_tokens"]) for entry in entries] == [
-        ("linvit_mini_patch4_64", 64, 256),
-        ("linvit_mini_patch8_288", 288, 1296),
-    ]
-    assert {(entry["projection"], entry["share"]) for entry in entries} == {("separable", "kv")}
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["model", "size", "tokens", "parameters", "k", "projection", "share"]
-    assert [line.split()[0] for line in lines[1:]] == ["linvit_mini_patch4_64", "linvit_mini_patch8_288"]

@@ -41,7 +41,12 @@ def plain_lengths(k: ProjectedLength) -> int | list[int | list[int] | None]:
 
 
 def length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[int | list[int] | None]:
-    """`k` with one entry per layer. Raises ValueError for a wrong number of layers or a k that `share` excludes."""
+    """`k` with one entry per layer.
+
+    Raises ValueError for an unknown `share`, a wrong number of layers, and a k that `share` excludes.
+    """
+    if share not in SHARES:
+        raise ValueError(none_of("share", share, SHARES))
     lengths = plain_lengths(k)
     if isinstance(lengths, int):
         return [lengths] * depth
@@ -53,12 +58,6 @@ def length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[in
     if share == "layerwise" and len(distinct) > 1:
         raise ValueError(f"share='layerwise' means one E for all layers, so one k; got {sorted(distinct)}")
     return lengths
-
-
-def check_share(share: Share) -> None:
-    """Raise ValueError for an unknown `share`."""
-    if share not in SHARES:
-        raise ValueError(none_of("share", share, SHARES))
 
 
 def check_share_of_fixed(kind: str, share: Share, lengths: Sequence[int | list[int] | None]) -> None:

@@ -24,7 +24,7 @@ from linvit.model.attention import LinformerAttention
 from linvit.model.blocks import takes_layout, with_layout
 from linvit.model.mlp import LeanMlp, MlpLayer, mlp_class
 from linvit.model.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
-from linvit.model.sharing import ProjectedLength, Share, check_share, check_share_of_fixed, length_per_layer
+from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer
 from linvit.model.state_dict import store_shared_once
 from linvit.model.tokens import TokenLayout, mask_of_kept
 from linvit.settings.fields import none_of
@@ -92,7 +92,6 @@ class LinformerViT(VisionTransformer):
             self.init_weights(needs_reset=False)
 
     def _build_projections(self, k: ProjectedLength, kind: str, init: ProjectionInit) -> None:
-        check_share(self.share)
         attentions = self._attentions()
         num_heads = attentions[0].num_heads
         lengths = length_per_layer(k, depth=len(attentions), share=self.share)
@@ -135,7 +134,8 @@ class LinformerViT(VisionTransformer):
                 if not takes_layout(block):
                     raise ValueError(
                         f"{type(block).__name__}.forward takes no `layout`, which dynamic_img_size and patch_drop_rate "
-                        f"need: add that keyword and pass it to the attention layer, as in linvit.model.blocks.LayoutBlock"
+                        f"need: add that keyword and pass it to the attention layer, as "
+                        f"linvit.model.blocks.LayoutBlock does"
                     )
         return attentions
 

@@ -1,20 +1,27 @@
-"""Tokens in runs, and what may not be passed by."""
+"""Chunks of tokens, and when hand-written code may run."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from linvit.model.eager import apply_in_runs, autocast_dtype, equal_runs, is_plain_linear, run_length, runs_eagerly
+from linvit.model.eager import (
+    apply_in_chunks,
+    autocast_dtype,
+    chunk_length,
+    equal_chunks,
+    is_plain_linear,
+    runs_eagerly,
+)
 
 
 @pytest.mark.parametrize("total", [1, 2, 1024, 1025, 1537, 16385])
 @pytest.mark.parametrize("wanted", [0, 1, 5, 1024])
-def test_runs_cover_all_and_are_equal(total, wanted):
-    runs = list(equal_runs(total, wanted))
-    lengths = [run.stop - run.start for run in runs]
-    assert [i for run in runs for i in range(run.start, run.stop)] == list(range(total))
-    assert max(lengths) == run_length(total, wanted)
+def test_chunks_cover_all_and_are_equal(total, wanted):
+    chunks = list(equal_chunks(total, wanted))
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(total))
+    assert max(lengths) == chunk_length(total, wanted)
     assert max(lengths) <= max(1, 1.5 * wanted)
     if wanted == 1024:
         assert min(lengths) > 0.6 * max(lengths)
@@ -22,7 +29,7 @@ def test_runs_cover_all_and_are_equal(total, wanted):
 
 @pytest.mark.parametrize("shape", [(1, 23), (5, 4), (3, 1), (2, 12)], ids=str)
 @pytest.mark.parametrize("wanted", [1, 5, 8, 100])
-def test_apply_in_runs(shape, wanted):
+def test_apply_in_chunks(shape, wanted):
     x = torch.randn(*shape, 3)
     of_image = torch.randn(shape[0], 1, 3)
     longest = 0
@@ -32,7 +39,7 @@ def test_apply_in_runs(shape, wanted):
         longest = max(longest, tokens.shape[0] * tokens.shape[1])
         return tokens * of_image[images]
 
-    torch.testing.assert_close(apply_in_runs(scale, x, wanted), x * of_image, rtol=0, atol=0)
+    torch.testing.assert_close(apply_in_chunks(scale, x, wanted), x * of_image, rtol=0, atol=0)
     assert longest <= 1.5 * wanted
 
 

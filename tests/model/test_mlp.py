@@ -1,22 +1,11 @@
-"""LeanMlp is timm's Mlp: same outputs and gradients, less kept."""
+"""LeanMlp has the outputs and gradients of timm's Mlp, and keeps less for the backward pass."""
 
 import pytest
 import torch
-from timm.layers import Mlp
+from small_layers import EXACT, RECOMPUTE, mlp_pair
 from torch import nn
 
-from linvit import mlp as lean
-from linvit.model.mlp import LeanMlp
-
-RECOMPUTE = ["activation", "hidden"]
-
-
-def pair(recompute="activation", dtype=torch.float64, **kwargs):
-    """Ours and timm's with the same weights."""
-    ours, theirs = LeanMlp(12, 48, dtype=dtype, **kwargs), Mlp(12, 48, dtype=dtype, **kwargs)
-    theirs.load_state_dict(ours.state_dict())
-    ours.recompute = recompute
-    return ours, theirs
+from linvit.model import mlp as lean
 
 
 def tokens(*shape, dtype=torch.float64):
@@ -35,20 +24,17 @@ def assert_same(ours, theirs, x, **tolerance):
 
 
 @pytest.fixture
-def short_runs(monkeypatch):
-    """Runs of about five tokens."""
-    monkeypatch.setattr(lean, "RUN_ELEMENTS", 5 * 48)
-
-
-EXACT = dict(rtol=0, atol=1e-12)
+def short_chunks(monkeypatch):
+    """Chunks of about five tokens."""
+    monkeypatch.setattr(lean, "CHUNK_ELEMENTS", 5 * 48)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("bias", [True, False, (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7), (1, 23), (17,), (1, 1), (3, 2, 4), (0, 7)], ids=str)
-@pytest.mark.usefixtures("short_runs")
+@pytest.mark.usefixtures("short_chunks")
 def test_same_as_timms(recompute, bias, shape):
-    assert_same(*pair(recompute, bias=bias), tokens(*shape), **EXACT)
+    assert_same(*mlp_pair(recompute, bias=bias), tokens(*shape), **EXACT)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -58,14 +44,14 @@ def test_same_as_timms(recompute, bias, shape):
     ids=["SiLU", "LayerNorm", "GELU-tanh"],
 )
 def test_other_layers_run_as_in_timm(recompute, kwargs):
-    assert_same(*pair(recompute, **kwargs), tokens(2, 7), **EXACT)
+    assert_same(*mlp_pair(recompute, **kwargs), tokens(2, 7), **EXACT)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("frozen", ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "x", "fc1 and fc2"])
-@pytest.mark.usefixtures("short_runs")
+@pytest.mark.usefixtures("short_chunks")
 def test_frozen_parts(recompute, frozen):
-    ours, theirs = pair(recompute)
+    ours, theirs = mlp_pair(recompute)
     x = tokens(2, 7)
     for name, parameter in ours.named_parameters():
         parameter.requires_grad = not (name == frozen or (frozen == "fc1 and fc2"))
@@ -74,7 +60,7 @@ def test_frozen_parts(recompute, frozen):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_dropout_draws_as_timms(recompute):
-    ours, theirs = pair(recompute, drop=0.4)
+    ours, theirs = mlp_pair(recompute, drop=0.4)
     x = tokens(2, 7)
     outs = []
     for module in (ours, theirs):
@@ -85,9 +71,9 @@ def test_dropout_draws_as_timms(recompute):
         torch.testing.assert_close(a, b, **EXACT)
 
 
-@pytest.mark.usefixtures("short_runs")
+@pytest.mark.usefixtures("short_chunks")
 def test_inference_is_the_same():
-    ours, theirs = pair()
+    ours, theirs = mlp_pair()
     x = tokens(2, 7)
     with torch.inference_mode():
         torch.testing.assert_close(ours(x), theirs(x), **EXACT)
@@ -96,7 +82,7 @@ def test_inference_is_the_same():
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_rounds_as_timms(recompute, autocast):
-    ours, theirs = pair(recompute, dtype=torch.float32 if autocast else torch.bfloat16)
+    ours, theirs = mlp_pair(recompute, dtype=torch.float32 if autocast else torch.bfloat16)
     x = tokens(2, 7, dtype=torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert ours(x).dtype == torch.bfloat16
@@ -105,7 +91,7 @@ def test_bfloat16_rounds_as_timms(recompute, autocast):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_second_derivatives(recompute):
-    ours, _ = pair(recompute)
+    ours, _ = mlp_pair(recompute)
     x = tokens(3)
     assert torch.autograd.gradgradcheck(lambda x, w1, w2: _with(ours, x, w1, w2), (x, *_weights(ours)))
 
@@ -119,7 +105,7 @@ def _with(mlp, x, w1, w2):
 
 
 def test_torch_func():
-    ours, theirs = pair()
+    ours, theirs = mlp_pair()
     x = tokens(2, 7).detach()
     for transform in (torch.func.grad, torch.func.hessian):
         a, b = (transform(lambda x, m=m: m(x).square().sum())(x[:1, :2]) for m in (ours, theirs))
@@ -128,12 +114,12 @@ def test_torch_func():
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_compiles_whole(recompute):
-    ours, theirs = pair(recompute)
+    ours, theirs = mlp_pair(recompute)
     assert_same(torch.compile(ours, backend="aot_eager", fullgraph=True), theirs, tokens(2, 7), **EXACT)
 
 
 def test_scripts():
-    ours, theirs = pair()
+    ours, theirs = mlp_pair()
     x = tokens(2, 7)
     torch.testing.assert_close(torch.jit.script(ours)(x), theirs(x), **EXACT)
     assert isinstance(ours.fc1, nn.Linear)
@@ -141,13 +127,13 @@ def test_scripts():
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_an_adapted_layer_is_called(recompute):
-    """What wraps, replaces or watches a linear layer is not passed by."""
+    """A linear layer that is wrapped, replaced or hooked is called, not bypassed."""
 
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1.0
 
-    ours, _ = pair(recompute)
+    ours, _ = mlp_pair(recompute)
     x = tokens(2, 7)
     plain = ours(x)
     seen = []
@@ -162,7 +148,7 @@ def test_an_adapted_layer_is_called(recompute):
 
 
 def kept(module, x):
-    """Elements that the backward pass keeps, beside the parameters."""
+    """The number of elements kept for the backward pass, without parameters."""
     parameters = {parameter.data_ptr() for parameter in module.parameters()}
     sizes = {}
 
@@ -176,8 +162,8 @@ def kept(module, x):
     return sum(sizes.values())
 
 
-def test_what_is_kept():
-    ours, theirs = pair()
+def test_elements_kept_for_the_backward_pass():
+    ours, theirs = mlp_pair()
     x = tokens(1, 100)
     hidden = 100 * 48
     assert kept(theirs, x) == x.numel() + 2 * hidden

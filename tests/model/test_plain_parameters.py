@@ -1,19 +1,18 @@
-"""Hand-written code is for plain parameters and reverse mode alone: all else runs through the layers, as in timm."""
+"""Tensor subclasses, forward mode, higher derivatives and batched gradients work as in timm."""
 
 import copy
 
 import pytest
 import torch
 from kinds import GRIDS, KIND_SHARES, REDUCING, orders_of
-from test_attention import make, tokens
-from test_mlp import EXACT, RECOMPUTE, pair
+from small_layers import EXACT, RECOMPUTE, make_attention, mlp_pair, tokens
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 import linvit
-from linvit.model.eager import goes_in_runs, in_forward_mode, is_plain_linear, runs_eagerly
+from linvit.model.eager import in_forward_mode, is_plain_linear, runs_eagerly, runs_in_chunks
 
 SHARED_KINDS = [(kind, share) for kind, share in KIND_SHARES if kind not in (*REDUCING, "identity")]
 LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear)
@@ -21,7 +20,7 @@ KEPT = (torch.ops.aten.detach, torch.ops.aten.t, torch.ops.aten.transpose, torch
 
 
 class Int8Weight(torch.Tensor):
-    """A weight in eight bits with one scale, which knows products and transposition alone."""
+    """An eight-bit weight with one scale, which supports only products and transposition."""
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -43,7 +42,7 @@ class Int8Weight(torch.Tensor):
         if packet in LINEAR and "out" not in (kwargs or {}):
             plain = tree_map(lambda each: each.dequantised() if isinstance(each, cls) else each, args)
             return func(*plain, **(kwargs or {}))
-        raise NotImplementedError(f"an eight-bit weight knows no {func}")
+        raise NotImplementedError(f"an eight-bit weight does not support {func}")
 
 
 def quantise(model):
@@ -87,27 +86,27 @@ def test_subclasses_are_not_plain():
     layer.bias = nn.Parameter(layer.bias.detach().as_subclass(type("Other", (torch.Tensor,), {})))
     assert not is_plain_linear(layer)
     with torch.no_grad():
-        assert goes_in_runs(torch.ones(2))
-        assert not goes_in_runs(torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {})))
+        assert runs_in_chunks(torch.ones(2))
+        assert not runs_in_chunks(torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {})))
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("bias", [True, False])
 def test_quantised_mlp(recompute, bias):
-    assert_same_function(*quantise(pair(recompute, bias=bias)[0]), tokens((7, 5), 1))
+    assert_same_function(*quantise(mlp_pair(recompute, bias=bias)[0]), tokens((7, 5), 1))
 
 
 @pytest.mark.parametrize(("kind", "share"), SHARED_KINDS)
 @pytest.mark.parametrize("order", [None, "per_head", "associative", "folded"])
 def test_quantised_attention(kind, share, order):
-    attention, *_ = make(kind, share, GRIDS[0], 1)
+    attention, *_ = make_attention(kind, share, GRIDS[0], 1)
     attention.order = order
     assert_same_function(*quantise(attention), tokens(GRIDS[0], 1))
 
 
 @pytest.mark.parametrize("kind", REDUCING)
 def test_kinds_that_reduce_tokens_refuse_a_quantised_qkv(kind):
-    attention, _ = quantise(make(kind, "kv", GRIDS[0], 1)[0])
+    attention, _ = quantise(make_attention(kind, "kv", GRIDS[0], 1)[0])
     with pytest.raises(ValueError, match="has no per_head order"):
         attention(tokens(GRIDS[0], 1))
 
@@ -147,10 +146,10 @@ def assert_forward_mode(function, x):
 def test_forward_mode_of_attention(kind, share, order):
     if kind == "identity":
         share = "kv"
-    attention, *_ = make(kind, share, GRIDS[0], 1)
+    attention, *_ = make_attention(kind, share, GRIDS[0], 1)
     attention.order = order
     if kind == "identity":
-        # timm's own layer: fused attention on a CPU has no forward mode.
+        # This is timm's own layer, and fused attention on a CPU has no forward mode.
         attention.fused_attn = False
     assert_forward_mode(attention, tokens(GRIDS[0], 1))
 
@@ -161,7 +160,7 @@ def test_forward_mode_of_a_model(projection):
 
 
 def test_forward_mode_of_the_mlp():
-    assert_forward_mode(pair()[0], tokens((7, 5), 1))
+    assert_forward_mode(mlp_pair()[0], tokens((7, 5), 1))
     assert runs_eagerly()
     with forward_ad.dual_level():
         assert in_forward_mode()
@@ -189,7 +188,7 @@ def first_and_second(run, x, parameters):
 @pytest.mark.parametrize("bias", [True, False, (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_a_block_applied_again_with_create_graph(recompute, bias, depth):
-    ours, theirs = pair(recompute, bias=bias)
+    ours, theirs = mlp_pair(recompute, bias=bias)
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     found, expected = (first_and_second(twice(m, depth), x, dict(m.named_parameters())) for m in (ours, theirs))
     for a, b in zip(found, expected):
@@ -208,18 +207,18 @@ def test_weights_after_a_differentiable_step(recompute, depth):
         for _ in range(2):
             grads = torch.autograd.grad((run(x, fast) - y).square().mean(), list(fast.values()), create_graph=True)
             fast = {name: weight - 0.3 * grad for (name, weight), grad in zip(fast.items(), grads)}
-        # What goes in follows from the weights, too.
+        # The input depends on the weights too.
         moved = x * fast["fc1.weight"].mean()
         return torch.autograd.grad((run(moved, fast) - y).square().mean(), list(slow.values()))
 
-    for a, b in zip(*(meta(mlp) for mlp in pair(recompute))):
+    for a, b in zip(*(meta(mlp) for mlp in mlp_pair(recompute))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("inside", [True, False])
 def test_create_graph_under_autocast(recompute, inside):
-    ours, theirs = pair(recompute, dtype=torch.float32)
+    ours, theirs = mlp_pair(recompute, dtype=torch.float32)
     x = torch.randn(2, 3, 12, requires_grad=True)
     # A gradient penalty, in single precision.
     exact = twice(theirs, 2)(x, dict(theirs.named_parameters())).square().mean()
@@ -249,7 +248,30 @@ def test_batched_cotangents(recompute):
         y = mlp(x)
         return torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(cotangents)
 
-    torch.testing.assert_close(*(gradients(mlp) for mlp in pair(recompute)), **EXACT)
+    torch.testing.assert_close(*(gradients(mlp) for mlp in mlp_pair(recompute)), **EXACT)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_batched_gradients(recompute, bias, create_graph):
+    """`is_grads_batched` uses the old vmap, which torch.func does not report."""
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.randn(4, 2, 3, 12, dtype=torch.float64)
+
+    def gradients(mlp):
+        inputs = [x, *mlp.parameters()]
+        return torch.autograd.grad(mlp(x), inputs, cotangents, is_grads_batched=True, create_graph=create_graph)
+
+    for a, b in zip(*(gradients(mlp) for mlp in mlp_pair(recompute, bias=bias))):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_vectorised_jacobian_of_a_model():
+    model = vit()
+    x = images()
+    jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(model, x), rtol=0, atol=1e-10)
 
 
 def test_compiles_whole_and_exports_as_before():

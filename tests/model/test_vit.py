@@ -1,24 +1,25 @@
-"""LinformerViT: who owns E and F, the reference's logits, timm's weights."""
+"""LinformerViT: the reference's logits, sharing of E and F, timm's weights, gradient checkpointing."""
 
 import pytest
 import torch
 from kinds import FIXED, KIND_SHARES, SHARES, reductions
 from safetensors.torch import load_file, save_file
-from small_vits import PER_LAYER, PREFIXES, TINY, images, make
+from small_vits import PER_LAYER, PREFIXES, TINY, images, kept_elements, make
+from timm.layers import Mlp
 from timm.models import VisionTransformer
 
 from linvit import reference
-from linvit.model.vit import checkpoint_filter_fn
+from linvit.model.state_dict import checkpoint_filter_fn
 
 
 def reference_logits(model, x):
-    """timm's block around the reference's attention, one layer after the other."""
+    """Logits from timm's blocks with the reference's attention."""
 
     def attention(layer, tokens):
         projections = layer.projections()
         n = tokens.shape[1] - model.num_prefix_tokens
-        whole = [torch.eye(n, dtype=tokens.dtype)] * layer.num_heads
-        E, F = (whole, whole) if projections is None else (reductions(p, layer.num_heads) for p in projections)
+        identity = [torch.eye(n, dtype=tokens.dtype)] * layer.num_heads
+        E, F = (identity, identity) if projections is None else (reductions(p, layer.num_heads) for p in projections)
         return reference.linformer_attention(
             tokens,
             qkv_weight=layer.qkv.weight,
@@ -37,7 +38,7 @@ def reference_logits(model, x):
     return model.forward_head(model.norm(tokens))
 
 
-# With one k per head in every layer, what is the same for all heads goes with share="none" too.
+# With one k per head in every layer, share="none" also accepts kinds that are the same for all heads.
 CASES = [(kind, share, k) for kind, share in KIND_SHARES for k in (12, PER_LAYER[share])]
 CASES += [(kind, "none", [[6, 4, 9], None, [4, 4, 12]]) for kind in FIXED]
 
@@ -133,11 +134,11 @@ def test_timm_weights_with_linear_lack_only_E_and_F(share, caplog):
     assert result.unexpected_keys == []
     assert set(result.missing_keys) == {name for name in ours.state_dict() if "projection" in name}
     ours.load_state_dict(checkpoint_filter_fn(weights, ours), strict=True)
-    assert "start fresh" in caplog.text
+    assert "keep their initial values" in caplog.text
 
 
 def test_shared_keys_reach_full_attention_as_k_grows():
-    """The class token of a converted ViT comes closer to the original with more keys, and log(N/k) is why."""
+    """With more keys, the class token of a converted ViT comes closer to the original, thanks to log(N/k)."""
     theirs = timm_vit()
     distances = []
     for k in (1, 6, 30):
@@ -145,3 +146,44 @@ def test_shared_keys_reach_full_attention_as_k_grows():
         ours.load_state_dict(theirs.state_dict())
         distances.append((ours.forward_features(images()) - theirs.forward_features(images()))[:, 0].norm().item())
     assert distances == sorted(distances, reverse=True)
+
+
+@pytest.mark.parametrize("mode", [True, "full", "mlp"])
+@pytest.mark.parametrize("share", ["kv", "layerwise"])
+def test_checkpointing_recomputes_the_same(mode, share):
+    model = make(share=share, drop_path_rate=0.2).train()
+    x = images()
+    expected = step_gradients(model, x)
+    plain = kept_elements(model, x)
+    model.set_grad_checkpointing(mode)
+    for name, gradient in step_gradients(model, x).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6, msg=name)
+    assert kept_elements(model, x) < (0.75 if mode == "mlp" else 0.5) * plain
+    model.set_grad_checkpointing(False)
+    assert kept_elements(model, x) == plain
+
+
+def step_gradients(model, x):
+    torch.manual_seed(5)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_refused_checkpointing():
+    with pytest.raises(ValueError, match="unknown gradient checkpointing 'mpl'"):
+        make().set_grad_checkpointing("mpl")
+    with pytest.raises(ValueError, match="choose 'full'"):
+        make(mlp_layer=Mlp).set_grad_checkpointing("mlp")
+
+
+def test_checkpointing_recomputes_on_the_right_grid():
+    grads = []
+    for checkpointing in (False, True):
+        model = make(projection="linear", share="headwise", dynamic_img_size=True, dtype=torch.float64).train()
+        model.set_grad_checkpointing(checkpointing)
+        wide, tall = (model(images(size, dtype=torch.float64)).sum() for size in ((16, 36), (36, 16)))
+        (wide + tall).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

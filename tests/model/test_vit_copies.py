@@ -18,7 +18,7 @@ from linvit.model.attention import LinformerAttention
 
 @pytest.fixture
 def fresh_compiler():
-    """torch.compile gives up after eight versions of a function, and all models here share theirs."""
+    """torch.compile gives up after eight versions of a function, and all models here share its versions."""
     torch.compiler.reset()
 
 
@@ -98,7 +98,7 @@ def test_other_kinds_in_half_precision(kind, dtype):
 def test_torchscript_takes_matrices(kind):
     model = make(projection=kind, depth=1)
     if kind in REDUCING:
-        with pytest.raises(ValueError, match=f"projection '{kind}' is none: use torch.compile or torch.export"):
+        with pytest.raises(ValueError, match=f"projection '{kind}' is not one: use torch.compile or torch.export"):
             torch.jit.script(model)
     else:
         torch.testing.assert_close(torch.jit.script(model)(images()), model(images()), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""forward_intermediates of LinformerViT, and how blocks learn where the tokens lie."""
+"""forward_intermediates of LinformerViT, and the layout that blocks pass to attention."""
 
 import itertools
 import threading
@@ -6,8 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_vits import PREFIXES, TINY, images, make
-from test_vit_checkpointing import kept_elements
+from small_vits import PREFIXES, TINY, images, kept_elements, make
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import nn
@@ -109,7 +108,7 @@ def test_patch_dropout_takes_key_padding_masks_alone():
 
 
 class PlainBlock(Block):
-    """A block that knows nothing of layouts."""
+    """A block without a `layout` keyword."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)

@@ -1,4 +1,4 @@
-"""Key-padding masks on whole models: padding changes nothing, or little."""
+"""Key-padding masks on full models: padding changes nothing, or little."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 # 4 × 3 cells of 2 × 2 patches, and the same cells on a crop.
 OPTIONS = dict(img_size=(32, 24), k=12, dtype=torch.float64)
 CROPS = {(32, 16): 8, (16, 24): 6, (24, 16): 6}
-# Their rows are zero outside of their cell, so none reaches from a crop into the padding.
+# Rows of these kinds are zero outside their cell, so none reaches from a crop into the padding.
 LOCAL = [("avgpool", "kv"), ("maxpool", "kv"), ("conv", "kv"), ("conv", "none"), ("separable", "headwise")]
 
 
@@ -27,7 +27,7 @@ def mask_of(grid, crop, prefix=1):
 
 
 def weights_of_crop(model, crop):
-    """The weights of `model` on the patches of a crop: its position embeddings and the cells that lie in it."""
+    """The weights of `model` for a crop: the position embeddings of its patches, and the cells that lie in it."""
     state = model.state_dict()
     for name, value in crop.state_dict().items():
         if name == "pos_embed":
@@ -58,7 +58,7 @@ def test_padding_of_whole_cells_changes_nothing(kind, share, prefix, size):
 
 
 def test_padding_that_cuts_cells_changes_little():
-    """Against the model moved to the crop, whose cells are smaller there."""
+    """Compared with the model resized to the crop, where the cells are smaller."""
     model, resized = (make(projection="avgpool", img_size=(64, 64), pos_embed="none", k=16) for _ in range(2))
     resized.set_input_size(img_size=(44, 52))
     x = images((64, 64))
@@ -69,7 +69,7 @@ def test_padding_that_cuts_cells_changes_little():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("identity", *REDUCING)])
 def test_random_masks_change_nothing_on_average(kind):
-    """Keys that are rescaled from a random half of the patches are those of all patches on average."""
+    """On average, keys rescaled from a random half of the patches equal the keys of all patches."""
     model = make(projection=kind, k=6)
     attention = model.blocks[0].attn
     x = torch.randn(1, 36, 24).expand(4000, -1, -1)
@@ -91,7 +91,7 @@ def test_random_masks_change_nothing_on_average(kind):
 
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
-def test_an_image_that_is_masked_throughout(kind, prefix):
+def test_a_fully_masked_image(kind, prefix):
     options = {} if prefix else dict(class_token=False, global_pool="avg")
     model = make(projection=kind, **options).train()
     mask = torch.ones(3, 1, 1, 35 + prefix, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""LinformerViT at every size: resizing, loading, per batch; dropped and masked patches."""
+"""LinformerViT at other sizes: resized, loaded and chosen per batch; dropped and masked patches."""
 
 import copy
 
@@ -8,9 +8,9 @@ from kinds import KIND_SHARES, SHARES
 from small_vits import images, make
 from torch import nn
 
-from linvit.model.vit import checkpoint_filter_fn
+from linvit.model.state_dict import checkpoint_filter_fn
 
-# Where rows and columns follow from the shape of the grid, the picture has to keep its shape.
+# If rows and columns follow from the shape of the grid, the image must keep its shape.
 SCALES = [(kind, share, (2, 2)) for kind, share in KIND_SHARES if kind != "identity"]
 SCALES += [(kind, share, (2, 3)) for kind, share in KIND_SHARES if kind in ("linear", "separable", "random")]
 
@@ -25,10 +25,10 @@ def test_image_constant_on_its_patches_at_a_larger_size(kind, share, scale, how)
             nn.init.normal_(parameter, std=0.3)
     patches = torch.randn(2, 3, 7, 5)
 
-    def picture(height, width):
+    def image(height, width):
         return patches.repeat_interleave(height, 2).repeat_interleave(width, 3)
 
-    expected = model(picture(4, 4))
+    expected = model(image(4, 4))
     size = (28 * scale[0], 20 * scale[1])
     if how == "set_input_size":
         larger = copy.deepcopy(model)
@@ -39,7 +39,7 @@ def test_image_constant_on_its_patches_at_a_larger_size(kind, share, scale, how)
     else:
         larger = make(**options, dynamic_img_size=True)
         larger.load_state_dict(model.state_dict())
-    torch.testing.assert_close(larger(picture(4 * scale[0], 4 * scale[1])), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(larger(image(4 * scale[0], 4 * scale[1])), expected, rtol=0, atol=1e-5)
     if how == "set_input_size":
         larger.set_input_size(img_size=(28, 20))
         for name, value in larger.state_dict().items():
@@ -58,7 +58,7 @@ def test_dynamic_size_equals_set_input_size(checkpointing):
     torch.testing.assert_close(model(x), resized(x), rtol=0, atol=1e-5)
     model.train()
     resized.train()
-    # Two sizes in flight: each recomputation has to use its own grid.
+    # With two sizes in one backward pass, each recomputation must use its own grid.
     (model(images((36, 16))).sum() + model(x).sum()).backward()
     resized(x).sum().backward()
     alone = model.blocks[2].attn.key_projection.weight.grad.clone()
@@ -144,7 +144,7 @@ def test_patch_dropout_trains_and_is_off_in_evaluation():
 
 
 def test_patch_dropout_of_a_constant_image_changes_nothing():
-    """Every kept subset tells the same when all patches are alike and E's rows are rescaled."""
+    """If all patches are equal, every kept subset gives the same result, because the rows of E are rescaled."""
     model = make(projection="avgpool", k=1, patch_drop_rate=0.4, pos_embed="none", class_token=False, global_pool="avg")
     x = torch.ones(2, 3, 28, 20)
     expected = model(x)

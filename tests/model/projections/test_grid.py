@@ -1,4 +1,4 @@
-"""The remap by overlap area."""
+"""Remapping to other grids by overlap area, and factor pairs."""
 
 from fractions import Fraction
 
@@ -41,7 +41,7 @@ def test_there_and_back_is_the_same(kind, factors):
 @pytest.mark.parametrize(
     ("kind", "factors"),
     [(kind, (2, 2)) for kind in KINDS if kind != "identity"]
-    # Where the weights say how many rows and columns there are, or none are needed, the shape may change too.
+    # If the weights fix the rows and columns, or there are none, the shape may change too.
     + [(kind, (2, 3)) for kind in ("linear", "separable", "random")]
     + [(kind, (3, 3)) for kind in ("conv", "maxpool", "dct")],
 )
@@ -96,7 +96,7 @@ def test_every_kind_refuses_a_grid_too_small(kind):
 @pytest.mark.parametrize("kind", ["avgpool", "maxpool", "conv"])
 def test_cells_that_fit_no_longer_are_refused(kind):
     projection = build_projection(kind, k=7, grid_size=(7, 5), dim=4)
-    with pytest.raises(ValueError, match="k=7 is no product k_h × k_w that fits a 6×6 patch grid"):
+    with pytest.raises(ValueError, match="k=7 is not a product k_h × k_w that fits a 6×6 patch grid"):
         projection.set_grid_size((6, 6))
 
 
@@ -148,5 +148,5 @@ def test_factor_pair_is_the_nearest_in_shape(k, height, width):
     if fitting:
         assert factor_pair(k, (height, width)) == min(fitting, key=distance)
     else:
-        with pytest.raises(ValueError, match=f"k={k} is no product"):
+        with pytest.raises(ValueError, match=f"k={k} is not a product"):
             factor_pair(k, (height, width))

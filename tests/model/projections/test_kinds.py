@@ -1,4 +1,4 @@
-"""Each kind against its own dense matrix, and that matrix, or what it reduces to, against the definition."""
+"""Each kind equals its own dense matrix, and that matrix, or the reduction, equals the definition."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_table_of_kinds_is_the_registry():
 
 
 class DispatchedOperations(TorchDispatchMode):
-    """Names of what is called, views included."""
+    """Records the names of the operations called, including views."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ def test_row_mass_is_that_of_the_absolute_matrix_or_the_area(kind, grid, maps, o
     assert mass.shape[1] in (1, maps)
 
 
-def test_row_mass_of_kinds_that_do_not_say():
+def test_default_row_mass():
     x = torch.rand(2, 1, 35, 1, dtype=torch.float64)
     matrix = build("linear", (7, 5), 3)
     torch.testing.assert_close(MatrixProjection.row_mass(matrix, x), matrix.row_mass(x), rtol=0, atol=1e-12)
@@ -238,11 +238,11 @@ def test_per_head_lengths():
         (dict(kind="linaer", k=4), "did you mean 'linear'"),
         (dict(kind="linear", k=35), "k=35 does not shorten a sequence of 35 patches"),
         (dict(kind="linear", k=0), "at least 1"),
-        (dict(kind="separable", k=31), "is no product"),
+        (dict(kind="separable", k=31), "is not a product"),
         (dict(kind="linear", k=[3, 4], num_maps=3), "names 2 heads, but there are 3"),
         (dict(kind="linear", k=3, init="xavier"), "unknown projection_init 'xavier'"),
-        (dict(kind="maxpool", k=31), "is no product"),
-        (dict(kind="conv", k=31, dim=4), "is no product"),
+        (dict(kind="maxpool", k=31), "is not a product"),
+        (dict(kind="conv", k=31, dim=4), "is not a product"),
         (dict(kind="conv", k=6), "build it with dim="),
         *((dict(kind=kind, k=6, num_maps=3), "3 maps would all be the same") for kind in FIXED),
     ],
@@ -253,7 +253,7 @@ def test_refusals(kwargs, message):
 
 
 def test_row_mass_is_density():
-    """Rows of the pooled start sum to one whatever the number of patches."""
+    """Rows of the pooled start sum to one for every number of patches."""
     for grid in [(7, 5), (13, 13), (40, 24)]:
         E = build_projection("avgpool", k=12, grid_size=grid).matrix()
         assert math.isclose(E.sum().item(), 12, rel_tol=1e-9)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from linvit import splitting
+from linvit.model import sdpa
 from linvit.model.sdpa import query_chunks, split_attention
 
 
 def parts(batch=2, heads=3, queries=37, keys=5, width=4):
-    # As attention makes them: queries lie by token, heads beside each other.
+    # As in attention, the heads of a token lie next to each other in memory.
     q = torch.randn(batch, queries, heads, width, dtype=torch.float64).transpose(1, 2)
     k, v = torch.randn(2, batch, heads, keys, width, dtype=torch.float64).unbind(0)
     return [each.requires_grad_() for each in (q, k, v)]
@@ -17,7 +17,7 @@ def parts(batch=2, heads=3, queries=37, keys=5, width=4):
 
 @pytest.mark.parametrize("chunks", [2, 3, 36, 37, 50])
 @pytest.mark.parametrize("bias", [None, (1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
-def test_same_as_all_at_once(chunks, bias):
+def test_chunks_equal_one_call(chunks, bias):
     inputs = parts()
     bias = None if bias is None else torch.randn(*bias, 1, 5, dtype=torch.float64)
     split = split_attention(*inputs, bias=bias, dropout=0.0, chunks=chunks)
@@ -28,7 +28,7 @@ def test_same_as_all_at_once(chunks, bias):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_the_chunks_of_queries_are_not_copies():
+def test_chunks_of_queries_are_not_copies():
     q, k, v = parts(queries=36)
     seen = []
 
@@ -44,7 +44,7 @@ def test_the_chunks_of_queries_are_not_copies():
     assert seen[0].data_ptr() == q.data_ptr()
 
 
-def test_chunks_by_size():
+def test_number_of_chunks_by_size():
     small = dict(heads=6, queries=4097)
     assert query_chunks(batch=1, keys=65, **small) == 8
     assert query_chunks(batch=1, keys=65, heads=6, queries=65537) == 43
@@ -57,14 +57,14 @@ def test_chunks_by_size():
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_which_kernels_there_are_is_no_break_for_a_compiler(capability, monkeypatch):
+def test_choice_of_kernels_does_not_break_the_graph(capability, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    run = torch.compile(lambda x: x + 1 if splitting._prefers_cudnn() else x - 1, backend="eager", fullgraph=True)
+    run = torch.compile(lambda x: x + 1 if sdpa._prefers_cudnn() else x - 1, backend="eager", fullgraph=True)
     assert run(torch.zeros(1)).item() == (1 if capability == (9, 0) else -1)
 
 
-def test_a_cpu_takes_all_at_once_by_itself():
+def test_no_chunks_on_a_cpu_by_default():
     inputs = parts(queries=4097)
     whole = F.scaled_dot_product_attention(*inputs)
     torch.testing.assert_close(split_attention(*inputs, bias=None, dropout=0.0), whole, rtol=0, atol=0)

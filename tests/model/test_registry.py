@@ -1,5 +1,4 @@
-"""The registered names: every one keeps timm's contract for a model, as far as that can be seen without running it,
-and the smallest keeps the rest."""
+"""The registered models: each keeps timm's contract as far as it shows without running it, the smallest all of it."""
 
 import re
 
@@ -12,8 +11,9 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 
-from linvit import models
-from linvit.model.vit import LinformerViT, checkpoint_filter_fn
+from linvit.model import registry
+from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.vit import LinformerViT
 
 NAMES = timm.list_models("linvit_*")
 MINI = "linvit_mini_patch4_64"
@@ -38,14 +38,14 @@ def test_the_names():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_configuration_and_docstring_tell_the_truth(name):
+def test_configuration_and_docstring_match_the_model(name):
     model = on_meta(name)
     size, patch = int(name.rsplit("_", 1)[1]), int(re.search(r"patch(\d+)", name)[1])
     assert model.patch_embed.img_size == (size, size)
     assert model.patch_embed.patch_size == (patch, patch)
     assert resolve_model_data_config(model)["input_size"] == (3, size, size)
     projection = model.blocks[0].attn.key_projection
-    doc = getattr(models, name).__doc__
+    doc = getattr(registry, name).__doc__
     assert f"{model.patch_embed.num_patches:,} patches, k={projection.k}, {projection.kind}, {model.share}." in doc
     state = model.state_dict()
     assert f"{model.pretrained_cfg['classifier']}.weight" in state
@@ -141,9 +141,9 @@ def test_save_after_changes_of_head_and_size(tmp_path):
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
-def test_a_timm_vit_file_is_taken_by_pretrained(tmp_path):
+def test_pretrained_loads_a_file_of_a_timm_vit(tmp_path):
     torch.manual_seed(1)
-    theirs = VisionTransformer(img_size=64, patch_size=4, num_classes=7, **models.MINI)
+    theirs = VisionTransformer(img_size=64, patch_size=4, num_classes=7, **registry.MINI)
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
     overlay = {"file": str(tmp_path / "vit.pth"), "num_classes": 7}
     ours = mini(pretrained=True, pretrained_cfg_overlay=overlay)
