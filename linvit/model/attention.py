@@ -67,8 +67,8 @@ class LinformerAttention(Attention):
     `layout` describes where the tokens lie if they do not fill the projections' own grid: on another grid, or only
     some of the patches.
 
-    Raises ValueError for E and F that do not match, for every other mask, for `is_causal` (a projected key mixes all
-    positions), and for patches that do not fill the grid.
+    Raises ValueError for E and F that do not match. A layer with projections also raises it for every other mask, for
+    `is_causal` (a projected key mixes all positions), and for patches that do not fill the grid.
     """
 
     def __init__(
@@ -152,9 +152,10 @@ class LinformerAttention(Attention):
             return self.proj_drop(self._output(self._softmax_attention(self.q_norm(queries), keys, values, bias)))
         attend = self._prepare(x, key_proj, value_proj, patches, order)
         # Given the keys and values, tokens do not depend on each other.
-        out = (
-            apply_in_chunks(attend, x, CHUNK_ELEMENTS // self.attn_dim) if runs_in_chunks(x) else attend(x, slice(None))
-        )
+        if runs_in_chunks(x):
+            out = apply_in_chunks(attend, x, CHUNK_ELEMENTS // self.attn_dim)
+        else:
+            out = attend(x, slice(None))
         return self.proj_drop(out)
 
     def attend_to(self, x: Tensor) -> Attend:

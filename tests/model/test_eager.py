@@ -59,7 +59,7 @@ def test_plain_linear():
         assert is_plain_linear(plain)
 
 
-def test_eager():
+def test_runs_eagerly():
     assert runs_eagerly()
     seen = []
     torch.func.grad(lambda x: (seen.append(runs_eagerly()), x.sum())[1])(torch.ones(2))
@@ -68,7 +68,7 @@ def test_eager():
     assert not any(seen)
 
 
-def test_what_autocast_casts_to():
+def test_autocast_dtype():
     x = torch.zeros(1)
     assert autocast_dtype(x) is None
     assert autocast_dtype(x.to("meta")) is None

@@ -28,7 +28,7 @@ def mini(**kwargs) -> LinformerViT:
     return timm.create_model(MINI, **{"num_classes": 5, **kwargs}).eval()
 
 
-def test_the_names():
+def test_registered_names():
     expected = {f"linvit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
     expected |= {f"linvit_{size}_patch{p}" for size in ("tiny", "small", "base") for p in ("16_384", "8_224", "16_512")}
     expected |= {f"linvit_{size}_patch16_1024" for size in ("tiny", "small", "base")}
@@ -74,7 +74,7 @@ def test_projections_cost_little(name):
         ("linvit_base_patch14_518", "vit_base_patch14_dinov2"),
     ],
 )
-def test_parameters_are_named_and_shaped_as_timms(ours, theirs):
+def test_parameters_have_timms_names_and_shapes(ours, theirs):
     def shapes(name):
         state = timm.create_model(name, device="meta", num_classes=3).state_dict()
         return {key: tuple(value.shape) for key, value in state.items() if "projection" not in key}

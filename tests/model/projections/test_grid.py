@@ -28,7 +28,7 @@ def test_matches_the_definition_and_keeps_row_sums(h, w, new_h, new_w):
 
 @pytest.mark.parametrize("factors", [(2, 2), (2, 3), (1, 4)])
 @pytest.mark.parametrize("kind", ["linear", "separable", "random"])
-def test_there_and_back_is_the_same(kind, factors):
+def test_moving_there_and_back_changes_nothing(kind, factors):
     projection = build_projection(kind, k=6, grid_size=(7, 5), num_maps=2, dtype=torch.float64)
     before = projection.matrix().clone()
     projection.set_grid_size((7 * factors[0], 5 * factors[1]))
@@ -59,7 +59,7 @@ def test_constant_patches_project_alike_on_a_finer_grid(kind, factors, k):
 
 @pytest.mark.parametrize("grid", [(14, 10), (4, 16), (9, 9), (5, 7)])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
-def test_a_batchs_own_grid_is_the_moved_projection(kind, grid):
+def test_grid_per_batch_equals_the_moved_projection(kind, grid):
     projection = build_projection(kind, k=6, grid_size=(7, 5), dim=4, dtype=torch.float64)
     x = torch.randn(2, 1, grid[0] * grid[1], 4, dtype=torch.float64)
     y = projection(x, grid)
@@ -68,7 +68,7 @@ def test_a_batchs_own_grid_is_the_moved_projection(kind, grid):
 
 
 @pytest.mark.parametrize("kind", FIXED)
-def test_what_follows_from_the_grid_has_no_memory(kind):
+def test_fixed_kinds_do_not_depend_on_earlier_grids(kind):
     moved = build_projection(kind, k=8, grid_size=(8, 8))
     moved.set_grid_size((4, 16))
     built = build_projection(kind, k=8, grid_size=(4, 16))
@@ -100,7 +100,7 @@ def test_cells_that_fit_no_longer_are_refused(kind):
         projection.set_grid_size((6, 6))
 
 
-def test_half_precision_is_moved_in_single():
+def test_half_precision_is_moved_in_single_precision():
     E = torch.rand(4, 7, 7)
     moved = remap_grid(E.bfloat16(), (14, 14))
     assert moved.dtype == torch.bfloat16

@@ -112,7 +112,7 @@ def test_reductions_are_those_of_the_reference(kind, grid, maps):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_maximum_takes_part_in_every_cell_it_overlaps():
+def test_patches_count_in_every_cell_they_overlap():
     """On 4 × 2 cells of a 6 × 2 grid, rows 1 and 4 lie in two cells each."""
     x = torch.zeros(1, 1, 6, 2, 1)
     x[0, 0, 1, 0], x[0, 0, 5, 1] = 2.0, 3.0
@@ -139,7 +139,7 @@ def test_first_cosine_mode_is_the_mean_and_rows_are_orthogonal(grid):
     assert gram.diagonal().min() > 0
 
 
-def test_random_matrix_is_theorem_twos_and_stays():
+def test_random_matrix_follows_theorem_2_and_is_saved():
     projection = build_projection("random", k=64, grid_size=(32, 32), num_maps=4, init="pool")
     E = projection.matrix()
     assert E.var().item() == pytest.approx(1 / 64, rel=0.05)
