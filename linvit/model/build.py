@@ -121,7 +121,7 @@ def build(spec: ModelSpec, img_size: tuple[int, int], *, device: Literal["cpu", 
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{spec.text}: {ONLY_VITS}")
     if spec.grad_checkpointing == "mlp" and not isinstance(model, LinformerViT):
-        raise UsageError(f"{spec.text}: only linvit's models can recompute just the mlp; use grad_checkpointing=full")
+        raise UsageError(f"{spec.text}: only linvit's models can recompute just the mlp; take grad_checkpointing=full")
     if spec.grad_checkpointing != "none":
         model.set_grad_checkpointing("mlp" if spec.grad_checkpointing == "mlp" else True)
     return model

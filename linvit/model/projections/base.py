@@ -164,7 +164,7 @@ def check_shortens(k: int, grid_size: GridSize) -> None:
     if k >= num_patches:
         raise ValueError(
             f"k={k} does not shorten a sequence of {num_patches} patches ({grid_size[0]}×{grid_size[1]}): choose "
-            f"k below {num_patches}, a larger image or a smaller patch, or k=None for ordinary attention"
+            f"k below {num_patches}, a larger image or a smaller patch, or ordinary attention (projection='identity')"
         )
 
 
