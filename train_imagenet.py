@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> int:
     from linvit.data.augment.build import resolve_input
     from linvit.distributed import joined_ranks, stop_on_signals
     from linvit.training import setup
-    from linvit.training.batch_size import settle_batch_size
+    from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
     from linvit.training.recorder import start_recording
     from linvit.training.saver import Saver
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> int:
         val_set = setup.open_val_set(config, class_names=train_set.class_names)
         model, new_parameters = setup.prepare_model(config, class_names=train_set.class_names, ranks=ranks)
         spec = resolve_input(model, config)
-        config = settle_batch_size(config, model, train_set, spec=spec, ranks=ranks)
+        config = resolve_batch_size(config, model, train_set, spec=spec, ranks=ranks)
         train_loader = setup.build_train_loader(config, train_set, spec=spec, ranks=ranks)
         val_loader = setup.build_val_loader(config, val_set, spec=spec, ranks=ranks)
         if config.dry_run:

@@ -29,7 +29,7 @@ from linvit.model.eager import (
     is_plain_tensor,
     runs_eagerly,
 )
-from linvit.settings.fields import none_of
+from linvit.settings.fields import unknown_choice
 
 # What the backward pass recomputes: only the GELU (on a CPU), or all hidden activations.
 Recompute = Literal["activation", "hidden"]
@@ -105,7 +105,7 @@ def mlp_class(layer: MlpLayer) -> Callable[..., nn.Module]:
     if not isinstance(layer, str):
         return layer or LeanMlp
     if layer not in MLP_LAYERS:
-        raise ValueError(none_of("mlp_layer", layer, MLP_LAYERS))
+        raise ValueError(unknown_choice("mlp_layer", layer, MLP_LAYERS))
     return MLP_LAYERS[layer]
 
 

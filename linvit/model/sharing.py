@@ -16,7 +16,7 @@ from typing import Literal
 
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.projections.base import is_list_of_lengths, parse_length
-from linvit.settings.fields import none_of
+from linvit.settings.fields import unknown_choice
 
 Share = Literal["none", "headwise", "kv", "layerwise"]
 SHARES: tuple[str, ...] = ("none", "headwise", "kv", "layerwise")
@@ -46,7 +46,7 @@ def length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[in
     Raises ValueError for an unknown `share`, a wrong number of layers, and a k that `share` excludes.
     """
     if share not in SHARES:
-        raise ValueError(none_of("share", share, SHARES))
+        raise ValueError(unknown_choice("share", share, SHARES))
     lengths = plain_lengths(k)
     if isinstance(lengths, int):
         return [lengths] * depth

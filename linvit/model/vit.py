@@ -27,7 +27,7 @@ from linvit.model.projections import GridSize, Projection, ProjectionInit, build
 from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer
 from linvit.model.state_dict import store_shared_once
 from linvit.model.tokens import TokenLayout, mask_of_kept
-from linvit.settings.fields import none_of
+from linvit.settings.fields import unknown_choice
 
 Checkpointing = Literal["mlp", "full"]
 _NORM_LAYERS = ("norm_layer", "embed_norm_layer")
@@ -191,7 +191,7 @@ class LinformerViT(VisionTransformer):
         (on a CPU, only the GELU).
         """
         if enable not in (True, False, "mlp", "full"):
-            raise ValueError(none_of("gradient checkpointing", enable, get_args(Checkpointing)))
+            raise ValueError(unknown_choice("gradient checkpointing", enable, get_args(Checkpointing)))
         super().set_grad_checkpointing(enable in (True, "full"))
         mlps = [module for module in self.blocks.modules() if isinstance(module, LeanMlp)]
         if enable == "mlp" and not mlps:

@@ -1,1 +1,1 @@
-"""Options: pydantic fields as command-line flags and YAML files."""
+"""Options as pydantic models, filled from command lines and YAML files."""

@@ -1,6 +1,11 @@
-"""Strict checks of settings against a pydantic model, with errors of one sentence that name the mend."""
+"""Field types that the options share, strict validation against pydantic models, and one-sentence error messages.
+
+A validator that concerns several options writes their names in backquotes, as in "`lr` is below `min_lr`". `validate`
+replaces each by what the user wrote: a flag or a key in a file.
+"""
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +18,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_size(value: Any) -> Any:
-    """Read an image size as 384, "384", "768x512" (height x width) or (768, 512)."""
+    """Parse an image size given as text, "384" or "768x512" (height x width); other values are returned unchanged.
+
+    Raises ValueError for any other text.
+    """
     if not isinstance(value, str):
         return value
     parts = value.lower().split("x")
@@ -23,7 +31,7 @@ def parse_size(value: Any) -> Any:
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A size in pixels as (height, width), where one number is a square."""
+    """An image size in pixels as (height, width); a single number is a square."""
     return (size, size) if isinstance(size, int) else size
 
 
@@ -33,72 +41,87 @@ ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-# One length for all layers, or one per layer: a length, a length per head, or none for ordinary attention.
+# A projected length k.
 Length = Annotated[int, Field(ge=1)]
+# One entry per layer: a length, a length per head, or None for ordinary attention.
 LayerLengths = tuple[Length | tuple[Length, ...] | None, ...]
-# What a timed step does: a forward pass, or a forward and backward pass.
+# What a timed step runs: a forward pass, or a forward and a backward pass.
 Mode = Literal["forward", "train"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 def nearest(name: str, choices: Collection[str]) -> str | None:
-    """The choice that `name` was most likely meant to be, or None."""
+    """The choice most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def unknown(kind: str, name: str, choices: Collection[str]) -> str:
-    """The sentence that refuses `name`, a `kind` of thing, and suggests the nearest of `choices`."""
+    """Error message for an unknown `name` of this `kind`; it suggests the most similar choice."""
     suggestion = nearest(name, choices)
     return f"unknown {kind} {name!r}" + (f"; did you mean {suggestion!r}?" if suggestion else "")
 
 
-def none_of(kind: str, name: object, choices: Collection[str]) -> str:
-    """The sentence that refuses `name`, a `kind` of thing, and lists all `choices`: for few of them."""
-    return f"unknown {kind} {name!r}: choose {one_of(choices)}{_perhaps(name, choices)}"
+def unknown_choice(kind: str, name: object, choices: Collection[str]) -> str:
+    """Error message for an unknown `name` of this `kind` that lists all `choices`, for short lists."""
+    return f"unknown {kind} {name!r}: choose {one_of(choices)}{_suggestion(name, choices)}"
 
 
 def one_of(choices: Collection[str]) -> str:
     """The choices in quotes: "one of 'kv', 'none'"."""
-    return "one of " + ", ".join(map(repr, choices))
-
-
-def _perhaps(name: object, choices: Collection[str]) -> str:
-    suggestion = nearest(name, choices) if isinstance(name, str) else None
-    return f" (did you mean {suggestion!r}?)" if suggestion else ""
+    return "one of " + _quoted(choices)
 
 
 def listed(names: Sequence[str], *, most: int = 8) -> str:
-    """The first `most` names in one line, and how many more there are."""
+    """The first `most` names on one line, and the number of the others: "a, b and 3 more"."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def validate(
-    model: type[Model], settings: Mapping[str, Any], *, source: str = "", spell: Callable[[str], str] = str
-) -> Model:
-    """A `model` of `settings`, as YAML or JSON gives them.
+def _quoted(choices: Collection[str]) -> str:
+    return ", ".join(map(repr, choices))
 
-    Numbers are not read out of text, nor truth out of numbers. "none" is None where a field may be None, and an empty
-    string is "not given" where it may be anything but text. Raises ValueError with one sentence; `source` says where
-    the settings come from, `spell` how the user wrote a field's name there.
+
+def _suggestion(name: object, choices: Collection[str]) -> str:
+    suggestion = nearest(name, choices) if isinstance(name, str) else None
+    return f" (did you mean {suggestion!r}?)" if suggestion else ""
+
+
+def validate(
+    model: type[Model],
+    settings: Mapping[str, Any],
+    *,
+    source: Callable[[str | None], str] = lambda name: "",
+    spell: Callable[[str], str] = str,
+) -> Model:
+    """Build a `model` from `settings` as YAML, JSON or a command line gives them.
+
+    Types are strict: text is not converted to numbers, nor numbers to booleans. "none" means None for a field that may
+    be None, and an empty string means "not given" for a field that is not text.
+
+    Args:
+        source: returns a prefix for the error, such as the file that sets this field; None stands for several fields.
+        spell: returns a field's name as the user wrote it, such as its flag.
+
+    Raises ValueError, in one sentence, for an unknown name, a wrong value or options that contradict each other.
     """
     fields = model.model_fields
     for name in settings:
         if name not in fields:
             raise ValueError(unknown("option", name, fields))
-    # timm's scripts and args.yaml write "not given" as an empty string.
+    # timm's scripts and args.yaml write an empty string for an option that is not set.
     given = {name: value for name, value in settings.items() if value != "" or fields[name].annotation is str}
     typed = {name: _strictly(leaf_types(fields[name].annotation), value) for name, value in given.items()}
     try:
         return model.model_validate(typed, strict=True)
     except ValidationError as error:
-        name, reason = _explain(error, fields, given)
-        raise ValueError(f"{spell(name)} {reason}" if name else source + reason) from None
+        field, reason = _explain(error, fields, given)
+        reason = re.sub(r"`(\w+)`", lambda match: spell(match[1]) if match[1] in fields else match[0], reason)
+        raise ValueError(source(field) + (f"{spell(field)} {reason}" if field else reason)) from None
 
 
 def leaf_types(annotation: Any) -> list[Any]:
-    """The types and literal names that a value of `annotation` is made of, unions and tuples opened up."""
+    """All types and literals inside `annotation`, looking into unions and tuples."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return leaf_types(parts[0])
@@ -111,7 +134,7 @@ def leaf_types(annotation: Any) -> list[Any]:
 
 
 def element_types(annotation: Any) -> set[Any]:
-    """The outermost types of `annotation`: its members if it is a union, else itself."""
+    """The members of `annotation` if it is a union, else `annotation` itself."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return element_types(parts[0])
@@ -121,7 +144,7 @@ def element_types(annotation: Any) -> set[Any]:
 
 
 def _strictly(leaves: Collection[Any], value: Any) -> Any:
-    """`value` as pydantic's strict mode wants it: tuples for lists, paths for their text."""
+    """Convert `value` for pydantic's strict mode: lists to tuples, text to paths, "none" to None."""
     if isinstance(value, list) and tuple in leaves:
         return tuple(_strictly(leaves, part) for part in value)
     if value == "none" and NoneType in leaves and "none" not in leaves:
@@ -131,27 +154,30 @@ def _strictly(leaves: Collection[Any], value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> tuple[str, str]:
-    """The field that the first error is about ("" where it is about several), and what is wrong with it."""
+def _explain(
+    error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    """The field with the first error (None if it concerns several fields), and what is wrong with it."""
     problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else ""
+    name = str(problem["loc"][0]) if problem["loc"] else None
     if problem["type"] == "value_error":
         return name, str(problem["ctx"]["error"]).removeprefix(f"{name} ")
+    assert name is not None
     if name not in given:
         return name, f"is missing: {fields[name].description}"
-    names = [leaf for leaf in leaf_types(fields[name].annotation) if isinstance(leaf, str)]
-    return name, f"takes {_takes(fields[name])}, not {_show(given[name])}{_perhaps(given[name], names)}"
+    choices = [leaf for leaf in leaf_types(fields[name].annotation) if isinstance(leaf, str)]
+    return name, f"takes {_accepted(fields[name])}, not {_show(given[name])}{_suggestion(given[name], choices)}"
 
 
 def _show(value: Any) -> str:
     return repr(value) if isinstance(value, str | list | dict) else str(value).lower()
 
 
-def _takes(field: FieldInfo) -> str:
-    """What a field takes, by its title or its type: "a whole number of at least 1, or none"."""
+def _accepted(field: FieldInfo) -> str:
+    """The values that a field accepts, from its title or its type: "a whole number of at least 1, or none"."""
     if field.title is not None:
         return field.title
-    words = _words(field.annotation, plural=False) + _limits(field.metadata)
+    words = _describe(field.annotation, plural=False) + _limits(field.metadata)
     takes_none = NoneType in element_types(field.annotation) and "none" not in leaf_types(field.annotation)
     return f"{words}, or none" if takes_none else words
 
@@ -160,25 +186,26 @@ _NOUNS: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
-    str: ("text", "texts"),
+    str: ("text", "strings"),
     Path: ("a path", "paths"),
-    dict: ("pairs of name and value", "pairs of name and value"),
+    dict: ("name-value pairs", "name-value pairs"),
     NoneType: ("none", "none"),
 }
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+# By pydantic's name of the constraint.
+_LIMITS = {"ge": "of at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
-def _words(annotation: Any, *, plural: bool) -> str:
+def _describe(annotation: Any, *, plural: bool) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(parts[0], plural=plural) + _limits(parts[1:])
+        return _describe(parts[0], plural=plural) + _limits(parts[1:])
     if origin is Literal:
-        return one_of(parts)
+        return _quoted(parts) if plural else one_of(parts)
     if origin in (Union, UnionType):
         members = [part for part in parts if plural or part is not NoneType]
-        return " or ".join(dict.fromkeys(_words(part, plural=plural) for part in members))
+        return " or ".join(dict.fromkeys(_describe(part, plural=plural) for part in members))
     if origin is tuple:
-        inner = _words(parts[0], plural=True)
+        inner = _describe(parts[0], plural=True)
         return f"{'lists' if plural else 'a list'} of {inner}" if parts[-1] is Ellipsis else f"{len(parts)} {inner}"
     return _NOUNS[origin or annotation][plural]
 
@@ -186,7 +213,7 @@ def _words(annotation: Any, *, plural: bool) -> str:
 def _limits(metadata: Iterable[Any]) -> str:
     limits = []
     for constraint in metadata:
-        # pydantic keeps the bounds of an inner Field(ge=...) one level down.
+        # pydantic keeps the limits of an inner Field(ge=...) one level down.
         for entry in getattr(constraint, "metadata", [constraint]):
             limits += [f"{words} {getattr(entry, name):g}" for name, words in _LIMITS.items() if hasattr(entry, name)]
-    return f" of {' and '.join(limits)}" if limits else ""
+    return f" {' and '.join(limits)}" if limits else ""

@@ -1,4 +1,4 @@
-"""Command lines from pydantic models: flags from the fields, help from their descriptions, errors of one sentence."""
+"""Command lines from pydantic models: a flag per field, `--help` from the descriptions, one-sentence errors."""
 
 import argparse
 import ast
@@ -20,10 +20,10 @@ from linvit.settings.yaml import parse_yaml
 
 
 class UsageError(ValueError):
-    """The command line or the configuration is wrong: exit status 2, where failed work has 1."""
+    """The command line or the configuration is wrong: exit status 2 instead of 1."""
 
 
-# argparse's own knows no exponents and no infinity, and takes such numbers for flags.
+# argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
 
 
@@ -37,14 +37,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(work: Callable[[], int | None]) -> int:
-    """The exit status of `work`; what the user can mend becomes one line on stderr, a traceback with LINVIT_DEBUG=1."""
+    """Run a command's `work` and return its exit status.
+
+    ValueError and OSError, which the user can fix, become one line on stderr; LINVIT_DEBUG=1 shows the traceback.
+    """
     try:
         return work() or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone: keep the interpreter from complaining when it flushes.
+        # The reader closed the pipe. Without this the interpreter would report an error when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -63,7 +66,10 @@ def parse_options(
     positionals: Mapping[str, str],
     spellings: Mapping[str, Sequence[str]],
 ) -> Model:
-    """The options that a command line gives; raises UsageError, and SystemExit after `--help`."""
+    """Parse a command line into `options`; raises UsageError for a mistake, SystemExit after `--help`.
+
+    `positionals` and `spellings` are those of `build_parser`.
+    """
     parser = build_parser(options, prog=prog, description=description, positionals=positionals, spellings=spellings)
     values = read_flags(parser, options, argv, positionals=positionals)
     try:
@@ -75,15 +81,19 @@ def parse_options(
 
 
 def check_files(*files: tuple[str, Path | None]) -> None:
-    """Raise UsageError where a flag's file could not be written, before time is spent on what goes into it."""
+    """Raise UsageError for an output file that cannot be created, before time is spent on its contents.
+
+    Each file is a pair of its flag and its path; None is skipped.
+    """
     for flag, path in files:
         if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+            raise UsageError(f"{flag} {path}: folder {path.parent} does not exist; create it first")
         if path is not None and path.is_dir():
-            raise UsageError(f"{flag} {path} is a folder; name a file")
+            raise UsageError(f"{flag} {path} is a folder; give a file name")
 
 
 def flag_of(name: str) -> str:
+    """The default flag of a field: `batch_size` is `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
@@ -96,10 +106,13 @@ def build_parser(
     spellings: Mapping[str, Sequence[str]] | None = None,
     bare: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser with a flag per field of `options`, in a section per class that declares fields.
+    """A parser with a flag per field of `options`, grouped by the class that declares the field.
 
-    `positionals` maps fields to their place-holders; a field with a default is a flag too. `spellings` replaces a
-    field's flag by others; `bare` says what a flag that is given alone stands for.
+    Args:
+        positionals: maps fields to the placeholders of their positional arguments. A positional field that has a
+            default also has a flag.
+        spellings: replaces the flag of a field by these.
+        bare: value of a field whose flag is given without one.
     """
     spellings, bare = spellings or {}, bare or {}
     names = [
@@ -131,24 +144,29 @@ def read_flags(
     argv: Sequence[str],
     *,
     positionals: Mapping[str, str],
-    not_taken: Mapping[str, str] | None = None,
+    unsupported: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The values that `argv` gives, by field name, typed as YAML would have them; other arguments by their names.
+    """The values on a command line by field name, typed as in YAML; further arguments of the parser by their own names.
 
-    Raises UsageError for what the parser does not know; `not_taken` maps known foreign flags to why they are refused.
+    Args:
+        unsupported: timm's flags that are refused, and the reason of each.
+
+    Raises UsageError for anything that the parser does not know.
     """
     _refuse_single_dashes(parser, argv)
     given, rest = parser.parse_known_args(argv)
     flags = [part.partition("=")[0] for part in rest if part.startswith("-")]
     if flags:
-        raise UsageError(_refuse(flags[0], parser, not_taken or {}))
+        if reason := (unsupported or {}).get(flags[0]):
+            raise UsageError(f"linvit does not support timm's option {flags[0]}: {reason}")
+        raise UsageError(unknown("option", flags[0], parser._option_string_actions))
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}")
     values = vars(given)
     for name, placeholder in positionals.items():
         if placeholder in values:
             if name in values:
-                raise UsageError(f"{placeholder} and {flag_of(name)} are the same: give one")
+                raise UsageError(f"{placeholder} and {flag_of(name)} set the same option: give only one")
             values[name] = values.pop(placeholder)
     fields = options.model_fields
     return {name: _typed(name, fields[name], raw) if name in fields else raw for name, raw in values.items()}
@@ -161,14 +179,8 @@ def _refuse_single_dashes(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             raise UsageError(unknown("option", part, ["-" + part]))
 
 
-def _refuse(flag: str, parser: argparse.ArgumentParser, not_taken: Mapping[str, str]) -> str:
-    if flag in not_taken:
-        return f"{flag} is an option of timm's that linvit does not take: {not_taken[flag]}"
-    return unknown("option", flag, parser._option_string_actions)
-
-
 def _sections(options: type[BaseModel]) -> dict[str, dict[str, FieldInfo]]:
-    """The fields by the class that declares them, in the order of the bases, the model's own first."""
+    """The fields by heading, one per class that declares fields: first `options` itself, then its bases in order."""
     sections = {}
     for declaring in options.__mro__:
         names = [name for name in inspect.get_annotations(declaring) if name in options.model_fields]
@@ -223,18 +235,18 @@ def _add_switch(section: argparse._ArgumentGroup, name: str, flags: Sequence[str
 
 
 def _opposites(flags: Sequence[str]) -> list[str]:
-    # timm's --no-aug is the field no_aug, so its opposite is --aug.
+    # timm has a field no_aug with the flag --no-aug, whose opposite is --aug.
     return ["--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags]
 
 
 def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if "default" not in text and not field.is_required():
-        text += f" (default: {_words(field.get_default(call_default_factory=True))})"
+        text += f" (default: {_show_default(field.get_default(call_default_factory=True))})"
     return text.replace("%", "%%")
 
 
-def _words(default: Any) -> str:
+def _show_default(default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     if default is None or default == () or default == {}:
@@ -253,6 +265,7 @@ def _placeholder(leaves: Collection[Any]) -> str:
 
 
 def _typed(name: str, field: FieldInfo, raw: Any) -> Any:
+    """What argparse read for a field, as YAML would give it."""
     leaves = leaf_types(field.annotation)
     if isinstance(raw, bool):
         return raw
@@ -261,10 +274,10 @@ def _typed(name: str, field: FieldInfo, raw: Any) -> Any:
     if isinstance(raw, str):
         return _scalar(leaves, raw)
     values = [_scalar(leaves, text) for text in raw]
-    one = element_types(field.annotation)
-    # `--k 32` is the one length of all layers and `--img-size none` no size at all, not lists of one.
-    is_alone = len(values) == 1 and (bool(one - {tuple, NoneType}) or (values == ["none"] and NoneType in one))
-    return values[0] if is_alone else values
+    kinds = element_types(field.annotation)
+    # `--k 32` is one length for all layers, and `--img-size none` is no size: not lists with one entry.
+    is_single = len(values) == 1 and (bool(kinds - {tuple, NoneType}) or (values == ["none"] and NoneType in kinds))
+    return values[0] if is_single else values
 
 
 def _scalar(leaves: Collection[Any], text: str) -> Any:
@@ -284,7 +297,7 @@ def _pair(flag: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UsageError(f"{flag} takes NAME=VALUE pairs, not {text!r}")
-    # timm reads Python's True, None and (1, 2) here; YAML adds true, null and [1, 2].
+    # Python literals as in timm (True, None, (1, 2)), then YAML's (true, null, [1, 2]).
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

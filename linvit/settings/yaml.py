@@ -1,4 +1,4 @@
-"""Settings in YAML files: read strictly, with numbers as people write them."""
+"""Settings in YAML files: duplicate keys are errors, and 1e-3 is a number."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where 1e-3 without a dot is a string; so is -.5.
+# PyYAML follows YAML 1.1, in which 1e-3 (without a dot) and -.5 are strings.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]\.\d+$"),
@@ -31,23 +31,23 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that `text` stands for; raises yaml.YAMLError."""
+    """Parse YAML; raises yaml.YAMLError."""
     try:
         return yaml.load(text, _Loader)
     except ValueError as error:
-        # Such as a 13th month, of which PyYAML says so in Python's words.
+        # PyYAML raises Python's own error for a date with a 13th month, for example.
         raise yaml.YAMLError(str(error)) from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file; an empty file has none.
 
-    Raises ValueError, naming the file, where it cannot be read or holds anything but `name: value` lines.
+    Raises ValueError, naming the file, if it cannot be read or has other content than `name: value` lines.
     """
     try:
         settings = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise ValueError(f"{path}: file not found") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -61,10 +61,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ValueError(f"{path}: holds something else than lines of `name: value`")
+        raise ValueError(f"{path}: the file must consist of `name: value` lines")
     return settings
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write `settings` in their order; raises OSError where that fails, and leaves the old file."""
+    """Write `settings` as YAML in their order. Raises OSError on failure and then keeps the old file."""
     write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""`--batch-size auto`: the largest batch that trains in the device's memory, found by trial before the run."""
+"""`--batch-size auto`: the largest batch that fits in the device's memory, found by trial before the run."""
 
 import copy
 from collections.abc import Callable
@@ -14,24 +14,23 @@ from linvit.model.build import TimmModel
 from linvit.runs.folder import RunFolder
 from linvit.settings.yaml import read_settings
 from linvit.training.config import TrainConfig
-from linvit.training.loss import mixes
 from linvit.training.setup import build_step
 from linvit.training.step import TrainStep
 
-# Where memory that runs out is an error, not the end of the process.
+# Devices on which running out of memory raises an error instead of ending the process.
 LIMITED_DEVICES = ("cuda",)
 
 
-def settle_batch_size(
+def resolve_batch_size(
     config: TrainConfig, model: TimmModel, train_set: ImageSet, *, spec: InputSpec, ranks: Ranks
 ) -> TrainConfig:
-    """The configuration with a number for `batch_size`: that of the run gone on with, else the largest that fits.
+    """Replace `batch_size` "auto" by a number: that of the resumed run, else the largest that fits.
 
     Args:
-        model: on its device; copies of it are trained for a step and thrown away.
-        train_set: the images to train on.
+        model: the model on its device. Copies of it are trained for one step and discarded.
+        train_set: the training images.
 
-    Raises ValueError where no batch fits, and on a device that does not say that its memory has run out.
+    Raises ValueError if no batch fits, or on a device that raises no error when its memory runs out.
     """
     if config.batch_size != "auto":
         return config
@@ -39,22 +38,23 @@ def settle_batch_size(
     if size is None:
         if ranks.device.type not in LIMITED_DEVICES:
             raise ValueError(
-                f"--batch-size auto: on {ranks.device} memory that runs out ends the process, so that nothing can be "
+                f"--batch-size auto: on {ranks.device} running out of memory ends the process, so nothing can be "
                 "tried; give a number"
             )
         size = find_largest_batch(
             lambda size: _trains(size, config, model, train_set, spec=spec, device=ranks.device),
             limit=len(train_set) // ranks.world_size,
-            multiple=2 if mixes(config) else 1,
+            multiple=2 if config.uses_mixing else 1,
         )
         size = _smallest_over_ranks(size, ranks)
     return config.model_copy(update={"batch_size": size})
 
 
 def find_largest_batch(fits: Callable[[int], bool], *, limit: int, multiple: int) -> int:
-    """The largest size that fits among `multiple` doubled again and again, half as much again as the last, and `limit`.
+    """Search for the largest batch that fits, up to `limit`.
 
-    Raises ValueError where not even `multiple` fits.
+    Starts at `multiple`, doubles the size while it fits, and tries 1.5 times the last one that did. All sizes are
+    multiples of `multiple`. Raises ValueError if not even `multiple` fits.
     """
     limit = max(limit - limit % multiple, multiple)
     largest, size = 0, multiple
@@ -65,7 +65,7 @@ def find_largest_batch(fits: Callable[[int], bool], *, limit: int, multiple: int
     if not largest:
         raise ValueError(
             f"--batch-size auto: not even a batch of {multiple} fits in memory; set --grad-checkpointing or a smaller "
-            "--img-size, or give a number, which is trained on in parts"
+            "--img-size, or give a number: a batch that does not fit is trained in parts"
         )
     between = largest + largest // 2 // multiple * multiple
     return between if largest < between < size and fits(between) else largest
@@ -74,10 +74,10 @@ def find_largest_batch(fits: Callable[[int], bool], *, limit: int, multiple: int
 def _trains(
     size: int, config: TrainConfig, model: TimmModel, train_set: ImageSet, *, spec: InputSpec, device: torch.device
 ) -> bool:
-    """Whether a step on `size` images fits: forward, backward, and the optimizer with its state."""
+    """Whether a full step on `size` images fits in memory: forward, backward and the optimizer's update."""
     with torch.random.fork_rng():
         trial = config.model_copy(update={"batch_size": size})
-        # The weights are thrown away: a rate that changes them little cannot make the loss explode.
+        # A learning rate too small to make the loss non-finite; the weights are discarded.
         step = build_step(trial, copy.deepcopy(model), train_set, spec=spec, ranks=Ranks(device), lr=1e-6)
         fits = _try_step(step, size, spec)
     if device.type == "cuda":
@@ -88,7 +88,7 @@ def _trains(
 def _try_step(step: TrainStep, size: int, spec: InputSpec) -> bool:
     device = step.ranks.device
     step.start_epoch(0)
-    # A group of two batches takes the memory of any longer one: gradients are kept between its batches.
+    # Accumulating over two batches needs as much memory as over more: gradients are kept between batches.
     group_size = min(step.config.grad_accum_steps, 2)
     try:
         for number in range(group_size):
@@ -110,14 +110,14 @@ def _smallest_over_ranks(size: int, ranks: Ranks) -> int:
 
 
 def _recorded_batch_size(config: TrainConfig) -> int | None:
-    """What the run that is gone on with was trained with; None where there is none yet."""
+    """The batch size of the run that is resumed; None for a new run."""
     if config.resume is None:
         return None
     if config.resume == "auto":
         assert config.experiment is not None
         folders = [config.output / config.experiment]
     else:
-        # A run's folder, or a state in its checkpoints.
+        # `resume` is a run folder, or a training state in its checkpoints.
         state = Path(config.resume).absolute()
         folders = [state, *state.parents[:2]]
     for folder in folders:

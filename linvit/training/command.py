@@ -1,4 +1,4 @@
-"""`linvit train`: the loop of train_imagenet.py."""
+"""`linvit train`: runs the training loop of train_imagenet.py."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from types import ModuleType
 
 from linvit.training.config import parse
 
-SUMMARY = "train a model on folders of images (also: python train_imagenet.py)"
+SUMMARY = "train a model on folders of images (same as python train_imagenet.py)"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def load_loop() -> ModuleType:
-    """train_imagenet.py beside this package; a file of that name in the current folder is never run."""
+    """Import train_imagenet.py from next to this package, never a file of that name in the current folder."""
     spec = importlib.util.spec_from_file_location("train_imagenet", Path(__file__).parents[2] / "train_imagenet.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,8 +1,8 @@
-"""Distillation: the model learns from a trained teacher beside the labels, on the same images.
+"""Knowledge distillation: the model also learns to match a trained teacher on the same images.
 
-Logits: the Kullback-Leibler divergence from the teacher's softened distribution, times T² (Hinton et al. 2015,
-section 2). Features: one minus the cosine between the teacher's last tokens and the model's, brought to the teacher's
-width by a learned projection and to its grid by resampling (after Romero et al. 2015, FitNets).
+Logits: Kullback-Leibler divergence from the teacher's softened distribution, times T² (Hinton et al. 2015, section 2).
+Features: one minus the cosine similarity of the teacher's last tokens and the model's, which a learned projection maps
+to the teacher's width and resampling maps to its grid (after Romero et al. 2015, FitNets).
 
 B images, T tokens, P prefix tokens, D width of the model, C width of the teacher.
 """
@@ -26,13 +26,13 @@ from linvit.training.fsdp import load_full
 
 
 class Distillation:
-    """A teacher, what of it is learnt, and the loss of that.
+    """A teacher, and the loss that makes the model match it.
 
     Attributes:
-        trained: what is called and trained: the model itself, or with its projection (then it returns both the logits
-            and the projected tokens, in evaluation mode the logits alone).
+        trained: the module to train: the model, or for features the model with its projection. The latter returns
+            logits and projected tokens in training mode, and only logits in evaluation mode.
 
-    Raises ValueError where teacher and model do not go together.
+    Raises ValueError if teacher and model do not fit together.
     """
 
     trained: nn.Module
@@ -52,13 +52,13 @@ class Distillation:
         self.amp_dtype, self.device = autocast_dtype(config.amp, config.amp_dtype), device
         classifier = load_classifier(config.kd_model_name)
         self.teacher = classifier.model.to(device).eval().requires_grad_(False)
-        self.view = _View(spec, resolve_input(self.teacher, InputOptions.model_validate({})), device)
+        self.teacher_input = _TeacherInput(spec, resolve_input(self.teacher, InputOptions.model_validate({})), device)
         self.projected: _ProjectedTokens | None = None
         if config.kd_distill_type == "feature":
             if not isinstance(model, VisionTransformer):
                 raise ValueError(f"--kd-distill-type feature needs a Vision Transformer, not {config.model}: use logit")
             if not hasattr(self.teacher, "forward_intermediates"):
-                raise ValueError(f"--kd-distill-type feature: {config.kd_model_name} gives no tokens; use logit")
+                raise ValueError(f"--kd-distill-type feature: {config.kd_model_name} has no tokens; use logit")
             width = self._teacher_tokens(torch.zeros(1, 3, *spec.size, device=device)).shape[1]
             self.projected = _ProjectedTokens(model, width)
         else:
@@ -66,42 +66,43 @@ class Distillation:
         self.trained = self.projected or model
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained besides the model: the projection of features."""
+        """Parameters to train that are not the model's: those of the projection."""
         return [] if self.projected is None else list(self.projected.projection.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on from here needs besides the model."""
+        """State that resuming needs in addition to the model's."""
         return {} if self.projected is None else self.projected.projection.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         if self.projected is not None:
             load_full(self.projected.projection, state)
 
     def loss(self, outputs: Any, images: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
-        """The labels' loss and the teacher's, each by its weight; `outputs` are what `trained` gave for `images`."""
+        """Weighted sum of the labels' loss and the teacher's; `outputs` are those of `trained` for `images`."""
         if self.projected is None:
-            logits, part = outputs, self._logits_loss(outputs, images)
+            logits, teacher_loss = outputs, self._logits_loss(outputs, images)
         else:
             logits, tokens = outputs
-            part = self._tokens_loss(tokens, images)
-        return self.label_weight * loss_fn(logits.float(), labels) + self.teacher_weight * part
+            teacher_loss = self._tokens_loss(tokens, images)
+        return self.label_weight * loss_fn(logits.float(), labels) + self.teacher_weight * teacher_loss
 
     def _logits_loss(self, logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.amp_dtype):
-            wanted = self.teacher(self.view(images))
-        given, wanted = (F.log_softmax(each.float() / self.temperature, dim=1) for each in (logits, wanted))
-        return F.kl_div(given, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+            target = self.teacher(self.teacher_input(images))
+        logits, target = (F.log_softmax(each.float() / self.temperature, dim=1) for each in (logits, target))
+        return F.kl_div(logits, target, log_target=True, reduction="batchmean") * self.temperature**2
 
     def _tokens_loss(self, tokens: Tensor, images: Tensor) -> Tensor:
-        wanted = self._teacher_tokens(images).float()
-        given = F.interpolate(tokens.float(), wanted.shape[-2:], mode="bilinear", antialias=True)
-        return (1 - F.cosine_similarity(given, wanted, dim=1)).mean()
+        target = self._teacher_tokens(images).float()
+        resampled = F.interpolate(tokens.float(), target.shape[-2:], mode="bilinear", antialias=True)
+        return (1 - F.cosine_similarity(resampled, target, dim=1)).mean()
 
     def _teacher_tokens(self, images: Tensor) -> Tensor:
         """The teacher's last tokens as a grid (B, C, h, w)."""
         with torch.no_grad(), autocast(self.device, self.amp_dtype):
             maps = self.teacher.forward_intermediates(
-                self.view(images), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+                self.teacher_input(images), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
             )
         return maps[-1]
 
@@ -109,14 +110,17 @@ class Distillation:
 def create_distillation(
     model: TimmModel, config: TrainConfig, *, spec: InputSpec, class_names: Sequence[str], device: torch.device
 ) -> Distillation | None:
-    """What `kd_model_name` asks for; None where there is no teacher."""
+    """The distillation of a run; None without a teacher (`kd_model_name`)."""
     if config.kd_model_name is None:
         return None
     return Distillation(model, config, spec=spec, class_names=class_names, device=device)
 
 
 def _weights(config: TrainConfig) -> tuple[float, float]:
-    """Of the labels' loss and of the teacher's, by timm's rule: 1 unless set, but the rest of 1 to a task's alone."""
+    """Weights of the labels' loss and of the teacher's, by timm's rule.
+
+    Both are 1 by default. If only the labels' weight is set, the teacher's is 1 minus it.
+    """
     task, teacher = config.task_loss_weight, config.distill_loss_weight
     if teacher is None:
         teacher = 1.0 if task is None else 1.0 - task
@@ -124,9 +128,9 @@ def _weights(config: TrainConfig) -> tuple[float, float]:
 
 
 class _ProjectedTokens(nn.Module):
-    """A Vision Transformer that also returns its last patch tokens, at the teacher's width.
+    """A Vision Transformer that also returns its last patch tokens, projected to the teacher's width.
 
-    One module, so that compiling it and averaging gradients over processes take in the projection.
+    It is one module, so that torch.compile and DistributedDataParallel include the projection.
     """
 
     def __init__(self, model: VisionTransformer, width: int) -> None:
@@ -135,7 +139,7 @@ class _ProjectedTokens(nn.Module):
         self.projection = nn.Linear(model.embed_dim, width).to(next(model.parameters()).device)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits and a grid of projected tokens (B, C, h, w); in evaluation mode the logits alone."""
+        """Logits and a grid of projected tokens (B, C, h, w); only logits in evaluation mode."""
         if not self.training:
             logits: Tensor = self.model(images)
             return logits
@@ -145,8 +149,8 @@ class _ProjectedTokens(nn.Module):
         return self.model.forward_head(tokens), patches.transpose(1, 2).unflatten(2, grid)
 
 
-class _View:
-    """Images normalised for the model, as the teacher wants them: its own size and normalisation."""
+class _TeacherInput:
+    """Converts images that are normalised for the model to the size and normalisation of the teacher."""
 
     def __init__(self, model: InputSpec, teacher: InputSpec, device: torch.device) -> None:
         self.size = teacher.size
@@ -171,5 +175,5 @@ def _check_classes(source: str, teacher: TimmModel, names: Sequence[str] | None,
     theirs = f" ({listed(names)})" if names is not None else ""
     raise ValueError(
         f"--kd-model-name {source} has {teacher.num_classes} classes{theirs}, the data has {len(class_names)} "
-        f"({listed(class_names)}): choose a teacher of the same classes, or --kd-distill-type feature"
+        f"({listed(class_names)}): choose a teacher with the same classes, or --kd-distill-type feature"
     )

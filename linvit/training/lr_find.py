@@ -1,4 +1,4 @@
-"""`linvit lr-find`: a learning rate from a sweep on throw-away weights."""
+"""`linvit lr-find`: suggests a learning rate from a sweep on weights that are discarded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,31 +9,33 @@ from pydantic import BaseModel, ConfigDict, Field
 from linvit.settings.flags import UsageError
 from linvit.training.config import TrainConfig, parse_with, training_parser
 
-SUMMARY = "find a learning rate by raising it on throw-away weights"
+SUMMARY = "find a learning rate by raising it step by step on throw-away weights"
 
 
 class SweepOptions(BaseModel):
-    """From where to where the learning rate is raised, and where the result goes."""
+    """The range of learning rates and the output files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     start_lr: float = Field(1e-7, gt=0.0, description="learning rate of the first step")
     end_lr: float = Field(1.0, gt=0.0, description="learning rate of the last step")
-    num_steps: int = Field(100, ge=10, description="steps in between, each a factor above the one before")
-    plot_file: Path = Field(Path("lr-find.png"), description="picture of the loss over the learning rate")
-    json_file: Path | None = Field(None, description="file that the result is written to")
+    num_steps: int = Field(
+        100, ge=10, description="number of steps; each multiplies the learning rate by the same factor"
+    )
+    plot_file: Path = Field(Path("lr-find.png"), description="write a plot of the loss over the learning rate (PNG)")
+    json_file: Path | None = Field(None, description="write the result as JSON")
 
 
 class LrFindConfig(TrainConfig, SweepOptions):
-    """A training run's configuration, and the sweep."""
+    """The configuration of a training run and of the sweep."""
 
 
 def parse_lr_find(argv: Sequence[str]) -> LrFindConfig:
-    """What a command line of `linvit lr-find` asks for; raises UsageError."""
+    """Parse the command line of `linvit lr-find`; raises UsageError."""
     parser = training_parser(
         "linvit lr-find",
         LrFindConfig,
-        "Raise the learning rate step by step on throw-away weights, and show where the loss falls and where it rises.",
+        "Raise the learning rate step by step on throw-away weights, and plot where the loss falls and where it rises.",
         spellings={"json_file": ["--json"], "plot_file": ["--plot"]},
     )
     config = parse_with(parser, argv, LrFindConfig)
@@ -43,27 +45,27 @@ def parse_lr_find(argv: Sequence[str]) -> LrFindConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweep, and return the exit status."""
+    """Run the command and return its exit status."""
     config = parse_lr_find(argv)
     from linvit.distributed import record_errors
 
-    return record_errors(lr_find_command)(config)
+    return record_errors(find_lr)(config)
 
 
-def lr_find_command(config: LrFindConfig) -> int:
-    """`linvit lr-find`: sweep, draw and suggest; returns the exit status.
+def find_lr(config: LrFindConfig) -> int:
+    """Run the sweep, write the plot and print a suggestion; returns the exit status.
 
-    Raises ValueError where options, data and weights do not fit together, or the loss falls nowhere.
+    Raises ValueError if options, data and weights do not fit together, or if the loss never falls.
     """
     from linvit.distributed import joined_ranks
     from linvit.output.files import write_json
     from linvit.output.plots import save_figure
     from linvit.training.log import print_line
-    from linvit.training.sweep import draw, prepare, sweep
+    from linvit.training.sweep import plot_sweep, prepare_sweep, run_sweep
 
     with joined_ranks(config.device) as ranks:
-        step, loader = prepare(config, ranks)
-        found = sweep(
+        step, loader = prepare_sweep(config, ranks)
+        found = run_sweep(
             step,
             loader,
             config,
@@ -75,8 +77,8 @@ def lr_find_command(config: LrFindConfig) -> int:
         if not ranks.is_primary:
             return 0
         if len(found.lr) < 3 or found.lowest == found.lr[0]:
-            raise ValueError(f"the loss does not fall above --start-lr {config.start_lr:g}: set it lower")
-        figure = draw(found, title=f"{config.model}, batches of {loader.batch_size * ranks.world_size}")
+            raise ValueError(f"the loss does not fall above --start-lr {config.start_lr:g}: lower it")
+        figure = plot_sweep(found, title=f"{config.model}, batches of {loader.batch_size * ranks.world_size}")
         save_figure(config.plot_file, figure, dpi=120)
         if config.json_file is not None:
             result = {"suggestion": found.suggestion, "steepest": found.steepest, "lowest": found.lowest}

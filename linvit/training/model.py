@@ -1,11 +1,8 @@
-"""Parameters that stay as they are.
+"""The model of a run: built, initialised, frozen in part, placed on its device, compiled and wrapped.
 
-Image sizes that grow through training: shorter sequences at first, the model's own size at the end.
-
-The model is built at the last size with `dynamic_img_size=True`: for other grids the position embedding is resampled
-and E and F are remapped by overlap area with every batch, so that no parameter, gradient or moment ever changes shape.
-
-The model of a run: built by its timm name, started from given weights, placed, compiled, spread over processes.
+`train_img_sizes` trains on shorter sequences first and at the model's own size last. The model is built at the last
+size with `dynamic_img_size=True`: for every batch of another size the position embedding is resampled, and E and F are
+remapped by overlap area. So no parameter, gradient or optimizer state ever changes shape.
 """
 
 import copy
@@ -27,77 +24,15 @@ from linvit.training.config import TrainConfig
 from linvit.training.options import DeviceOptions, ModelOptions, ScheduleOptions
 
 
-def freeze(model: TimmModel, patterns: Sequence[str]) -> list[str]:
-    """Stop training the parameters that `patterns` name, as parameters, modules or with wildcards.
-
-    "backbone" means all but the classifier. A parameter that layers share goes by its first name and is frozen for all
-    of them; returns a note for the log where the patterns name only some of them. Raises ValueError for a pattern that
-    names nothing, or where nothing would be left to train.
-    """
-    parameters = dict(model.named_parameters())
-    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
-
-    def is_named(name: str, parameter: nn.Parameter, pattern: str) -> bool:
-        if pattern == "backbone":
-            return id(parameter) not in classifier
-        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-    frozen: dict[int, str] = {}
-    for pattern in patterns:
-        named = {id(each): name for name, each in parameters.items() if is_named(name, each, pattern)}
-        if not named:
-            raise ValueError(f"--freeze: {unknown('parameter or module', pattern, _names(model))}")
-        frozen |= named
-    for name in frozen.values():
-        parameters[name].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError("--freeze leaves nothing to train: name fewer parameters")
-    unnamed = {
-        name: frozen[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in frozen and not any(is_named(name, parameter, pattern) for pattern in patterns)
-    }
-    if not unnamed:
-        return []
-    return [f"--freeze also freezes {compact(list(unnamed))}: shared with {compact(set(unnamed.values()))}"]
-
-
-def _names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-
-
-def size_in(epoch: int, options: ScheduleOptions) -> int | None:
-    """The size of that epoch's images: the epochs are divided evenly; None where `train_img_sizes` is not set."""
-    sizes = options.train_img_sizes
-    if sizes is None:
-        return None
-    return sizes[min(epoch * len(sizes) // options.epochs, len(sizes) - 1)]
-
-
-def epoch_sizes(options: ScheduleOptions) -> list[tuple[int, int]]:
-    """(height, width) of each epoch's images, of later epochs those of the last; empty where sizes do not change."""
-    sizes = [size_in(epoch, options) for epoch in range(options.epochs)]
-    return [(size, size) for size in sizes if size is not None]
-
-
-def check_sizes(model: TimmModel, sizes: Sequence[int]) -> None:
-    """Raise ValueError for the first size that the model does not take."""
-    # There a forward pass costs nothing.
-    shadow = copy.deepcopy(model).to("meta")
-    for size in sizes:
-        try:
-            shadow(torch.empty(1, 3, size, size, device="meta"))
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--train-img-sizes: the model does not take {size}×{size} px: {reason(error)}") from error
-
-
 def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[TimmModel, list[str]]:
-    """The run's model with a class for each name, on the CPU, and which of its parameters no given weights cover.
+    """The model of a run on the CPU, and the names of its parameters that do not come from given weights.
 
-    Raises ValueError where name, arguments, classes or weights do not fit.
+    Raises ValueError if the name, arguments, classes or weights do not fit together.
     """
     if config.num_classes not in (None, len(class_names)):
-        raise ValueError(f"--num-classes {config.num_classes}: the data has {len(class_names)} classes; leave it out")
+        raise ValueError(
+            f"--num-classes {config.num_classes}: the data has {len(class_names)} classes; correct or remove it"
+        )
     try:
         model = create_model(
             config.model,
@@ -107,7 +42,9 @@ def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[Tim
         )
     except ValueError as error:
         if config.train_img_sizes is not None and "dynamic_img_size" in str(error):
-            raise ValueError(f"--train-img-sizes: {config.model} takes images of one size only; remove it") from error
+            raise ValueError(
+                f"--train-img-sizes: {config.model} supports images of one size only; remove it"
+            ) from error
         raise
     if config.train_img_sizes is not None:
         check_sizes(model, config.train_img_sizes)
@@ -135,10 +72,65 @@ def _initialise_classifier(model: TimmModel, options: ModelOptions) -> None:
             parameters["bias"].fill_(options.head_init_bias)
 
 
-def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
-    """Move the model to its device, in the memory layout and with the checkpointing asked for.
+def check_sizes(model: TimmModel, sizes: Sequence[int]) -> None:
+    """Raise ValueError for the first size that the model does not support."""
+    # On the meta device a forward pass costs nothing.
+    shadow = copy.deepcopy(model).to("meta")
+    for size in sizes:
+        try:
+            shadow(torch.empty(1, 3, size, size, device="meta"))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--train-img-sizes: the model does not support {size}×{size} px: {reason(error)}"
+            ) from error
 
-    One that is to be divided among processes stays as it is: it may not fit whole, and is divided along rows.
+
+def freeze(model: TimmModel, patterns: Sequence[str]) -> list[str]:
+    """Freeze the parameters that match `patterns`.
+
+    A pattern is the name of a parameter or module, a name with wildcards, or "backbone" for all but the classifier.
+    A parameter that layers share has the name of the first layer and is frozen for all of them. Returns notes for the
+    log about shared parameters of which the patterns match only some names.
+
+    Raises ValueError for a pattern that matches nothing, or if nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+
+    def matches(name: str, parameter: nn.Parameter, pattern: str) -> bool:
+        if pattern == "backbone":
+            return id(parameter) not in classifier
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+    names = [name for name, _ in model.named_modules()] + list(parameters)
+    # By the parameter's id.
+    frozen: dict[int, str] = {}
+    for pattern in patterns:
+        matched = {id(each): name for name, each in parameters.items() if matches(name, each, pattern)}
+        if not matched:
+            raise ValueError(f"--freeze: {unknown('parameter or module', pattern, names)}")
+        frozen |= matched
+    for name in frozen.values():
+        parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError("--freeze leaves nothing to train: name fewer parameters")
+    unmatched = {
+        name: frozen[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in frozen and not any(matches(name, parameter, pattern) for pattern in patterns)
+    }
+    if not unmatched:
+        return []
+    return [f"--freeze also freezes {compact(list(unmatched))}: shared with {compact(set(unmatched.values()))}"]
+
+
+def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
+    """Move the model to its device, and set its memory format and gradient checkpointing.
+
+    A model that will be sharded stays on the CPU, since it may not fit on one device, and keeps its memory format,
+    since it is sharded by rows.
+
+    Raises ValueError if the model does not support this checkpointing.
     """
     if not options.fsdp:
         model.to(ranks.device)
@@ -153,9 +145,9 @@ def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
 
 
 def wrap_model(model: nn.Module, options: DeviceOptions, ranks: Ranks) -> nn.Module:
-    """What the training step calls: the model itself, compiled and averaging gradients over processes as asked for.
+    """The module that the training step calls: the model, compiled and wrapped in DistributedDataParallel if needed.
 
-    One that `linvit.training.fsdp` has divided does both already.
+    A model that `linvit.training.fsdp` has sharded needs neither and is returned as it is.
     """
     if options.fsdp:
         return model
@@ -165,6 +157,23 @@ def wrap_model(model: nn.Module, options: DeviceOptions, ranks: Ranks) -> nn.Mod
     if ranks.world_size > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, device_ids=devices)
-        # Buffers are the same in all processes; sending a large fixed projection with every step would be slow.
+        # Buffers are equal in all processes, and broadcasting a large fixed projection at every step would be slow.
         wrapped.broadcast_buffers = False
     return wrapped
+
+
+def train_size(epoch: int, options: ScheduleOptions) -> int | None:
+    """Size of the training images in this epoch, in pixels; None if `train_img_sizes` is not set.
+
+    The sizes share the epochs of the schedule evenly, and later epochs keep the last one.
+    """
+    sizes = options.train_img_sizes
+    if sizes is None:
+        return None
+    return sizes[min(epoch * len(sizes) // options.epochs, len(sizes) - 1)]
+
+
+def epoch_sizes(options: ScheduleOptions) -> list[tuple[int, int]]:
+    """(height, width) of the training images in each epoch of the schedule; empty if `train_img_sizes` is not set."""
+    sizes = [train_size(epoch, options) for epoch in range(options.epochs)]
+    return [(size, size) for size in sizes if size is not None]

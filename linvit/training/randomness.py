@@ -1,6 +1,6 @@
-"""All randomness of a training step as a function of (seed, epoch, batch, rank), so that a run can go on anywhere.
+"""Seeds all randomness of a training step from (seed, epoch, batch, rank), so that a run can be resumed anywhere.
 
-timm's Mixup draws from numpy's generator, dropout and stochastic depth from torch's; the loader seeds samples itself.
+timm's Mixup uses numpy's global generator, dropout and stochastic depth use torch's. The loader seeds its own samples.
 """
 
 import os
@@ -11,18 +11,18 @@ import torch
 
 
 def seed_run(seed: int) -> None:
-    """Seed what is drawn before the first step: the same weights in every process."""
+    """Seed everything before the first step: initial weights are equal in all processes."""
     _seed_generators(np.random.SeedSequence(seed))
 
 
 def seed_step(seed: int, *, epoch: int, batch: int, rank: int) -> None:
-    """Seed what one batch draws; each process draws its own."""
+    """Seed the training step on one batch, differently in each process."""
     _seed_generators(np.random.SeedSequence([seed, epoch, batch, rank]))
 
 
 def _seed_generators(sequence: np.random.SeedSequence) -> None:
     for_torch, for_numpy, for_python = (int(word) for word in sequence.generate_state(3))
-    # torch.manual_seed would also note the seed for devices that are not there, which takes longer than all the rest.
+    # torch.manual_seed would also queue the seed for absent devices, which takes longer than everything else here.
     torch.default_generator.manual_seed(for_torch)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(for_torch)
@@ -31,8 +31,8 @@ def _seed_generators(sequence: np.random.SeedSequence) -> None:
 
 
 def use_deterministic_algorithms() -> None:
-    """Have torch refuse algorithms whose result varies from run to run on a GPU."""
-    # cuBLAS asks for it, and reads it when it starts.
+    """Make torch raise an error for operations whose result varies from run to run on a GPU."""
+    # cuBLAS needs this to be deterministic, and reads it when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -15,7 +15,7 @@ from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
 from linvit.training.faults import BadImages, BadSteps
 from linvit.training.log import Track, numbers_of, open_trackers, print_line
-from linvit.training.model import size_in
+from linvit.training.model import train_size
 from linvit.training.resume import changed_settings, choose_start
 from linvit.training.saver import SaveClock, Saver, take_snapshot
 from linvit.training.state import Progress, collect_state, restore_state
@@ -190,8 +190,8 @@ class Recorder:
 
     def begin_epoch(self, epoch: int) -> None:
         """Log the image size, if it differs from the previous epoch."""
-        size = size_in(epoch, self.config)
-        if size is not None and (epoch == 0 or size != size_in(epoch - 1, self.config)):
+        size = train_size(epoch, self.config)
+        if size is not None and (epoch == 0 or size != train_size(epoch - 1, self.config)):
             self.log(f"epoch {epoch}: training at {size}×{size} px")
 
     def add_batch(self, batch: Batch) -> None:

@@ -1,7 +1,7 @@
 """A learning rate sweep (Smith 2017, arXiv 1506.01186).
 
-The learning rate rises by one factor from step to step; the loss falls at first, fastest at the steepest point, and
-rises again where steps are too long. Nothing is kept of the weights.
+Each step multiplies the learning rate by the same factor. The loss falls at first, fastest at the steepest point, and
+rises when the steps become too long. The trained weights are discarded.
 """
 
 import math
@@ -14,22 +14,24 @@ from matplotlib.figure import Figure
 from linvit.data.augment.build import resolve_input
 from linvit.data.loader import Batch, Loader
 from linvit.distributed import Ranks
-from linvit.training.batch_size import settle_batch_size
+from linvit.output.plots import BLUE, GREEN, LIGHT_GREY, RED
+from linvit.training.batch_size import resolve_batch_size
 from linvit.training.config import TrainConfig
 from linvit.training.randomness import seed_step
 from linvit.training.setup import build_step, build_train_loader, open_train_set, prepare_model, prepare_process
 from linvit.training.step import TrainStep
 
-# Weight of the past in the smoothed loss.
+# Decay of the exponential moving average that smooths the loss.
 SMOOTHING = 0.9
+# Steps before the average is meaningful.
 SETTLING_STEPS = round(1 / (1 - SMOOTHING))
-# A smoothed loss of so many times the lowest ends the sweep.
+# The sweep ends when the smoothed loss exceeds its lowest value by this factor.
 DIVERGED = 3.0
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Learning rates and, at each, the loss and its smoothed value."""
+    """The learning rate of each step, its loss and the smoothed loss."""
 
     lr: list[float]
     loss: list[float]
@@ -37,14 +39,14 @@ class Sweep:
 
     @property
     def lowest(self) -> float:
-        """The learning rate where the smoothed loss is lowest."""
+        """The learning rate with the lowest smoothed loss."""
         return self.lr[int(np.argmin(self.smoothed))]
 
     @property
     def steepest(self) -> float:
-        """The learning rate below that where the smoothed loss falls fastest over the logarithm of the rate.
+        """The learning rate, not above `lowest`, where the smoothed loss falls fastest over log(learning rate).
 
-        Falls are taken over a tenth of the sweep, and not before the average has got over its first losses.
+        The fall is measured over a tenth of the sweep, without the first steps, on which the average is not meaningful.
         """
         reach = max(len(self.lr) // 20, 1)
         last = max(int(np.argmin(self.smoothed)), 1)
@@ -57,24 +59,24 @@ class Sweep:
 
     @property
     def suggestion(self) -> float:
-        """A tenth of the rate where the loss is lowest: there it still falls, and training has room to vary."""
+        """A tenth of `lowest`: the loss still falls there, with a margin before it rises."""
         return self.lowest / 10
 
 
-def prepare(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]:
-    """The step and the loader that a training run of this configuration starts with, without schedule and average."""
+def prepare_sweep(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]:
+    """The training step and loader of a run with this configuration, without a schedule, an EMA and a cache."""
     config = config.model_copy(update={"model_ema": False, "cache": None})
     prepare_process(config)
     train_set = open_train_set(config)
     model, _ = prepare_model(config, class_names=train_set.class_names, ranks=ranks)
     spec = resolve_input(model, config)
-    config = settle_batch_size(config, model, train_set, spec=spec, ranks=ranks)
+    config = resolve_batch_size(config, model, train_set, spec=spec, ranks=ranks)
     loader = build_train_loader(config, train_set, spec=spec, ranks=ranks)
-    # The sweep sets the rate of every step.
+    # The sweep sets the learning rate of every step.
     return build_step(config, model, train_set, spec=spec, ranks=ranks, lr=1.0), loader
 
 
-def sweep(
+def run_sweep(
     step: TrainStep,
     loader: Loader,
     config: TrainConfig,
@@ -84,7 +86,7 @@ def sweep(
     end_lr: float,
     num_steps: int,
 ) -> Sweep:
-    """Train with a rising learning rate, until the last step or until the loss explodes."""
+    """Train with a rising learning rate until the last step, or until the loss diverges."""
     found = Sweep([], [], [])
     mean, group_size = 0.0, config.grad_accum_steps
     batches = _endless(loader)
@@ -102,7 +104,7 @@ def sweep(
         mean = SMOOTHING * mean + (1 - SMOOTHING) * update.loss
         found.lr.append(lr)
         found.loss.append(update.loss)
-        # As in Adam: the average begins at nothing.
+        # The average starts at 0: correct its bias as Adam does.
         found.smoothed.append(mean / (1 - SMOOTHING ** (number + 1)))
         if found.smoothed[-1] > DIVERGED * min(found.smoothed):
             break
@@ -117,20 +119,20 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         epoch += 1
 
 
-def draw(found: Sweep, *, title: str) -> Figure:
-    """The loss over the learning rate, with the steepest point and the suggestion."""
+def plot_sweep(found: Sweep, *, title: str) -> Figure:
+    """Plot the loss over the learning rate, marking the steepest point and the suggestion."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(found.lr, found.loss, color="#bbbbbb", linewidth=1, label="loss")
-    axes.plot(found.lr, found.smoothed, color="#0072b2", linewidth=2, label="smoothed")
-    for name, lr, colour, marker in (
-        ("steepest", found.steepest, "#d55e00", "v"),
-        ("suggestion: lowest / 10", found.suggestion, "#009e73", "o"),
+    axes.plot(found.lr, found.loss, color=LIGHT_GREY, linewidth=1, label="loss")
+    axes.plot(found.lr, found.smoothed, color=BLUE, linewidth=2, label="smoothed")
+    for name, lr, color, marker in (
+        ("steepest", found.steepest, RED, "v"),
+        ("suggestion: lowest / 10", found.suggestion, GREEN, "o"),
     ):
         height = float(np.interp(lr, found.lr, found.smoothed))
-        axes.plot([lr], [height], marker, color=colour, markersize=9, label=f"{name}, {lr:.1e}")
+        axes.plot([lr], [height], marker, color=color, markersize=9, label=f"{name}, {lr:.1e}")
     low, high = min(found.smoothed), found.smoothed[0]
-    # What comes after the explosion would squash the rest.
+    # Losses after the divergence would compress the rest of the curve.
     axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")

@@ -1,100 +1,100 @@
-"""The options of timm's train.py (1.0.29) that linvit does not take, and why.
+"""Options of timm's train.py (1.0.29) that linvit does not support, each with the reason.
 
-An args.yaml written by timm lists every option. Those here pass as long as they stand at timm's default, which asks
-for nothing; anything else is refused with the reason. On the command line they are refused whatever the value.
+An args.yaml written by timm contains every option. These are ignored there at timm's default, which has no effect, and
+refused with any other value. On the command line they are always refused.
 """
 
 from typing import Any, NamedTuple
 
 
-class NotTaken(NamedTuple):
-    """timm's default for an option, and why linvit has no such option."""
+class Unsupported(NamedTuple):
+    """An option of timm that linvit does not support: timm's default, and why."""
 
     default: Any
     reason: str
 
 
-_FOLDERS = "DATA says what is read: folders, tars, a CSV list or hf:NAME (docs/data.md)"
+_FOLDERS = "DATA selects the images: folders, tars, a CSV list or hf:NAME (docs/data.md)"
 _BATCH_NORM = "Vision Transformers have no batch norm"
-_SPLITS = "there are no augmentation splits"
+_SPLITS = "augmentation splits are not supported"
 _TORCHSCRIPT = "use --torchcompile"
-_SIZES = "--train-img-sizes follow each other, each for its share of the epochs, in batches of one size"
-_NAFLEX = "images are trained at one size, not as NaFlex sequences"
+_SIZES = "use --train-img-sizes: one size after another, each for an equal share of the epochs"
+_NAFLEX = "NaFlex sequences are not supported; a batch has images of one size"
 _FEATURES = "features are projected to the teacher's width"
 
-NOT_TAKEN: dict[str, NotTaken] = {
-    "dataset": NotTaken("", _FOLDERS),
-    "dataset_download": NotTaken(False, "nothing is downloaded; give the folder of images"),
-    "dataset_trust_remote_code": NotTaken(False, "nothing is downloaded and no foreign code is run"),
-    "train_num_samples": NotTaken(None, _FOLDERS),
-    "val_num_samples": NotTaken(None, _FOLDERS),
-    "input_img_mode": NotTaken(None, "images are read as RGB"),
-    "input_key": NotTaken(None, _FOLDERS),
-    "target_key": NotTaken(None, _FOLDERS),
-    "input_size": NotTaken(None, "use --img-size HEIGHT WIDTH; images are read as RGB"),
-    "fuser": NotTaken("", _TORCHSCRIPT),
-    "patience_epochs": NotTaken(10, "the plateau schedule cannot be resumed exactly; use cosine or wsd"),
-    "fast_norm": NotTaken(False, "PyTorch's own layer norm is used; --amp and --torchcompile make it fast"),
-    "torchscript": NotTaken(False, _TORCHSCRIPT),
-    "model_dtype": NotTaken(None, "weights are float32; use --amp for lower precision"),
-    "no_ddp_bb": NotTaken(False, "the models have no buffers that training changes, so there is nothing to switch off"),
-    "synchronize_step": NotTaken(False, "steps are not synchronised, which is what makes them fast"),
-    "local_rank": NotTaken(0, "torchrun sets LOCAL_RANK, which is read"),
-    "device_modules": NotTaken(None, "import the device's module before calling train_imagenet.main"),
-    "epoch_repeats": NotTaken(0.0, "an epoch is one pass over the images; raise --epochs"),
-    "start_epoch": NotTaken(None, "--resume continues where the checkpoint stands"),
-    "aug_splits": NotTaken(0, _SPLITS),
-    "jsd_loss": NotTaken(False, _SPLITS),
-    "resplit": NotTaken(False, _SPLITS),
-    "drop_connect": NotTaken(None, "deprecated by timm; use --drop-path"),
-    "drop_block": NotTaken(None, "Vision Transformers have no feature maps to drop blocks of; use --drop-path"),
-    "bn_momentum": NotTaken(None, _BATCH_NORM),
-    "bn_eps": NotTaken(None, _BATCH_NORM),
-    "sync_bn": NotTaken(False, _BATCH_NORM),
-    "dist_bn": NotTaken("reduce", _BATCH_NORM),
-    "split_bn": NotTaken(False, _BATCH_NORM),
-    "worker_seeding": NotTaken("all", "every image has its own random state from seed, epoch and index"),
-    "recovery_interval": NotTaken(0, "use --checkpoint-interval, which counts updates; --resume auto goes on"),
-    "save_images": NotTaken(False, "batches are not written out"),
-    "no_prefetcher": NotTaken(False, "there is one loader: bytes to the device, normalised there"),
-    "tta": NotTaken(0, "every image is evaluated once, as it will be used"),
-    "use_multi_epochs_loader": NotTaken(False, "workers always persist between epochs"),
-    "train_batch_sizes": NotTaken(None, _SIZES),
-    "train_size_probs": NotTaken(None, _SIZES),
-    "train_size_schedule": NotTaken("constant", _SIZES),
-    "train_size_schedule_spread": NotTaken(0.65, _SIZES),
-    "train_size_random_mix": NotTaken(0.1, _SIZES),
-    "train_batches_per_epoch": NotTaken(None, "an epoch is one pass over the images"),
-    "train_steps_per_epoch": NotTaken(None, "an epoch is one pass over the images"),
-    "variable_batch_loss_scale": NotTaken("none", _SIZES),
-    "naflex_loader": NotTaken(False, _NAFLEX),
-    "naflex_train_seq_lens": NotTaken([128, 256, 576, 784, 1024], _NAFLEX),
-    "naflex_max_seq_len": NotTaken(576, _NAFLEX),
-    "naflex_patch_sizes": NotTaken(None, _NAFLEX),
-    "naflex_patch_size_probs": NotTaken(None, _NAFLEX),
-    "naflex_loss_scale": NotTaken("linear", _NAFLEX),
-    "naflex_patchify_channels_first": NotTaken(False, _NAFLEX),
-    "kd_loss_type": NotTaken("kl", "logits are compared by Kullback-Leibler divergence, features by cosine"),
-    "kd_student_feature_dim": NotTaken(None, _FEATURES),
-    "kd_teacher_feature_dim": NotTaken(None, _FEATURES),
-    "kd_token_distill_type": NotTaken("soft", "models have no distillation token; use --kd-distill-type"),
+UNSUPPORTED: dict[str, Unsupported] = {
+    "dataset": Unsupported("", _FOLDERS),
+    "dataset_download": Unsupported(False, "nothing is downloaded; give a folder of images"),
+    "dataset_trust_remote_code": Unsupported(False, "nothing is downloaded, and no code of others is run"),
+    "train_num_samples": Unsupported(None, _FOLDERS),
+    "val_num_samples": Unsupported(None, _FOLDERS),
+    "input_img_mode": Unsupported(None, "images are read as RGB"),
+    "input_key": Unsupported(None, _FOLDERS),
+    "target_key": Unsupported(None, _FOLDERS),
+    "input_size": Unsupported(None, "use --img-size HEIGHT WIDTH; images are read as RGB"),
+    "fuser": Unsupported("", _TORCHSCRIPT),
+    "patience_epochs": Unsupported(10, "the plateau schedule cannot be resumed exactly; use cosine or wsd"),
+    "fast_norm": Unsupported(False, "PyTorch's own layer norm is used; --amp and --torchcompile make it fast"),
+    "torchscript": Unsupported(False, _TORCHSCRIPT),
+    "model_dtype": Unsupported(None, "weights are float32; use --amp for lower precision"),
+    "no_ddp_bb": Unsupported(False, "training changes no buffers, so none are broadcast"),
+    "synchronize_step": Unsupported(False, "steps are never synchronised, for speed"),
+    "local_rank": Unsupported(0, "the rank is read from LOCAL_RANK, which torchrun sets"),
+    "device_modules": Unsupported(None, "import the module of the device before calling train_imagenet.main"),
+    "epoch_repeats": Unsupported(0.0, "an epoch is one pass over the images; raise --epochs"),
+    "start_epoch": Unsupported(None, "--resume continues from the epoch of the checkpoint"),
+    "aug_splits": Unsupported(0, _SPLITS),
+    "jsd_loss": Unsupported(False, _SPLITS),
+    "resplit": Unsupported(False, _SPLITS),
+    "drop_connect": Unsupported(None, "deprecated by timm; use --drop-path"),
+    "drop_block": Unsupported(None, "Vision Transformers have no convolutional feature maps; use --drop-path"),
+    "bn_momentum": Unsupported(None, _BATCH_NORM),
+    "bn_eps": Unsupported(None, _BATCH_NORM),
+    "sync_bn": Unsupported(False, _BATCH_NORM),
+    "dist_bn": Unsupported("reduce", _BATCH_NORM),
+    "split_bn": Unsupported(False, _BATCH_NORM),
+    "worker_seeding": Unsupported("all", "each image has its own random state, from seed, epoch and index"),
+    "recovery_interval": Unsupported(0, "use --checkpoint-interval, which counts updates, and --resume auto"),
+    "save_images": Unsupported(False, "batches are not saved"),
+    "no_prefetcher": Unsupported(False, "there is only one loader, which normalises images on the device"),
+    "tta": Unsupported(0, "each image is evaluated once, without augmentation"),
+    "use_multi_epochs_loader": Unsupported(False, "workers always persist between epochs"),
+    "train_batch_sizes": Unsupported(None, _SIZES),
+    "train_size_probs": Unsupported(None, _SIZES),
+    "train_size_schedule": Unsupported("constant", _SIZES),
+    "train_size_schedule_spread": Unsupported(0.65, _SIZES),
+    "train_size_random_mix": Unsupported(0.1, _SIZES),
+    "train_batches_per_epoch": Unsupported(None, "an epoch is one pass over the images"),
+    "train_steps_per_epoch": Unsupported(None, "an epoch is one pass over the images"),
+    "variable_batch_loss_scale": Unsupported("none", _SIZES),
+    "naflex_loader": Unsupported(False, _NAFLEX),
+    "naflex_train_seq_lens": Unsupported([128, 256, 576, 784, 1024], _NAFLEX),
+    "naflex_max_seq_len": Unsupported(576, _NAFLEX),
+    "naflex_patch_sizes": Unsupported(None, _NAFLEX),
+    "naflex_patch_size_probs": Unsupported(None, _NAFLEX),
+    "naflex_loss_scale": Unsupported("linear", _NAFLEX),
+    "naflex_patchify_channels_first": Unsupported(False, _NAFLEX),
+    "kd_loss_type": Unsupported("kl", "logits are compared by Kullback-Leibler divergence, features by cosine"),
+    "kd_student_feature_dim": Unsupported(None, _FEATURES),
+    "kd_teacher_feature_dim": Unsupported(None, _FEATURES),
+    "kd_token_distill_type": Unsupported("soft", "models have no distillation token; use --kd-distill-type"),
 }
 
 
-def review(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Split settings as timm writes them into those that linvit may take and, by name, why the others are refused.
+def split_timm_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split settings as timm writes them into supported ones, and the reason by name for those that are refused.
 
-    Options at timm's default are in neither: they ask for nothing.
+    Unsupported options at timm's default are in neither.
     """
-    taken = {name: value for name, value in settings.items() if name not in NOT_TAKEN}
+    supported = {name: value for name, value in settings.items() if name not in UNSUPPORTED}
     refused = {
-        name: NOT_TAKEN[name].reason
+        name: UNSUPPORTED[name].reason
         for name, value in settings.items()
-        if name in NOT_TAKEN and value != NOT_TAKEN[name].default
+        if name in UNSUPPORTED and value != UNSUPPORTED[name].default
     }
-    # timm's positional argument, kept beside data_dir in its args.yaml.
-    if "data" in taken and taken.get("data_dir") in (None, ""):
-        taken["data_dir"] = taken.pop("data")
-    elif taken.get("data", "") is None:
-        del taken["data"]
-    return taken, refused
+    # timm's args.yaml contains its positional argument as `data`, next to `data_dir`.
+    if "data" in supported and supported.get("data_dir") in (None, ""):
+        supported["data_dir"] = supported.pop("data")
+    elif supported.get("data", "") is None:
+        del supported["data"]
+    return supported, refused

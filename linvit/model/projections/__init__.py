@@ -22,7 +22,7 @@ from linvit.model.projections.base import (
 )
 from linvit.model.projections.grid import GridSize
 from linvit.model.projections.identity import IdentityProjection
-from linvit.settings.fields import none_of
+from linvit.settings.fields import unknown_choice
 
 __all__ = [
     "PROJECTIONS",
@@ -58,7 +58,7 @@ def build_projection(
     """
     cls = projection_class(kind)
     if init not in get_args(ProjectionInit):
-        raise ValueError(none_of("projection_init", init, get_args(ProjectionInit)))
+        raise ValueError(unknown_choice("projection_init", init, get_args(ProjectionInit)))
     if is_list_of_lengths(k):
         if len(k) != num_maps:
             raise ValueError(f"k={list(k)} names {len(k)} heads, but there are {num_maps}")

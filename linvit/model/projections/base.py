@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from linvit.model.projections.grid import GridSize
-from linvit.settings.fields import none_of
+from linvit.settings.fields import unknown_choice
 
 ProjectionInit = Literal["pool", "average", "jl"]
 # Relative to the entries of a plain average. It makes rows differ that are trained from scratch.
@@ -190,7 +190,7 @@ def projection_class(kind: str) -> type[Projection]:
     """The class registered under `kind`. Raises ValueError, listing the kinds, for an unknown one."""
     if isinstance(kind, str) and kind in PROJECTIONS:
         return PROJECTIONS[kind]
-    raise ValueError(none_of("projection", kind, sorted(PROJECTIONS)))
+    raise ValueError(unknown_choice("projection", kind, sorted(PROJECTIONS)))
 
 
 class PerHeadProjection(Projection):
