@@ -161,14 +161,14 @@ def test_memory_that_cannot_be_measured_is_noted(tmp_path, monkeypatch, capsys):
     [
         (["--preset", "readme", "--rounds", "3"], "--preset readme decides what is measured: leave out --rounds"),
         (["--preset", "reame"], "--preset takes one of 'readme', 'gpu', or none, not 'reame'"),
-        (["--modes", "backward"], "--modes takes a list of one of 'forward', 'train', not ['backward']"),
-        (["--rounds", "0"], "--rounds takes a whole number of more than 0, not 0"),
+        (["--modes", "backward"], "--modes takes a list of 'forward', 'train', not ['backward']"),
+        (["--rounds", "0"], "--rounds takes a whole number greater than 0, not 0"),
         (["--img-size", "2y3"], "image size '2y3' is neither a number nor HEIGHTxWIDTH"),
         (["--models", "linvit_smal_patch16_224"], "did you mean 'linvit_small_patch16_224'?"),
         (["--baseline", "vit_small_patch16_224:kay=3"], "unknown keyword 'kay'"),
         (["--img-size", "32"], "k=64 does not shorten"),
-        (["--json", "no/such/out.json"], "--json no/such/out.json: there is no folder no/such; make it first"),
-        (["--plot", "."], "--plot . is a folder; name a file"),
+        (["--json", "no/such/out.json"], "--json no/such/out.json: folder no/such does not exist; create it first"),
+        (["--plot", "."], "--plot . is a folder; give a file name"),
         (["--plots", "x.png"], "unknown option '--plots'; did you mean '--plot'?"),
     ],
 )

@@ -41,7 +41,11 @@ def test_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["nowhere"], 1, "nowhere: no such folder"),
         (["empty"], 1, "empty: contains no images (looked for .bmp"),
         (["data", "--allow", "tiney"], 2, "unknown fault 'tiney'; did you mean 'tiny'?"),
-        (["data", "--json", "none/check.json"], 2, "--json none/check.json: there is no folder none; make it first"),
+        (
+            ["data", "--json", "none/check.json"],
+            2,
+            "--json none/check.json: folder none does not exist; create it first",
+        ),
         (["data", "--workers", "-1"], 2, "--workers takes a whole number of at least 0"),
         ([], 2, "required: DATA"),
     ],

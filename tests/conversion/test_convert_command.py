@@ -191,7 +191,7 @@ def test_fitted_layers_survive_an_interruption(
         (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
         (["--images", "nowhere"], 1, "nowhere"),
         (["--weights", "nowhere"], 2, "--weights nowhere: there is no such file"),
-        (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: there is no folder nowhere; make it first"),
+        (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: folder nowhere does not exist; create it first"),
         (["--k", "plan", "--target-size", "48"], 2, "--target-size starts with a size below 64x64"),
         (["--num-images", "3"], 2, "--num-images takes a whole number of at least 8, not 3"),
     ],

@@ -285,7 +285,7 @@ def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytes
             ["--temperature", "fit", "--temperature-split", "val"],
             "--temperature-split val is the split to evaluate; choose another, or omit the option",
         ),
-        (["--temperature", "-1"], "--temperature takes one of 'fit' or a number of more than 0, or none, not -1"),
+        (["--temperature", "-1"], "--temperature takes one of 'fit' or a number greater than 0, or none, not -1"),
         (["--confusion", "a.svg"], "--confusion a.svg: the name must end in .png or .csv"),
         (
             ["--confusion", "a.png", "--img-size", "32", "64"],
@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_written_is_an_error_before_the_work(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 2
-    assert "no/eval.json: there is no folder" in capsys.readouterr().err
+    assert "no/eval.json: folder no does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_descriptions_of_wordnet_ids(run: Path, data: Path, tmp_path: Path, caps
         (["here.png", "*.gif"], "*.gif: there is no such file or folder, and nothing matches it; correct the path"),
         (["empty"], "empty: holds no images"),
         (["here.png", "-o", "p.xlsx"], "--output p.xlsx: the name must end in .csv, .jsonl or .parquet"),
-        (["here.png", "-o", "nowhere/p.csv"], "--output nowhere/p.csv: there is no folder nowhere; make it first"),
+        (["here.png", "-o", "nowhere/p.csv"], "--output nowhere/p.csv: folder nowhere does not exist; create it first"),
         (["here.png", "--tile-output", "t.csv"], "--overlap and --tile-output need --tile SIZE"),
         (["here.png", "--tile", "32", "--overlap", "32"], "an overlap of 32 px does not fit tiles of 32×32 px"),
         (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv; choose two files"),

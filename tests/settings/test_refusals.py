@@ -1,4 +1,4 @@
-"""What is refused, in one sentence that names what was written, and before any model is built; what is taken."""
+"""Mistakes are refused in one sentence that names what the user wrote, before a model is built."""
 
 import threading
 
@@ -18,7 +18,7 @@ from linvit.training.config import TrainConfig, parse
 from linvit.training.options import ScheduleOptions
 
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
-# Commands whose first steps need neither images nor weights.
+# Commands that check their options before they read images or weights.
 COMMANDS = {
     "train": ["train", "DATA"],
     "lr-find": ["lr-find", "DATA"],
@@ -34,15 +34,19 @@ WRONG = [
     (INPUT, ["--mean", ".5", ".5"], "--mean takes one number or three (R G B), not 2"),
     (INPUT, ["--std", ".5", ".5"], "--std takes one number or three (R G B), not 2"),
     (INPUT, ["--std", "-.5"], "--std must be above 0 because pixels are divided by it, not -0.5"),
-    (INPUT, ["--crop-pct", "5"], "--crop-pct takes a number of more than 0 and at most 2, or none, not 5"),
-    (INPUT, ["--crop-pct", "-inf"], "--crop-pct takes a number of more than 0 and at most 2, or none, not -inf"),
+    (INPUT, ["--crop-pct", "5"], "--crop-pct takes a number greater than 0 and at most 2, or none, not 5"),
+    (INPUT, ["--crop-pct", "-inf"], "--crop-pct takes a number greater than 0 and at most 2, or none, not -inf"),
     (INPUT, ["--crop-mode", "centre"], "not 'centre' (did you mean 'center'?)"),
     (INPUT, ["--amp-dtype", "float8"], "--amp-dtype takes one of 'bfloat16', 'float16', not 'float8'"),
-    (TRAINING, ["--opt", "adamv"], "--opt 'adamv' is no optimizer of timm's; did you mean 'adam'?"),
-    (TRAINING, ["--opt", "some_adamw"], "--opt 'some_adamw' is no optimizer of timm's"),
+    (TRAINING, ["--opt", "adamv"], "--opt 'adamv' is not an optimizer of timm; did you mean 'adam'?"),
+    (TRAINING, ["--opt", "some_adamw"], "--opt 'some_adamw' is not an optimizer of timm"),
     (TRAINING, ["--opt", "adahessian"], "--opt adahessian needs second derivatives"),
     (TRAINING, ["--opt-betas", "0.9"], "--opt-betas takes 2 numbers for adamw, not 1"),
-    (TRAINING, ["--opt", "sgd", "--opt-betas", "0.9", "0.9"], "--opt-betas is for optimizers with betas, not for sgd"),
+    (
+        TRAINING,
+        ["--opt", "sgd", "--opt-betas", "0.9", "0.9"],
+        "--opt-betas does not apply to sgd, which has no betas: remove it",
+    ),
     (TRAINING, ["--aa", "nosuch"], "--aa 'nosuch' is unknown: choose one of 'rand-m9-mstd0.5-inc1', "),
     (TRAINING, ["--model", "nosuch"], "unknown model 'nosuch'"),
     (("train",), ["--sched", "cosin"], "not 'cosin' (did you mean 'cosine'?)"),
@@ -55,7 +59,7 @@ WRONG = [
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch, request, tmp_path):
-    """In the tests of the commands a model that is built is a failure."""
+    """Make building a model fail in the tests of commands."""
     if "command" not in request.fixturenames:
         return
     monkeypatch.chdir(tmp_path)
@@ -86,40 +90,40 @@ def test_a_wrong_flag_is_refused_before_a_model_is_built(command, flags, message
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu", "cuda:99", "cpu:3", "nonsense", "hpu", "xla"])
-def test_a_device_that_is_not_there_is_refused(command, device, capsys):
+def test_an_absent_device_is_refused(command, device, capsys):
     message = refusal([*COMMANDS[command], "--device", device], capsys)
     assert "--device" in message
     assert device in message
 
 
-def test_a_device_that_is_there_is_taken():
+def test_a_present_device_is_accepted():
     assert [choose_device(name) for name in ("cpu", "cpu:0")] == ["cpu", "cpu:0"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("opt: nosuch", "opt 'nosuch' is no optimizer of timm's"),
+        ("opt: nosuch", "opt 'nosuch' is not an optimizer of timm"),
         ("interpolation: lanczos", "interpolation takes one of 'nearest', 'bilinear', 'bicubic', or none"),
         ("mean: [.5, .5]", "mean takes one number or three (R G B), not 2"),
-        ("crop_pct: 5", "crop_pct takes a number of more than 0 and at most 2"),
+        ("crop_pct: 5", "crop_pct takes a number greater than 0 and at most 2"),
         ("k: 16.0", "k takes a length of at least 1"),
         ("[a, b]: 1", "line 1: not valid YAML: a list cannot be a name"),
         ("lr: 1\n? {a: 1}\n: 2", "line 2: not valid YAML: a dictionary cannot be a name"),
         ("model_kwargs: {[a]: 1}", "line 1: not valid YAML: a list cannot be a name"),
         ("model_kwargs: !!set {[a]}", "line 1: not valid YAML: a list cannot be a name"),
-        ("null: 1", "holds something else than lines of `name: value`"),
-        ("model_kwargs: {3: 4}", "model_kwargs takes pairs of name and value, not {3: 4}"),
+        ("null: 1", "the file must consist of `name: value` lines"),
+        ("model_kwargs: {3: 4}", "model_kwargs takes name-value pairs, not {3: 4}"),
         ("a:\n\tb: 1", "line 2: not valid YAML: found character '\\t'"),
-        ("- 1", "holds something else than lines of `name: value`"),
-        ("5", "holds something else than lines of `name: value`"),
+        ("- 1", "the file must consist of `name: value` lines"),
+        ("5", "the file must consist of `name: value` lines"),
         ("lr: 1\nlr: 2", "line 2: not valid YAML: 'lr' is set twice"),
         ("experiment: 2024-13-45", "not valid YAML: month must be in 1..12"),
         ("lr: \0", "not valid YAML"),
         (b"\xff\xfe\x00", "is not a text file"),
     ],
 )
-def test_a_wrong_yaml_is_refused_under_its_own_names(tmp_path, settings, message, capsys):
+def test_a_wrong_yaml_file_is_refused_by_its_keys(tmp_path, settings, message, capsys):
     path = tmp_path / "config.yaml"
     path.write_bytes(settings if isinstance(settings, bytes) else settings.encode())
     refused = refusal(["train", "DATA", "--config", str(path)], capsys)
@@ -139,7 +143,7 @@ def test_negative_numbers_are_values_in_every_form(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["-inf", "-.inf", "-nan", "-Infinity"])
-def test_what_is_no_finite_number_is_refused_as_a_value(text, capsys):
+def test_non_finite_numbers_are_refused_as_values(text, capsys):
     assert "--head-init-bias takes a number, or none, not " in refusal(
         ["train", "DATA", "--head-init-bias", text], capsys
     )
@@ -171,8 +175,10 @@ def test_the_default_warmup_fits_into_a_short_run(tmp_path, given, warmup):
     assert TrainConfig.load(tmp_path / "args.yaml") == config
 
 
-def test_a_warmup_that_was_given_is_not_shortened(capsys):
-    message = "warmup_epochs 5 is longer than epochs 2: set it lower"
+def test_an_explicit_warmup_is_not_shortened(capsys):
+    message = (
+        "--warmup-epochs 5 is longer than --epochs 2: set it lower (0 disables the warm-up) or set --warmup-prefix"
+    )
     assert message in refusal(["train", "DATA", "--epochs", "2", "--warmup-epochs", "5"], capsys)
 
 
@@ -192,7 +198,7 @@ def create(k, **kwargs):
         ([(np.int32(2), 4), 4], "none"),
     ],
 )
-def test_whole_numbers_of_any_kind_are_lengths(k, share, tmp_path):
+def test_integers_of_any_type_are_lengths(k, share, tmp_path):
     model = create(k, share=share)
     for block in model.blocks:
         if block.attn.key_projection is not None:
@@ -205,7 +211,7 @@ def test_whole_numbers_of_any_kind_are_lengths(k, share, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [16.0, "16", True, np.True_, np.float32(4), torch.tensor(True), 4j, {}])
-def test_what_is_no_whole_number_is_refused_by_name(wrong):
+def test_other_types_of_lengths_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=r"k=.*: a projected length is a whole number"):
         create(wrong)
     for each in ([4, wrong], [[4, wrong], [4, 4]]):
@@ -216,7 +222,7 @@ def test_what_is_no_whole_number_is_refused_by_name(wrong):
             build_projection("linear", k=each, grid_size=(4, 4), num_maps=2)
 
 
-def test_no_length_at_all_is_refused():
+def test_a_missing_length_is_refused():
     with pytest.raises(ValueError, match=r"ordinary attention in all layers is projection='identity'"):
         LinformerViT(img_size=64, **TINY, k=None)
 
@@ -240,7 +246,7 @@ def project(kind="linear", k=4, grid_size=(4, 4), num_maps=1):
         (project("identity"), project(), "do not go together"),
     ],
 )
-def test_projections_that_do_not_go_together_are_refused(E, F, message):
+def test_incompatible_projections_are_refused(E, F, message):
     with pytest.raises(ValueError, match=message):
         LinformerAttention(16, num_heads=4, key_projection=E, value_projection=F)
     attention = LinformerAttention(16, num_heads=4)
@@ -260,7 +266,7 @@ def test_projections_that_do_not_go_together_are_refused(E, F, message):
     ],
 )
 @pytest.mark.parametrize("order", ["per_head", "associative", "folded"])
-def test_projections_that_go_together_agree_in_every_order(E, F, order):
+def test_compatible_projections_agree_in_every_order(E, F, order):
     if E.kind == "conv" and order == "per_head":
         order = "associative"
     attention = LinformerAttention(16, num_heads=4, key_projection=E, value_projection=F).double()
@@ -282,12 +288,12 @@ def test_projections_that_go_together_agree_in_every_order(E, F, order):
         ({"mlp_layer": "gelu"}, "unknown mlp_layer 'gelu': choose one of 'mlp', 'swiglu', 'swiglu_packed'"),
     ],
 )
-def test_choices_are_named_in_quotes(kwargs, message):
+def test_choices_are_listed_in_quotes(kwargs, message):
     with pytest.raises(ValueError, match=message):
         create(4, **kwargs)
 
 
-def test_the_choices_of_gradient_checkpointing_are_named():
+def test_the_choices_of_gradient_checkpointing_are_listed():
     with pytest.raises(ValueError, match=r"unknown gradient checkpointing 'half': choose one of 'mlp', 'full'$"):
         create(4).set_grad_checkpointing("half")
 

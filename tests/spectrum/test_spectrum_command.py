@@ -141,10 +141,10 @@ def test_an_image_that_cannot_be_read_ahead_is_named_in_its_turn(folder, tmp_pat
         ([], "--images is missing: give a folder of images"),
         (["--images", "d", "--speedup", "2", "--energy", "0.9"], "a plan has one budget: give --speedup or --energy"),
         (["--images", "d", "--plan", "p.yaml"], "--plan needs a budget: give --speedup, --flops or --energy"),
-        (["--images", "d", "--speedup", "0.5"], "--speedup takes a number of more than 1, or none, not 0.5"),
+        (["--images", "d", "--speedup", "0.5"], "--speedup takes a number greater than 1, or none, not 0.5"),
         (["--images", "d", "--method", "svd"], "--method takes one of 'auto', 'exact', 'randomized', not 'svd'"),
-        (["--images", "d", "--json", "no/such/x.json"], "--json no/such/x.json: there is no folder no/such"),
-        (["--images", "d", "--plot", "."], "--plot . is a folder; name a file"),
+        (["--images", "d", "--json", "no/such/x.json"], "--json no/such/x.json: folder no/such does not exist"),
+        (["--images", "d", "--plot", "."], "--plot . is a folder; give a file name"),
         (["--image", "d"], "unknown option '--image'; did you mean '--images'?"),
     ],
 )

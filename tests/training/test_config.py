@@ -1,4 +1,4 @@
-"""TrainConfig: what YAML and flags fill, what is refused and with which words, what args.yaml keeps."""
+"""TrainConfig: filled from YAML and flags, refusing mistakes by name, and complete in args.yaml."""
 
 import random
 import re
@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from linvit.settings.flags import UsageError, flag_of, read_flags
 from linvit.training.config import TrainConfig, parse, training_parser
-from linvit.training.timm_flags import NOT_TAKEN
+from linvit.training.timm_flags import UNSUPPORTED
 
 FIELDS = TrainConfig.model_fields
 
-# A value for every option, none of them the default; what cannot go together is in APART.
+# A value for every option that is not its default. Options that exclude others are in EXCLUSIVE.
 EVERYTHING = {
     "data_dir": "images",
     "train_split": "training",
@@ -151,7 +151,7 @@ EVERYTHING = {
     "wandb_tags": ["small", "first"],
     "wandb_resume_id": "1a2b3c",
 }
-APART = {
+EXCLUSIVE = {
     "initial_checkpoint": "start.pth",
     "aug_file": "pipeline.yaml",
     "sampler": "balanced",
@@ -178,7 +178,7 @@ def refusal(argv):
 
 
 def flags_for(settings):
-    """The command line that says what a YAML file says."""
+    """The command line that is equivalent to settings in YAML."""
     argv = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -192,7 +192,7 @@ def flags_for(settings):
 
 
 def mutations(name, rng):
-    """Four misspellings by one character: one left out, one too many, one replaced, two neighbours swapped."""
+    """Four typing errors: a missing character, an extra one, a wrong one, and two that are swapped."""
     left_out, replaced = rng.randrange(len(name)), rng.randrange(len(name))
     yield name[:left_out] + name[left_out + 1 :]
     inserted = rng.randrange(len(name) + 1)
@@ -206,19 +206,19 @@ def mutations(name, rng):
 
 
 def test_the_examples_cover_every_option_with_other_values_than_the_defaults():
-    assert {*EVERYTHING, *APART} == set(FIELDS)
+    assert {*EVERYTHING, *EXCLUSIVE} == set(FIELDS)
     config = TrainConfig._from_settings(EVERYTHING, {}, None)
     for name in EVERYTHING:
         assert getattr(config, name) != FIELDS[name].get_default(call_default_factory=True), name
 
 
-@pytest.mark.parametrize("settings", [EVERYTHING, {"data_dir": "images", **APART}], ids=["everything", "apart"])
+@pytest.mark.parametrize("settings", [EVERYTHING, {"data_dir": "images", **EXCLUSIVE}], ids=["everything", "exclusive"])
 def test_flags_and_yaml_fill_the_same_fields(tmp_path, settings):
     from_yaml = TrainConfig.load(write(tmp_path, settings))
     assert parse(flags_for(settings)) == from_yaml
 
 
-@pytest.mark.parametrize("settings", [{"data_dir": "D"}, EVERYTHING, {"data_dir": "D", **APART}])
+@pytest.mark.parametrize("settings", [{"data_dir": "D"}, EVERYTHING, {"data_dir": "D", **EXCLUSIVE}])
 def test_args_yaml_is_complete_and_gives_the_same_configuration(tmp_path, settings):
     config = TrainConfig.load(write(tmp_path, settings))
     config.save(tmp_path / "args.yaml")
@@ -242,7 +242,7 @@ def test_every_misspelt_option_is_refused_and_the_right_one_suggested(tmp_path):
     right, wrong = 0, []
     for name in FIELDS:
         for misspelt in mutations(name, rng):
-            if misspelt in FIELDS or misspelt in NOT_TAKEN or not misspelt:
+            if misspelt in FIELDS or misspelt in UNSUPPORTED or not misspelt:
                 continue
             with pytest.raises(UsageError) as by_yaml:
                 TrainConfig.load(write(tmp_path, {misspelt: 1}))
@@ -282,7 +282,7 @@ def test_a_value_of_the_wrong_type_is_refused_naming_field_and_value(tmp_path, n
         ("epochs: true", "epochs takes a whole number of at least 1, not true"),
         ("epochs: 0", "epochs takes a whole number of at least 1, not 0"),
         ("amp: 1", "amp takes true or false, not 1"),
-        ("lr: .nan", "lr takes a number of more than 0, or none, not nan"),
+        ("lr: .nan", "lr takes a number greater than 0, or none, not nan"),
         ("smoothing: 1.0", "smoothing takes a number of at least 0 and less than 1, not 1.0"),
         ("scale: [0.5]", "scale takes 2 numbers, not [0.5]"),
         (
@@ -296,11 +296,11 @@ def test_a_value_of_the_wrong_type_is_refused_naming_field_and_value(tmp_path, n
         ("batch-size: 4", "unknown option 'batch-size'; did you mean 'batch_size'?"),
         ("lr: 1\nlr: 2", "line 2: not valid YAML: 'lr' is set twice"),
         ("lr: [", "line 1: not valid YAML"),
-        ("- lr", "holds something else than lines of `name: value`"),
-        ("3: 4", "holds something else than lines of `name: value`"),
+        ("- lr", "the file must consist of `name: value` lines"),
+        ("3: 4", "the file must consist of `name: value` lines"),
     ],
 )
-def test_yaml_errors_name_file_field_and_mend(tmp_path, settings, message):
+def test_yaml_errors_name_the_file_the_field_and_the_fix(tmp_path, settings, message):
     path = write(tmp_path, settings)
     with pytest.raises(UsageError) as error:
         TrainConfig.load(path)
@@ -312,47 +312,47 @@ def test_yaml_errors_name_file_field_and_mend(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lr", "abc"], "--lr takes a number of more than 0, or none, not 'abc'"),
+        (["--lr", "abc"], "--lr takes a number greater than 0, or none, not 'abc'"),
         (["--epochs", "3.5"], "--epochs takes a whole number of at least 1, not 3.5"),
         (["--img-size", "1", "2", "3"], "--img-size takes one number or height and width, not 3 numbers"),
         (["--lr"], "argument --lr: expected one argument"),
         (["--model-kwargs", "depth"], "--model-kwargs takes NAME=VALUE pairs, not 'depth'"),
         (["E"], "unexpected argument 'E'"),
-        (["--data-dir", "E"], "DATA and --data-dir are the same: give one"),
+        (["--data-dir", "E"], "DATA and --data-dir set the same option: give only one"),
         (["--batch_size", "4"], "unknown option '--batch_size'; did you mean '--batch-size'?"),
         (["-crop-pct", "0.9"], "unknown option '-crop-pct'; did you mean '--crop-pct'?"),
         (["--modle=x"], "unknown option '--modle'; did you mean '--model'?"),
-        (["--config", "absent.yaml"], "absent.yaml: there is no such file"),
-        (["--tta", "3"], "--tta is an option of timm's that linvit does not take: every image"),
+        (["--config", "absent.yaml"], "absent.yaml: file not found"),
+        (["--tta", "3"], "linvit does not support timm's option --tta: each image"),
     ],
 )
-def test_command_line_errors_name_the_flag_and_the_mend(argv, message):
+def test_command_line_errors_name_the_flag_and_the_fix(argv, message):
     assert message in refusal(["D", *argv])
 
 
-def test_the_folder_of_images_must_be_given():
+def test_the_images_are_required():
     assert "DATA" in refusal(["--lr", "0.1"])
     assert parse(["--data-dir", "D"]) == parse(["D"])
 
 
-def test_errors_say_whether_yaml_or_flag_is_wrong(tmp_path):
+def test_errors_name_the_source_of_a_wrong_value(tmp_path):
     path = write(tmp_path, {"epochs": 2, "warmup_epochs": 5, "lr": "x"})
     assert refusal(["D", "-c", str(path), "--lr", "1"]).startswith(f"{path} and the flags: warmup_epochs 5 is longer")
     assert refusal(["D", "-c", str(path), "--warmup-epochs", "1"]).startswith(f"{path}: lr takes")
     assert refusal(["D", "-c", str(path), "--lr", "-1"]).startswith("--lr takes")
 
 
-def test_a_configuration_does_not_change():
+def test_a_configuration_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         TrainConfig().lr = 1.0
 
 
-def test_numbers_in_yaml_are_read_as_people_write_them(tmp_path):
+def test_yaml_has_numbers_with_exponents(tmp_path):
     text = "lr: 1e-3\nmin_lr: 1E-6\nwarmup_lr: 1.5e-6\nweight_decay: 0\nmodel_kwargs: {init_values: 1e-5}"
     config = TrainConfig.load(write(tmp_path, text))
     assert (config.lr, config.min_lr, config.warmup_lr, config.weight_decay) == (1e-3, 1e-6, 1.5e-6, 0.0)
     assert config.model_kwargs == {"init_values": 1e-5}
-    # A name that looks like a number stays a name on the command line.
+    # Text stays text on the command line even if it looks like a number.
     assert parse(["D", "--experiment", "007"]).experiment == "007"
 
 
@@ -364,7 +364,7 @@ def test_projected_lengths(tmp_path):
     assert TrainConfig.load(write(tmp_path, "k: [[4, 8], [8, 16], null]")).k == ((4, 8), (8, 16), None)
 
 
-def test_model_arguments_are_those_that_were_set():
+def test_model_arguments_include_only_options_that_are_set():
     assert TrainConfig().model_arguments() == {"drop_rate": 0.0}
     config = TrainConfig(k=16, share="none", gp="avg", drop_path=0.0, img_size=64, model_kwargs={"class_token": False})
     assert config.model_arguments() == {

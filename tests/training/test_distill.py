@@ -1,4 +1,4 @@
-"""Distillation: what the teacher sees, what is learnt from it, and that runs with it are exact."""
+"""Distillation: the input of the teacher, the loss for logits and features, and exact resuming."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
 from linvit.training.config import TrainConfig
-from linvit.training.distill import Distillation, _View, create_distillation
+from linvit.training.distill import Distillation, _TeacherInput, create_distillation
 from linvit.training.optim import create_optimizer
 
 CLASSES = ["blue", "green", "red"]
@@ -62,15 +62,15 @@ def normalised(pixels: Tensor, spec: InputSpec) -> Tensor:
 
 
 def test_the_teacher_sees_the_pixels_in_its_own_normalisation_and_size() -> None:
-    # Even in each half, so that no resampling changes the middle of a half.
+    # Each half is constant, so resampling does not change the middle of a half.
     pixels = torch.cat([torch.full((2, 3, 16, 32), 0.2), torch.full((2, 3, 16, 32), 0.9)], dim=2)
-    seen = _View(STUDENT, TEACHER, CPU)(normalised(pixels, STUDENT))
+    seen = _TeacherInput(STUDENT, TEACHER, CPU)(normalised(pixels, STUDENT))
     assert seen.shape == (2, 3, 48, 48)
     expected = normalised(torch.tensor([0.2, 0.9]).view(2, 1, 1, 1).expand(2, 3, 1, 1), TEACHER)
     torch.testing.assert_close(seen[0, :, 8, 20], expected[0, :, 0, 0])
     torch.testing.assert_close(seen[0, :, 40, 20], expected[1, :, 0, 0])
     same = torch.randn(2, 3, 32, 32)
-    assert _View(STUDENT, STUDENT, CPU)(same) is same
+    assert _TeacherInput(STUDENT, STUDENT, CPU)(same) is same
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_teacher_sees_the_pixels_in_its_own_normalisation_and_size() -> None
         ({"task_loss_weight": 2.0, "distill_loss_weight": 0.5}, 2.0, 0.5),
     ],
 )
-def test_logits_are_learnt_at_a_temperature(
+def test_logits_are_matched_at_a_temperature(
     weights: dict[str, float], of_labels: float, of_teacher: float, teacher: str
 ) -> None:
     model, distillation = build(teacher, kd_temperature=3.0, **weights)
@@ -90,13 +90,13 @@ def test_logits_are_learnt_at_a_temperature(
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     logits = model(images)
     loss = distillation.loss(logits, images, labels, nn.CrossEntropyLoss())
-    wanted = distillation.teacher(_View(STUDENT, TEACHER, CPU)(images))
+    wanted = distillation.teacher(_TeacherInput(STUDENT, TEACHER, CPU)(images))
     p, q = (F.softmax(each / 3.0, dim=1) for each in (wanted, logits))
     divergence = (p * (p.log() - q.log())).sum(1).mean() * 9
     torch.testing.assert_close(loss, of_labels * F.cross_entropy(logits, labels) + of_teacher * divergence)
 
 
-def test_a_teacher_is_in_evaluation_mode_and_learns_nothing(tmp_path: Path) -> None:
+def test_a_teacher_stays_in_evaluation_mode_and_is_not_trained(tmp_path: Path) -> None:
     model, distillation = build(save_teacher(tmp_path / "teacher", "resnet18"))
     before = copy.deepcopy(distillation.teacher.state_dict())
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
@@ -104,7 +104,7 @@ def test_a_teacher_is_in_evaluation_mode_and_learns_nothing(tmp_path: Path) -> N
     distillation.loss(model(images), images, labels, nn.CrossEntropyLoss()).backward()
     assert not distillation.teacher.training
     assert all(parameter.grad is None for parameter in distillation.teacher.parameters())
-    # Batch norms would have counted.
+    # In training mode batch norms would have changed their buffers.
     assert all(torch.equal(before[name], value) for name, value in distillation.teacher.state_dict().items())
     assert model.head.weight.grad is not None
 
@@ -123,14 +123,14 @@ def test_features_are_the_last_tokens_of_both(name: str, tmp_path: Path) -> None
     assert 0 < loss.item() < 2
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in distillation.parameters())
-    # Tokens that agree cost nothing.
+    # Equal tokens have a loss of zero.
     wanted = distillation._teacher_tokens(images)
     torch.testing.assert_close(
         distillation.loss((logits, wanted), images, labels, nn.CrossEntropyLoss()), torch.tensor(0.0), atol=1e-6, rtol=0
     )
 
 
-def test_the_projection_is_trained_besides_the_model(teacher: str) -> None:
+def test_the_projection_is_trained_with_the_model(teacher: str) -> None:
     model, distillation = build(teacher, kd_distill_type="feature", layer_decay=0.5)
     config = TrainConfig(data_dir=Path("data"), lr=0.1, layer_decay=0.5)
     optimizer = create_optimizer(model, config, lr=0.1, extra_params=distillation.parameters())
@@ -177,10 +177,10 @@ def test_stopping_in_an_epoch_changes_nothing(
 ) -> None:
     settings = {"kd_model_name": teacher, "kd_distill_type": mode, "mixup": 0.8, "model_ema": True, "clip_grad": 1.0}
     assert_stopping_changes_nothing(data, tmp_path, monkeypatch, after=2, **settings)
-    # What is exported is the model alone.
+    # Only the model is exported.
     assert not [name for name in load_file(tmp_path / "whole/best/model.safetensors") if name.startswith("projection")]
 
 
-def test_a_run_can_teach(data: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_the_teacher(data: Path, tmp_path: Path) -> None:
     assert train(data, tmp_path, "first", epochs=1) == 0
     assert train(data, tmp_path, "second", epochs=1, kd_model_name=str(tmp_path / "first"), amp=True) == 0

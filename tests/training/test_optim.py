@@ -1,3 +1,5 @@
+"""Optimizer, parameter groups, learning rate schedule, weight average, and loading the state of an optimizer."""
+
 from typing import Any
 
 import pytest
@@ -38,13 +40,13 @@ def test_the_learning_rate_grows_with_the_global_batch(settings: dict, world_siz
     assert learning_rate(TrainConfig(data_dir="data", **settings), world_size=world_size) == pytest.approx(expected)
 
 
-def test_an_unknown_optimizer_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'adamq' is no optimizer of timm's; did you mean 'adam"):
+def test_an_unknown_optimizer_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ValueError, match=r"'adamq' is not an optimizer of timm; did you mean 'adam"):
         OptimizerOptions(opt="adamq")
 
 
-def test_an_argument_that_the_optimizer_does_not_take_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--opt adamw does not take these options: .*sharpness"):
+def test_an_unknown_argument_of_the_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--opt adamw does not accept these options: .*sharpness"):
         create_optimizer(tiny_vit(), OptimizerOptions(opt="adamw", opt_kwargs={"sharpness": 1}), lr=1e-3)
 
 
@@ -53,7 +55,7 @@ def test_second_derivatives_are_refused() -> None:
         OptimizerOptions(opt="adahessian")
 
 
-def test_biases_and_frozen_weights_are_left_alone() -> None:
+def test_biases_are_not_decayed_and_frozen_weights_are_not_optimized() -> None:
     model = tiny_vit()
     freeze(model, ["blocks.0", "patch_embed"])
     optimizer = create_optimizer(model, OptimizerOptions(weight_decay=0.1, layer_decay=0.5), lr=1e-3)
@@ -69,7 +71,7 @@ def test_biases_and_frozen_weights_are_left_alone() -> None:
     assert len(scales) > 2
 
 
-def test_the_schedule_goes_by_updates_or_epochs() -> None:
+def test_the_schedule_advances_by_updates_or_epochs() -> None:
     for on_updates, expected in ((False, 1e-3), (True, 1e-3 / 2)):
         optimizer = create_optimizer(tiny_vit(), OptimizerOptions(), lr=1e-3)
         options = ScheduleOptions(epochs=2, warmup_epochs=0, sched_on_updates=on_updates)
@@ -92,7 +94,7 @@ def test_without_a_schedule_the_rate_stays() -> None:
     assert create_schedule(optimizer, ScheduleOptions(sched="none", epochs=4), updates_per_epoch=3) == (None, 4)
 
 
-def test_the_average_begins_at_the_weights() -> None:
+def test_the_average_starts_from_the_weights() -> None:
     model = tiny_vit()
     assert create_ema(model, EmaOptions()) is None
     ema = create_ema(model, EmaOptions(model_ema=True))
@@ -101,7 +103,7 @@ def test_the_average_begins_at_the_weights() -> None:
 
 
 def trained(model: Any, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer that has made two steps."""
+    """An optimizer after two steps."""
     optimizer = create_optimizer(model, OptimizerOptions(**options), lr=options.pop("lr", 1e-2))
     for _ in range(2):
         model(torch.ones(1, 3, 32, 32)).sum().backward()
@@ -119,7 +121,7 @@ def reloaded(optimizer: torch.optim.Optimizer, model: Any, **options: Any) -> to
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"layer_decay": 0.5}, {"weight_decay": 0.3}])
-def test_an_optimizer_goes_on_in_other_groups_by_the_names_of_its_parameters(options: dict[str, Any]) -> None:
+def test_the_state_of_an_optimizer_moves_to_other_groups_by_parameter_name(options: dict[str, Any]) -> None:
     model = tiny_vit()
     before = trained(model)
     after = reloaded(before, model, **options)
@@ -134,18 +136,18 @@ def test_an_optimizer_goes_on_in_other_groups_by_the_names_of_its_parameters(opt
 
 
 @pytest.mark.parametrize("opt", ["lamb", "adan", "lookahead_adamw"])
-def test_steps_that_an_optimizer_counts_in_its_groups_are_kept(opt: str) -> None:
+def test_step_counts_in_parameter_groups_are_kept(opt: str) -> None:
     model = tiny_vit()
     key = "lookahead_step" if opt.startswith("lookahead") else "step"
     optimizer = reloaded(trained(model, opt=opt), model, opt=opt)
     assert {int(group[key]) for group in optimizer.param_groups} == {2}
 
 
-def test_an_optimizer_of_other_parameters_is_refused() -> None:
+def test_the_state_of_other_parameters_is_refused() -> None:
     model = tiny_vit()
     optimizer = trained(model)
     freeze(model, ["blocks.0", "patch_embed"])
-    with pytest.raises(ValueError, match=r"blocks\.0\..*, patch_embed\.proj\.bias.* are trained in one of them alone"):
+    with pytest.raises(ValueError, match=r"blocks\.0\..*, patch_embed\.proj\.bias.* are trained in only one of them"):
         reloaded(optimizer, model)
 
 
@@ -155,7 +157,7 @@ def linformer(**kwargs: Any) -> Any:
     return timm.create_model("linvit_mini_patch4_64", **{**sizes, **kwargs})
 
 
-def is_of_projection(name: str) -> bool:
+def is_in_projection(name: str) -> bool:
     return "_projection." in name
 
 
@@ -167,9 +169,9 @@ def test_projections_train_at_the_rate_of_the_head(share: str, projection: str) 
     optimizer = create_optimizer(model, OptimizerOptions(layer_decay=0.7), lr=1e-3)
     scales = {names[id(each)]: group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
     assert scales.keys() == set(names.values())
-    assert any(map(is_of_projection, scales))
+    assert any(map(is_in_projection, scales))
     for name, scale in scales.items():
-        if is_of_projection(name) or name.startswith("head."):
+        if is_in_projection(name) or name.startswith("head."):
             depth = 5
         elif name.startswith("blocks."):
             depth = 1 + int(name.split(".")[1])
@@ -179,7 +181,7 @@ def test_projections_train_at_the_rate_of_the_head(share: str, projection: str) 
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-def test_groups_are_timms_but_for_the_projections(coarse: bool) -> None:
+def test_groups_equal_timms_except_for_the_projections(coarse: bool) -> None:
     ours = linformer(share="none", depth=12, k=[[4, 6, 4, 4]] * 12, projection="linear")
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, num_heads=4, depth=12)
     for group in (group_parameters, group_modules):
@@ -193,7 +195,7 @@ MUONS = {"muon": "adamw", "nmuon": "nadamw", "adamuon": "adamw", "nadamuon": "na
 
 
 def three_steps(model: Any, **options: Any) -> torch.optim.Optimizer:
-    """Three steps at a rate of 2e-2 down gradients that do not depend on the weights."""
+    """Three steps with a learning rate of 2e-2 and gradients that do not depend on the weights."""
     optimizer = create_optimizer(model, OptimizerOptions(**options), lr=2e-2)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -206,7 +208,7 @@ def three_steps(model: Any, **options: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(("opt", "fallback"), MUONS.items())
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
 @pytest.mark.parametrize("projection", ["separable", "conv"])
-def test_muon_leaves_what_is_not_decayed_to_its_fallback(
+def test_muon_leaves_parameters_without_weight_decay_to_its_fallback(
     opt: str, fallback: str, layer_decay: float | None, projection: str
 ) -> None:
     settings = {"weight_decay": 0.05, "layer_decay": layer_decay}
@@ -227,9 +229,9 @@ def test_muon_leaves_what_is_not_decayed_to_its_fallback(
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
-def test_muon_goes_on_with_its_fallback(layer_decay: float | None) -> None:
+def test_muon_keeps_its_fallback_when_resumed(layer_decay: float | None) -> None:
     model = linformer(share="none")
-    # A gradient that a parameter lacks until then leaves the choice to the first step after resuming.
+    # Without a gradient so far, Muon chooses how to update the parameter in the first step after resuming.
     late = model.blocks[0].attn.key_projection.weight_h
     late.requires_grad_(False)
     optimizer = create_optimizer(model, OptimizerOptions(opt="nmuon", layer_decay=layer_decay), lr=1e-3)
@@ -242,18 +244,18 @@ def test_muon_goes_on_with_its_fallback(layer_decay: float | None) -> None:
     late.grad = torch.ones_like(late)
     after.step()
     for name, parameter in model.named_parameters():
-        if is_of_projection(name):
+        if is_in_projection(name):
             assert after.state[parameter]["use_muon"] is False
 
 
-def test_what_muon_had_and_its_fallback_has_now_is_refused() -> None:
+def test_parameters_that_move_from_muon_to_its_fallback_are_refused() -> None:
     model = linformer(share="none")
     optimizer = three_steps(model, opt="nmuon", opt_kwargs={"fallback_no_weight_decay": False})
     with pytest.raises(ValueError, match=r"^Muon updated blocks\.0-3\.attn\.key_projection\.weight_h, .* fallback"):
         reloaded(optimizer, model, opt="nmuon")
 
 
-def test_a_muon_run_of_before_the_fallback_goes_on_where_its_choices_were_the_same() -> None:
+def test_a_muon_run_without_the_fallback_option_resumes_if_its_choices_were_the_same() -> None:
     model = linformer(share="kv")
     before = three_steps(model, opt="nmuon", opt_kwargs={"fallback_no_weight_decay": False})
     after = reloaded(before, model, opt="nmuon")

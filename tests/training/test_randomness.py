@@ -1,3 +1,5 @@
+"""Every training step draws the same random numbers whenever it is run, and different ones from any other step."""
+
 import random
 
 import numpy as np
@@ -15,19 +17,19 @@ def draws_at(seed: int = 1, epoch: int = 2, batch: int = 3, rank: int = 4) -> tu
     return draws()
 
 
-def test_the_same_step_draws_the_same() -> None:
+def test_a_step_draws_the_same_numbers_again() -> None:
     first = draws_at()
     draws()
     assert draws_at() == first
 
 
-def test_every_seed_epoch_batch_and_rank_draws_its_own() -> None:
+def test_other_seeds_epochs_batches_and_ranks_draw_other_numbers() -> None:
     found = [draws_at(), draws_at(seed=0), draws_at(epoch=0), draws_at(batch=0), draws_at(rank=0), draws_at(2, 1)]
     for generator in zip(*found):
         assert len(set(generator)) == len(found)
 
 
-def test_runs_begin_by_their_seed() -> None:
+def test_a_run_is_seeded() -> None:
     found = []
     for seed in (7, 8, 7):
         seed_run(seed)

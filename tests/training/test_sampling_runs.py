@@ -84,10 +84,10 @@ def test_evaluation_uses_the_input_size_of_the_model(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": "resnet18", "k": None, "model_kwargs": {}}, "resnet18 takes images of one size only"),
-        ({"train_img_sizes": [20, 32]}, "--train-img-sizes: the model does not take 20×20 px"),
+        ({"model": "resnet18", "k": None, "model_kwargs": {}}, "resnet18 supports images of one size only"),
+        ({"train_img_sizes": [20, 32]}, "--train-img-sizes: the model does not support 20×20 px"),
         # Four patches cannot be projected to four keys.
-        ({"train_img_sizes": [16, 32], "k": 4, "projection": "linear"}, "does not take 16×16 px"),
+        ({"train_img_sizes": [16, 32], "k": 4, "projection": "linear"}, "does not support 16×16 px"),
     ],
 )
 def test_unsupported_image_sizes_are_refused(

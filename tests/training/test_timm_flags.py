@@ -1,4 +1,4 @@
-"""timm's command line and args.yaml: what is taken, what is refused and why, and what the page of flags says."""
+"""timm's command lines and args.yaml: supported options, refused ones with the reason, and docs/flags.md."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from tiny_runs import make_images, read_summary
 import train_imagenet
 from linvit.settings.flags import UsageError, flag_of
 from linvit.training.config import TrainConfig, parse
-from linvit.training.timm_flags import NOT_TAKEN
+from linvit.training.timm_flags import UNSUPPORTED
 
-FLAGS_PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
+FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 FIELDS = TrainConfig.model_fields
 
 
@@ -28,20 +28,19 @@ def refusal(argv):
     return str(error.value)
 
 
-# timm's names, and where linvit's field is called otherwise.
+# The field of linvit for each flag of timm.
 TIMM_FIELDS = {flag: {"dr": "decay_rate"}.get(name := flag[2:].replace("-", "_"), name) for flag in TIMM_OPTIONS}
 
 
-def test_every_option_of_timm_is_taken_or_listed_with_a_reason():
-    taken = {name for name in TIMM_FIELDS.values() if name in FIELDS}
-    assert taken | set(NOT_TAKEN) == set(TIMM_FIELDS.values())
-    assert not taken & set(NOT_TAKEN)
+def test_every_option_of_timm_is_supported_or_refused_with_a_reason():
+    supported = {name for name in TIMM_FIELDS.values() if name in FIELDS}
+    assert supported | set(UNSUPPORTED) == set(TIMM_FIELDS.values())
+    assert not supported & set(UNSUPPORTED)
     for flag, name in TIMM_FIELDS.items():
-        if name in NOT_TAKEN:
-            assert NOT_TAKEN[name].default == TIMM_OPTIONS[flag], flag
-            assert f"{flag} is an option of timm's that linvit does not take: {NOT_TAKEN[name].reason}" == refusal(
-                ["D", flag, "1"]
-            )
+        if name in UNSUPPORTED:
+            assert UNSUPPORTED[name].default == TIMM_OPTIONS[flag], flag
+            expected = f"linvit does not support timm's option {flag}: {UNSUPPORTED[name].reason}"
+            assert refusal(["D", flag, "1"]) == expected
 
 
 def table(title):
@@ -50,9 +49,9 @@ def table(title):
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_the_page_of_flags_says_what_is_true():
-    reasons = {flag: NOT_TAKEN[name].reason for flag, name in TIMM_FIELDS.items() if name in NOT_TAKEN}
-    assert {flag: row[0] for flag, row in table("Not taken").items()} == reasons
+def test_the_tables_of_the_flags_page_are_true():
+    reasons = {flag: UNSUPPORTED[name].reason for flag, name in TIMM_FIELDS.items() if name in UNSUPPORTED}
+    assert {flag: row[0] for flag, row in table("Not supported").items()} == reasons
 
     assert set(table("Only here")) == {flag_of(name) for name in set(FIELDS) - set(TIMM_FIELDS.values())}
 
@@ -69,7 +68,7 @@ def test_the_page_of_flags_says_what_is_true():
 
 
 # The published recipe of DeiT-S (Touvron et al. 2021, Table 9, and the defaults of its main.py) on four GPUs, in timm's
-# names; what it does not name stands at timm's default.
+# names; everything else is timm's default.
 DEIT_SMALL = {
     "data": "/imagenet",
     "model": "deit_small_patch16_224",
@@ -125,30 +124,30 @@ def timm_args(**settings):
     return {name: TIMM_OPTIONS[flag] for flag, name in TIMM_FIELDS.items()} | {"data": None} | settings
 
 
-def test_an_args_yaml_of_timm_is_read_as_it_is(tmp_path):
+def test_an_args_yaml_of_timm_is_accepted(tmp_path):
     config = TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL)))
     for name, value in DEIT_SMALL.items():
         if name not in ("data", "color_jitter"):
             assert getattr(config, TIMM_FIELDS.get(f"--{name}", name)) == value, name
     assert (config.data_dir, config.color_jitter) == (Path("/imagenet"), (0.3,))
-    # What timm writes as an empty string is not given.
+    # timm writes an empty string for an option that is not set.
     assert (config.resume, config.experiment, config.class_map, config.output) == (None, None, None, Path("output"))
     assert config.amp_dtype == "float16"
 
 
-def test_an_args_yaml_of_timm_is_refused_with_the_reason_for_every_option_that_is_not_taken(tmp_path):
+def test_an_args_yaml_of_timm_is_refused_with_the_reason_for_each_unsupported_option(tmp_path):
     others = {"resplit": True, "sync_bn": True, "kd_token_distill_type": "hard"}
     with pytest.raises(UsageError) as error:
         TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL, **others)))
     for name in others:
-        assert f"{name} ({NOT_TAKEN[name].reason})" in str(error.value)
+        assert f"{name} ({UNSUPPORTED[name].reason})" in str(error.value)
     assert "tta" not in str(error.value)
 
 
-def test_a_command_line_of_timm_is_read_as_it_is(tmp_path):
+def test_a_command_line_of_timm_is_accepted(tmp_path):
     from_yaml = TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL)))
     from_flags = parse(DEIT_SMALL_COMMAND.split())
-    # What neither names stands at the default of each program.
+    # Other options have the default of each program.
     same = {TIMM_FIELDS.get(f"--{name}", name) for name in DEIT_SMALL} - {"data"}
     assert from_flags.model_dump(include=same) == from_yaml.model_dump(include=same)
     assert from_flags.data_dir == from_yaml.data_dir
@@ -157,7 +156,7 @@ def test_a_command_line_of_timm_is_read_as_it_is(tmp_path):
 def test_the_recipe_of_deit_trains(tmp_path):
     data = make_images(tmp_path / "data", train=16)
     path = write(tmp_path, timm_args(**DEIT_SMALL, device="cpu"))
-    # All as published but what a test has no time for.
+    # As published, except for what would take too long in a test.
     tiny = "--epochs 2 --warmup-epochs 1 --cooldown-epochs 0 -b 16 -j 0 --img-size 32 --no-amp --no-pin-mem"
     size = "embed_dim=32 depth=2 num_heads=2"
     argv = f"{data} -c {path} {tiny} --model-kwargs {size} --output {tmp_path} --experiment run"

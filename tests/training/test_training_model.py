@@ -1,3 +1,5 @@
+"""The model of a run: built, initialised, placed and compiled; frozen parameters; image sizes that change."""
+
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from linvit.conversion.convert import convert_vit
 from linvit.distributed import Ranks
 from linvit.model.build import create_model
 from linvit.training.config import TrainConfig, parse
-from linvit.training.model import build_model, place_model, wrap_model
+from linvit.training.model import build_model, check_sizes, epoch_sizes, freeze, place_model, train_size, wrap_model
+from linvit.training.options import ScheduleOptions
 
 CLASSES = ["a", "b", "c"]
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -35,14 +38,14 @@ def test_classes_size_and_arguments_reach_the_model() -> None:
     assert new == [name for name, _ in model.named_parameters()]
 
 
-def test_a_misspelt_name_is_refused_with_the_nearest() -> None:
+def test_a_misspelt_name_is_refused_with_a_suggestion() -> None:
     with pytest.raises(
         ValueError, match="unknown model 'linvit_smal_patch16_224'; did you mean 'linvit_small_patch16_224'"
     ):
         create_model("linvit_smal_patch16_224")
 
 
-def test_an_argument_that_the_model_does_not_take_is_refused() -> None:
+def test_an_unknown_argument_of_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take these arguments: .*depht"):
         build_model(config(model_kwargs={"depht": 3}), class_names=CLASSES)
 
@@ -76,7 +79,7 @@ def test_pretrained_path_adapts_and_initial_checkpoint_does_not(tmp_path: Path) 
         build_model(config(initial_checkpoint=tmp_path), class_names=["x", "y"])
 
 
-def test_a_folder_of_weights_brings_its_model(tmp_path: Path) -> None:
+def test_a_folder_of_weights_sets_the_model(tmp_path: Path) -> None:
     converted, run = tmp_path / "converted", tmp_path / "run"
     (run / "best").mkdir(parents=True)
     converted.mkdir()
@@ -119,13 +122,13 @@ def test_a_folder_that_describes_no_model_is_named(tmp_path: Path, config_json: 
         create_model(f"local-dir:{tmp_path}")
 
 
-def test_the_classifier_starts_as_asked() -> None:
+def test_the_classifier_is_initialised_by_the_options() -> None:
     model, _ = build_model(config(head_init_scale=0.0, head_init_bias=-4.6), class_names=CLASSES)
     assert model.head.weight.eq(0).all()
     torch.testing.assert_close(model.head.bias, torch.full((3,), -4.6))
 
 
-def test_layout_checkpointing_and_compilation() -> None:
+def test_memory_format_checkpointing_and_compilation() -> None:
     settings = config(channels_last=True, grad_checkpointing=True, torchcompile="eager")
     model, _ = build_model(settings, class_names=CLASSES)
     ranks = Ranks(torch.device("cpu"))
@@ -140,7 +143,7 @@ def test_layout_checkpointing_and_compilation() -> None:
     assert wrap_model(model, config(), ranks) is model
 
 
-def test_checkpointing_of_mlps_is_for_linvit_models() -> None:
+def test_only_linvit_models_checkpoint_mlps_alone() -> None:
     ranks = Ranks(torch.device("cpu"))
     model, _ = build_model(config(model="linvit_tiny_patch16_224", k=4), class_names=CLASSES)
     place_model(model, config(grad_checkpointing="mlp"), ranks)
@@ -150,3 +153,127 @@ def test_checkpointing_of_mlps_is_for_linvit_models() -> None:
         place_model(theirs, config(grad_checkpointing="mlp"), ranks)
     place_model(theirs, config(grad_checkpointing="full"), ranks)
     assert theirs.grad_checkpointing is True
+
+
+@pytest.fixture
+def vit() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=4, num_heads=2, num_classes=4)
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_modules_parameters_and_patterns(vit: Any) -> None:
+    everything = trained(vit)
+    assert freeze(vit, ["patch_embed", "cls_token", "blocks.[0-1].*", "blocks.3.norm?.bias"]) == []
+    frozen = everything - trained(vit)
+    assert {name.split(".")[0] for name in frozen} == {"patch_embed", "cls_token", "blocks"}
+    blocks = {name for name in frozen if name.startswith("blocks")}
+    norm_biases = {"blocks.3.norm1.bias", "blocks.3.norm2.bias"}
+    assert blocks == {name for name in everything if name.startswith(("blocks.0.", "blocks.1."))} | norm_biases
+
+
+def test_a_prefix_of_a_name_is_not_the_module(vit: Any) -> None:
+    with pytest.raises(ValueError, match=r"--freeze: unknown parameter or module 'block'; did you mean 'blocks'"):
+        freeze(vit, ["block"])
+
+
+def test_the_backbone_is_all_but_the_classifier(vit: Any) -> None:
+    freeze(vit, ["backbone"])
+    assert trained(vit) == {"head.weight", "head.bias"}
+
+
+def test_freezing_everything_is_refused(vit: Any) -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        freeze(vit, ["*"])
+
+
+def test_nothing_is_frozen_by_default(vit: Any) -> None:
+    everything = trained(vit)
+    assert freeze(vit, []) == []
+    assert trained(vit) == everything
+
+
+def linformer(**kwargs: Any) -> Any:
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 4, "k": 4}
+    return timm.create_model("linvit_mini_patch4_64", projection="linear", **{**sizes, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "k", "note"),
+    [
+        (
+            ["blocks.[0-1].*"],
+            4,
+            "blocks.2-3.attn.key_projection.weight: shared with blocks.0.attn.key_projection.weight",
+        ),
+        # A shared projection has the name of the first layer that uses it.
+        (
+            ["blocks.1", "blocks.3"],
+            [None, 4, 4, 4],
+            "blocks.2.attn.key_projection.weight: shared with blocks.1.attn.key_projection.weight",
+        ),
+    ],
+)
+def test_freezing_a_shared_projection_for_some_of_its_layers_is_reported(
+    patterns: list[str], k: Any, note: str
+) -> None:
+    model = linformer(share="layerwise", k=k)
+    assert freeze(model, patterns) == [f"--freeze also freezes {note}"]
+    assert not model.blocks[2].attn.key_projection.weight.requires_grad
+    assert model.blocks[2].mlp.fc1.weight.requires_grad
+
+
+@pytest.mark.parametrize("patterns", [["blocks.[2-3].*"], ["blocks"], ["backbone"], ["patch_embed"]])
+def test_no_note_where_no_or_every_layer_of_a_shared_projection_is_frozen(patterns: list[str]) -> None:
+    model = linformer(share="layerwise")
+    assert freeze(model, patterns) == []
+    is_frozen = not model.blocks[3].attn.key_projection.weight.requires_grad
+    assert is_frozen == (patterns[0] in ("blocks", "backbone"))
+
+
+def test_a_projection_that_layers_do_not_share_is_frozen_with_its_layer() -> None:
+    model = linformer(share="kv")
+    assert freeze(model, ["blocks.[0-1].*"]) == []
+    assert [block.attn.key_projection.weight.requires_grad for block in model.blocks] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [(3, [16, 24, 32]), (6, [16, 16, 24, 24, 32, 32]), (7, [16, 16, 16, 24, 24, 32, 32]), (4, [16, 16, 24, 32])],
+)
+def test_sizes_share_the_epochs_evenly(epochs: int, expected: list[int]) -> None:
+    options = ScheduleOptions(epochs=epochs, train_img_sizes=(16, 24, 32))
+    assert [size for size, _ in epoch_sizes(options)] == expected
+    # Epochs after the schedule, such as a cooldown, keep the last size.
+    assert train_size(epochs + 5, options) == 32
+
+
+def test_without_train_img_sizes_there_are_no_sizes() -> None:
+    assert epoch_sizes(ScheduleOptions()) == []
+    assert train_size(3, ScheduleOptions()) is None
+
+
+@pytest.mark.parametrize("projection", ["linear", "separable", "conv", "avgpool", "dct"])
+def test_checking_sizes_does_not_change_the_model(projection: str) -> None:
+    model = create_model(
+        "linvit_mini_patch4_64", img_size=(32, 32), patch_size=4, k=4, projection=projection, dynamic_img_size=True
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_sizes(model, [16, 24, 32])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model(torch.zeros(1, 3, 16, 16)).shape == model(torch.zeros(1, 3, 32, 32)).shape
+
+
+def test_a_finer_grid_of_the_same_patches_gives_the_same_keys() -> None:
+    # Remapping by overlap area keeps the region of each key: after training at 16 px it is the same at 32 px.
+    torch.manual_seed(0)
+    model = create_model(
+        "linvit_mini_patch4_64", img_size=(32, 32), patch_size=4, k=4, projection="linear", dynamic_img_size=True
+    ).eval()
+    attention = model.blocks[0].attn
+    coarse = torch.randn(1, 1, 16, 8)
+    fine = coarse.view(1, 1, 4, 4, 8).repeat_interleave(2, 2).repeat_interleave(2, 3).reshape(1, 1, 64, 8)
+    key, _ = attention.projections()
+    torch.testing.assert_close(key(coarse, (4, 4)), key(fine, (8, 8)))

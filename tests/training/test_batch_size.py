@@ -1,4 +1,4 @@
-"""`--batch-size auto`, on a CPU that is taken for a device whose memory holds so many images."""
+"""`--batch-size auto`, on a CPU that simulates a device with memory for a limited number of images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from tiny_runs import assert_same, make_images, read_state, train
 
 from linvit.model.vit import LinformerViT
 from linvit.settings.flags import UsageError
-from linvit.training import batchsize
+from linvit.training import batch_size
 from linvit.training.batch_size import find_largest_batch
 from linvit.training.config import parse
 
@@ -43,7 +43,7 @@ def test_the_largest_is_found_by_doubling_and_one_step_between(
     assert sizes == tried
 
 
-def test_where_nothing_fits_it_says_what_to_do() -> None:
+def test_if_nothing_fits_the_error_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"not even a batch of 2 fits .*--grad-checkpointing.*--img-size"):
         find_largest_batch(lambda size: False, limit=8, multiple=2)
 
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory_of_seven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU says so when it is asked to train on more than seven images at once."""
+    """Make the CPU raise an out-of-memory error for training on more than seven images at once."""
     forward = LinformerViT.forward
 
     def limited(self: LinformerViT, images: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -64,11 +64,11 @@ def memory_of_seven(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(self, images, *args)
 
     monkeypatch.setattr(LinformerViT, "forward", limited)
-    monkeypatch.setattr(batchsize, "LIMITED_DEVICES", ("cpu",))
+    monkeypatch.setattr(batch_size, "LIMITED_DEVICES", ("cpu",))
 
 
 @pytest.mark.usefixtures("memory_of_seven")
-def test_the_number_is_recorded_and_repeats_the_run(data: Path, tmp_path: Path) -> None:
+def test_the_batch_size_is_recorded_and_repeats_the_run(data: Path, tmp_path: Path) -> None:
     settings = {"drop_path": 0.2, "mixup": 0.8, "model_ema": True, "grad_accum_steps": 2}
     assert train(data, tmp_path, batch_size="auto", **settings) == 0
     assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["batch_size"] == 6
@@ -81,7 +81,7 @@ def test_the_number_is_recorded_and_repeats_the_run(data: Path, tmp_path: Path) 
 
 @pytest.mark.usefixtures("memory_of_seven")
 @pytest.mark.parametrize("resume", ["auto", "run", "run/checkpoints/state-0001-000000"])
-def test_a_resumed_run_keeps_its_number(
+def test_a_resumed_run_keeps_its_batch_size(
     resume: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(data, tmp_path, batch_size=4, stop_epoch=1) == 0
@@ -92,7 +92,7 @@ def test_a_resumed_run_keeps_its_number(
 
 def test_a_cpu_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(data, tmp_path, batch_size="auto") == 1
-    assert "error: --batch-size auto: on cpu memory that runs out ends the process" in capsys.readouterr().err
+    assert "error: --batch-size auto: on cpu running out of memory ends the process" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("memory_of_seven")
@@ -122,10 +122,12 @@ def test_a_gpu_finds_a_batch(data: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["batch_size"] == 24
 
 
-def test_it_is_read_from_the_command_line() -> None:
+def test_auto_is_parsed_from_the_command_line() -> None:
     assert parse(["D", "-b", "auto"]).batch_size == "auto"
     assert parse(["D", "-b", "6"]).images_per_batch == 6
     with pytest.raises(UsageError, match="--batch-size takes a whole number of at least 1, or auto, not 'many'"):
         parse(["D", "-b", "many"])
-    with pytest.raises(UsageError, match="batch_size auto is tried without the teacher"):
+    with pytest.raises(
+        UsageError, match=r"--batch-size auto tries batches without the teacher.* remove --kd-model-name"
+    ):
         parse(["D", "-b", "auto", "--kd-model-name", "run"])

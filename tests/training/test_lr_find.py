@@ -1,4 +1,4 @@
-"""`linvit lr-find`: the sweep finds where a loss falls and where it explodes, and writes it down."""
+"""`linvit lr-find`: the sweep finds where the loss falls and where it diverges, and writes both down."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import yaml
 from tiny_runs import SETTINGS, make_images
 
 from linvit.cli import main
-from linvit.training.lr_find import Sweep
+from linvit.training.sweep import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def test_points_of_a_curve() -> None:
 
 def test_the_first_losses_do_not_count_as_a_fall() -> None:
     lr = [10.0 ** (exponent / 10) for exponent in range(-60, 10)]
-    # A lucky first step, then level, a slope, and an explosion.
+    # A high first loss, a plateau, a slope and a divergence.
     smoothed = [3.0, *[2.0] * 29, *[2.0 - step / 20 for step in range(20)], *[1.05 + step for step in range(20)]]
     found = Sweep(lr, loss=smoothed, smoothed=smoothed)
     assert 1e-3 < found.steepest < 1e-1
 
 
-def test_the_sweep_ends_where_the_loss_explodes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sweep_ends_when_the_loss_diverges(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frozen = {"share": "layerwise", "freeze": ["blocks.0"]}
     assert find(data, tmp_path, "--start-lr", "1e-4", "--end-lr", "1e4", "--num-steps", "40", opt="sgd", **frozen) == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -51,11 +51,11 @@ def test_the_sweep_ends_where_the_loss_explodes(data: Path, tmp_path: Path, caps
     log = capsys.readouterr().out
     assert f"suggestion: --lr {found['suggestion']:.1e}" in log
     assert "--freeze also freezes blocks.1.attn.key_projection.weight_h, " in log
-    # Nothing is left behind.
+    # No other files remain.
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "found.json", "found.png"}
 
 
-def test_a_sweep_repeats_itself(data: Path, tmp_path: Path) -> None:
+def test_a_sweep_is_reproducible(data: Path, tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -74,7 +74,7 @@ def test_a_sweep_repeats_itself(data: Path, tmp_path: Path) -> None:
         (["--start-lr", "1e6", "--end-lr", "1e7", "--opt", "sgd"], 1, "does not fall above --start-lr"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     flags: list[str], status: int, words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert find(data, tmp_path, *flags) == status
