@@ -117,7 +117,7 @@ def test_version(capsys):
         (["eval", "run", "data", "--img-sizes", "3"], "unknown option '--img-sizes'; did you mean '--img-size'?"),
         (["eval", "run", "data", "--img-size", "2y3"], "image size '2y3' is neither a number nor HEIGHTxWIDTH"),
         (["eval", "run", "data", "-b", "x"], "--batch-size takes a whole number greater than 0, or none, not 'x'"),
-        (["data", "elpw", "folder"], "SET takes one of 'elpv', not 'elpw' (did you mean 'elpv'?)"),
+        (["data", "elpw", "folder"], "SET takes 'elpv', not 'elpw' (did you mean 'elpv'?)"),
         (["train", "data", "--epochs", "x"], "--epochs takes a whole number of at least 1, not 'x'"),
         (["models", "--jsno", "x"], "unknown option '--jsno'; did you mean '--json'?"),
     ],

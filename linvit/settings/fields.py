@@ -68,8 +68,8 @@ def unknown_choice(kind: str, name: object, choices: Collection[str]) -> str:
 
 
 def one_of(choices: Collection[str]) -> str:
-    """The choices in quotes: "one of 'kv', 'none'"."""
-    return "one of " + _quoted(choices)
+    """The choices in quotes: "one of 'kv', 'none'", or a single choice alone."""
+    return ("one of " if len(choices) > 1 else "") + _quoted(choices)
 
 
 def listed(names: Sequence[str], *, most: int = 8) -> str:
@@ -200,7 +200,7 @@ def _describe(annotation: Any, *, plural: bool) -> str:
     if origin is Annotated:
         return _describe(parts[0], plural=plural) + _limits(parts[1:])
     if origin is Literal:
-        return _quoted(parts) if plural else one_of(parts)
+        return f"choices from {_quoted(parts)}" if plural else one_of(parts)
     if origin in (Union, UnionType):
         members = [part for part in parts if plural or part is not NoneType]
         return " or ".join(dict.fromkeys(_describe(part, plural=plural) for part in members))

@@ -1,0 +1,1 @@
+"""Training: options, model, loss, optimizer, the training step, checkpoints and logs."""

@@ -164,7 +164,7 @@ class OptimizerOptions(_Options):
     def _is_known(cls, value: str) -> str:
         if value == cls.model_fields["opt"].default:
             return value
-        # The import takes seconds, so the default goes without it.
+        # The default skips this import, which takes seconds.
         from timm.optim import get_optimizer_info, list_optimizers
 
         # timm wraps any optimizer whose name has this prefix.

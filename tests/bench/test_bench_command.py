@@ -161,7 +161,7 @@ def test_memory_that_cannot_be_measured_is_noted(tmp_path, monkeypatch, capsys):
     [
         (["--preset", "readme", "--rounds", "3"], "--preset readme decides what is measured: leave out --rounds"),
         (["--preset", "reame"], "--preset takes one of 'readme', 'gpu', or none, not 'reame'"),
-        (["--modes", "backward"], "--modes takes a list of 'forward', 'train', not ['backward']"),
+        (["--modes", "backward"], "--modes takes a list of choices from 'forward', 'train', not ['backward']"),
         (["--rounds", "0"], "--rounds takes a whole number greater than 0, not 0"),
         (["--img-size", "2y3"], "image size '2y3' is neither a number nor HEIGHTxWIDTH"),
         (["--models", "linvit_smal_patch16_224"], "did you mean 'linvit_small_patch16_224'?"),

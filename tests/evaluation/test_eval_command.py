@@ -285,7 +285,7 @@ def test_batches_that_do_not_fit_are_halved(run: Path, data: Path, capsys: pytes
             ["--temperature", "fit", "--temperature-split", "val"],
             "--temperature-split val is the split to evaluate; choose another, or omit the option",
         ),
-        (["--temperature", "-1"], "--temperature takes one of 'fit' or a number greater than 0, or none, not -1"),
+        (["--temperature", "-1"], "--temperature takes 'fit' or a number greater than 0, or none, not -1"),
         (["--confusion", "a.svg"], "--confusion a.svg: the name must end in .png or .csv"),
         (
             ["--confusion", "a.png", "--img-size", "32", "64"],
