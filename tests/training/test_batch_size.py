@@ -103,7 +103,10 @@ def test_a_batch_that_does_not_fit_is_trained_on_in_parts_and_resumes_to_the_bit
     assert train(data, tmp_path, **settings) == 0
     shown = capsys.readouterr().out
     assert shown.count("out of memory") == 1
-    assert "out of memory with 12 images at once: splitting batches into 6 images at a time; " in shown
+    line = (
+        "out of memory with 12 images at once: splitting batches into 6 images at a time; the batch size stays the same"
+    )
+    assert f"{line}\n" in shown
     assert train(data, tmp_path, "halves", stop_epoch=1, **settings) == 0
     capsys.readouterr()
     assert train(data, tmp_path, "halves", resume="auto", **settings) == 0

@@ -29,7 +29,8 @@ from linvit.data.options import InputOptions
 from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks
 from linvit.evaluation import collect
-from linvit.evaluation.command import evaluate, evaluate_command
+from linvit.evaluation.collect import evaluate
+from linvit.evaluation.command import evaluate_command
 from linvit.evaluation.metrics import Metrics
 from linvit.evaluation.options import EvalOptions
 from linvit.settings.fields import validate
