@@ -114,7 +114,7 @@ def train_one_epoch(
     from linvit.distributed import stop_requested
     from linvit.training.log import EpochLog
     from linvit.training.optim import current_lr
-    from linvit.training.randomness import seed_step
+    from linvit.training.setup import seed_step
     from linvit.training.summary import EpochResult
 
     config, ranks, num_batches = step.config, step.ranks, len(loader)

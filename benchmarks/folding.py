@@ -17,7 +17,7 @@ import torch
 
 from linvit.measure.provenance import provenance, script_command
 from linvit.model.attention import LinformerAttention
-from linvit.model.order import choose_order
+from linvit.model.kernels import choose_order
 from linvit.model.projections import build_projection
 from linvit.output.files import write_json
 

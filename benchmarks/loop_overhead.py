@@ -30,7 +30,7 @@ from linvit.training.config import TrainConfig, parse
 from linvit.training.loss import create_loss
 from linvit.training.model import build_model
 from linvit.training.optim import create_optimizer
-from linvit.training.randomness import seed_run
+from linvit.training.setup import seed_run
 
 # train_imagenet.py is next to the package, not in it.
 sys.path.insert(0, str(Path(__file__).parents[1]))

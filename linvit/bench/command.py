@@ -8,8 +8,7 @@ from linvit.bench.options import BenchOptions, Group, select
 from linvit.settings.flags import check_files, parse_options
 
 if TYPE_CHECKING:
-    from linvit.bench.plan import Plan
-    from linvit.bench.rows import Row
+    from linvit.bench.plan import Plan, Row
 
 SUMMARY = "time models side by side, and measure their memory"
 

@@ -11,8 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 
-from linvit.bench.plan import Plan
-from linvit.bench.rows import Row
+from linvit.bench.plan import Plan, Row
 from linvit.output.plots import GREY, save_figure, series_style
 from linvit.output.terminal import EMPTY, format_bytes, format_count, format_lengths, format_size, table
 

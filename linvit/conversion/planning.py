@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linvit.conversion.calibration import Activations, after_attention, after_mlp, relative_error
 from linvit.conversion.convert import attentions, convert_unchecked
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.model.projections import GridSize, Projection
 from linvit.model.sharing import Share
 from linvit.model.vit import LinformerViT

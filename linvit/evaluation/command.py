@@ -58,8 +58,8 @@ def evaluate_command(options: EvalOptions) -> int:
 
 
 def _report(evaluations: list["Evaluation"], options: EvalOptions) -> None:
-    from linvit.evaluation.confusion import confusion, write_confusion
     from linvit.evaluation.report import add_comparisons, build_report
+    from linvit.evaluation.scores import confusion, write_confusion
     from linvit.evaluation.show import show
     from linvit.evaluation.write import write_images, write_markdown, write_size_plot
     from linvit.output.files import write_json

@@ -8,10 +8,9 @@ import numpy as np
 import timm
 import torch
 
-from linvit.evaluation.confusion import most_confused
 from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.options import EvalOptions
-from linvit.evaluation.scores import real_accuracy, scorer
+from linvit.evaluation.scores import most_confused, real_accuracy, scorer
 from linvit.evaluation.source import Evaluation
 from linvit.evaluation.uncertainty import LEVEL, bootstrap, compare
 from linvit.version import __version__

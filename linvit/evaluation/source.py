@@ -17,10 +17,9 @@ from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
 from linvit.evaluation.collect import Collected, collect
-from linvit.evaluation.confusion import MOST_CLASSES
 from linvit.evaluation.inference import amp_precision, input_spec, override_settings, scaled_size
 from linvit.evaluation.options import EvalOptions
-from linvit.evaluation.scores import calibration, fit_temperature, imagenet_numbers, random_halves
+from linvit.evaluation.scores import MOST_CLASSES, calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
 from linvit.output.terminal import format_bytes, note
 from linvit.runs.folder import Classifier, load_classifier

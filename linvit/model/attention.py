@@ -2,7 +2,7 @@
 
     head = softmax( (X Wq) (E X Wk)ᵀ / √d ) (F X Wv)        E, F: k × N        O(N k)
 
-The layer computes this in one of three orders of multiplication; `linvit.model.order` describes them.
+The layer computes this in one of three orders of multiplication; `linvit.model.kernels` describes them.
 
 Differs from the paper: prefix tokens (class, registers) are keys of their own and never projected. A projected key
 stands for N/k patches, so beside prefix keys its scores carry log(N/k), and a prefix key weighs as in full attention.
@@ -22,18 +22,20 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.model.eager import (
+from linvit.model.kernels import (
+    Order,
     apply_in_chunks,
     autocast_dtype,
     cast_once,
+    choose_order,
     in_forward_mode,
     is_plain_linear,
+    keeps_scores_on_chip,
     runs_in_chunks,
+    split_attention,
 )
-from linvit.model.order import Order, choose_order, keeps_scores_on_chip
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.scripted import ScriptableAttention
-from linvit.model.sdpa import split_attention
 from linvit.model.sharing import check_pair
 from linvit.model.tokens import Patches, TokenLayout, read_patches
 

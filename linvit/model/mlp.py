@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.checkpoint import checkpoint
 
-from linvit.model.eager import (
+from linvit.model.kernels import (
     autocast_dtype,
     chunk_length,
     equal_chunks,

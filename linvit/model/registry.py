@@ -15,7 +15,7 @@ from timm.data import (
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
 from linvit.model.vit import LinformerViT
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}

@@ -19,15 +19,23 @@ keys is hidden.
 Patch dropout without a mask is treated as the average over random subsets: every row is multiplied by N/n and stands
 for n/k patches. With a mask, dropped patches count as masked.
 
+timm's transformer blocks get a `layout` keyword here, which tells their attention layer where the tokens lie. It is an
+argument and not a state of the layer, so a checkpointed block that runs again in the backward pass gets the same layout
+as before, and threads that share a model do not disturb each other.
+
 B batch, P prefix tokens, N patches of the grid, n patches present, M maps of a projection, C channels, k projected
 length.
 """
 
 import contextlib
-from typing import NamedTuple, Optional
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
 
 from linvit.model.projections import GridSize, MatrixProjection, Projection
 
@@ -189,3 +197,49 @@ def _split_key_padding_mask(mask: Tensor, x: Tensor, num_prefix_tokens: int) -> 
         )
     rows = mask[:, 0, 0].expand(batch, -1)
     return rows[:, :num_prefix_tokens], rows[:, num_prefix_tokens:]
+
+
+class LayoutBlock(Block):
+    """timm's `Block`: normalisation before attention and MLP."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor] = None,  # noqa: UP045
+        is_causal: bool = False,
+        layout: Optional[TokenLayout] = None,  # noqa: UP045
+    ) -> Tensor:
+        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, layout=layout)
+        x = x + self.drop_path1(self.ls1(y))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class LayoutResPostBlock(ResPostBlock):
+    """timm's `ResPostBlock`: normalisation after attention and MLP."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor] = None,  # noqa: UP045
+        is_causal: bool = False,
+        layout: Optional[TokenLayout] = None,  # noqa: UP045
+    ) -> Tensor:
+        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal, layout=layout)))
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x
+
+
+_WITH_LAYOUT: dict[Any, type[nn.Module]] = {Block: LayoutBlock, ResPostBlock: LayoutResPostBlock}
+
+
+def with_layout(block_fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Replace timm's `Block` or `ResPostBlock` by one that takes `layout`; every other block is returned unchanged."""
+    if isinstance(block_fn, partial):
+        return partial(with_layout(block_fn.func), *block_fn.args, **block_fn.keywords)
+    return _WITH_LAYOUT.get(block_fn, block_fn)
+
+
+def takes_layout(block: nn.Module) -> bool:
+    """Whether the block's `forward` has a `layout` keyword."""
+    return "layout" in inspect.signature(block.forward).parameters

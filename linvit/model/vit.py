@@ -21,12 +21,10 @@ from timm.models.vision_transformer import Block, feature_take_indices
 from torch import Tensor, nn
 
 from linvit.model.attention import LinformerAttention
-from linvit.model.blocks import takes_layout, with_layout
 from linvit.model.mlp import LeanMlp, MlpLayer, mlp_class
 from linvit.model.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
-from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer
-from linvit.model.state_dict import store_shared_once
-from linvit.model.tokens import TokenLayout, mask_of_kept
+from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer, store_shared_once
+from linvit.model.tokens import TokenLayout, mask_of_kept, takes_layout, with_layout
 from linvit.settings.fields import unknown_choice
 
 Checkpointing = Literal["mlp", "full"]
@@ -49,7 +47,7 @@ class LinformerViT(VisionTransformer):
         mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
         block_fn: timm's `Block`, `ResPostBlock`, or a block with one `attn_layer`. With `dynamic_img_size` or
             `patch_drop_rate`, its `forward` must take `layout` and pass it to that layer, as those in
-            `linvit.model.blocks` do.
+            `linvit.model.tokens` do.
 
     Raises ValueError if k does not shorten the sequence (here and on every change of size) or does not match `share`,
     and TypeError for an unknown keyword.
@@ -135,7 +133,7 @@ class LinformerViT(VisionTransformer):
                     raise ValueError(
                         f"{type(block).__name__}.forward takes no `layout`, which dynamic_img_size and patch_drop_rate "
                         f"need: add that keyword and pass it to the attention layer, as "
-                        f"linvit.model.blocks.LayoutBlock does"
+                        f"linvit.model.tokens.LayoutBlock does"
                     )
         return attentions
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.model.attention import LinformerAttention
 from linvit.spectrum.capture import LayerAttention, Vit, as_vit, capture_attention
 from linvit.spectrum.matrix import SingularValues, exact_singular_values, randomized_singular_values

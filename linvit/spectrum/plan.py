@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.model.projections import GridSize
 from linvit.model.projections.grid import factor_pair
 from linvit.model.sharing import Share

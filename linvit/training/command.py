@@ -13,8 +13,9 @@ SUMMARY = "train a model on folders of images (same as python train_imagenet.py)
 def main(argv: Sequence[str]) -> int:
     """Train, and return the exit status."""
     config = parse(argv, prog="linvit train")
-    status: int = load_loop().train(config)
-    return status
+    from linvit.distributed import record_errors
+
+    return record_errors(load_loop().train)(config)
 
 
 def load_loop() -> ModuleType:

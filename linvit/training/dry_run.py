@@ -18,7 +18,7 @@ from linvit.bench.plan import FULL_ATTENTION, describe
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch, Loader
 from linvit.device import autocast, autocast_dtype
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.model.attention import LinformerAttention
 from linvit.model.build import TimmModel
 from linvit.output.plots import drawable, save_figure

@@ -1,9 +1,17 @@
-"""Build the parts of a run from its configuration: images, model, loaders, training step.
+"""The parts of a run, built from its configuration: seeds, images, model, loaders, training step.
 
 train_imagenet.py, `linvit lr-find` and the search for the largest batch size share these functions.
+
+All randomness of a training step is a function of (seed, epoch, batch, rank), so that a run can be resumed anywhere.
+timm's Mixup uses numpy's global generator, dropout and stochastic depth use torch's. The loader seeds its own samples.
 """
 
+import os
+import random
 from typing import Any
+
+import numpy as np
+import torch
 
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader, create_eval_loader, create_train_loader
@@ -19,7 +27,6 @@ from linvit.training.log import print_line
 from linvit.training.loss import create_loss, create_mixup, read_class_weights
 from linvit.training.model import build_model, epoch_sizes, freeze, place_model, wrap_model
 from linvit.training.optim import create_ema, create_optimizer, create_schedule, learning_rate
-from linvit.training.randomness import seed_run, use_deterministic_algorithms
 from linvit.training.step import TrainStep
 
 
@@ -146,3 +153,31 @@ def set_schedule(step: TrainStep, config: TrainConfig, *, num_batches: int) -> i
     updates_per_epoch = -(-num_batches // config.grad_accum_steps)
     step.scheduler, num_epochs = create_schedule(step.optimizer, config, updates_per_epoch=updates_per_epoch)
     return min(num_epochs, config.stop_epoch or num_epochs)
+
+
+def seed_run(seed: int) -> None:
+    """Seed everything before the first step: initial weights are equal in all processes."""
+    _seed_generators(np.random.SeedSequence(seed))
+
+
+def seed_step(seed: int, *, epoch: int, batch: int, rank: int) -> None:
+    """Seed the training step on one batch, differently in each process."""
+    _seed_generators(np.random.SeedSequence([seed, epoch, batch, rank]))
+
+
+def _seed_generators(sequence: np.random.SeedSequence) -> None:
+    for_torch, for_numpy, for_python = (int(word) for word in sequence.generate_state(3))
+    # torch.manual_seed would also queue the seed for absent devices, which takes longer than everything else here.
+    torch.default_generator.manual_seed(for_torch)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(for_torch)
+    np.random.seed(for_numpy)
+    random.seed(for_python)
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch raise an error for operations whose result varies from run to run on a GPU."""
+    # cuBLAS needs this to be deterministic, and reads it when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

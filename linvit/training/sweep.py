@@ -17,8 +17,14 @@ from linvit.distributed import Ranks
 from linvit.output.plots import BLUE, GREEN, LIGHT_GREY, RED
 from linvit.training.batch_size import resolve_batch_size
 from linvit.training.config import TrainConfig
-from linvit.training.randomness import seed_step
-from linvit.training.setup import build_step, build_train_loader, open_train_set, prepare_model, prepare_process
+from linvit.training.setup import (
+    build_step,
+    build_train_loader,
+    open_train_set,
+    prepare_model,
+    prepare_process,
+    seed_step,
+)
 from linvit.training.step import TrainStep
 
 # Decay of the exponential moving average that smooths the loss.

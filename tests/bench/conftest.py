@@ -2,10 +2,10 @@
 
 import pytest
 
-from linvit.measure import flops
+from linvit.measure import timing
 
 
 @pytest.fixture
 def quick_gemm(monkeypatch):
     """Small matrix products to measure the speed of."""
-    monkeypatch.setitem(flops.GEMM_SIZES, "cpu", (32,))
+    monkeypatch.setitem(timing.GEMM_SIZES, "cpu", (32,))

@@ -13,7 +13,7 @@ from PIL import Image
 from linvit import cli
 from linvit.bench import run
 from linvit.bench.output import DIGEST_KEY
-from linvit.bench.rows import Row
+from linvit.bench.plan import Row
 from linvit.measure.memory import StepMemory
 
 SELECTION = ["bench", "--device", "cpu", "--baseline", TIMM, "--models", OURS, "--img-size", "32", "--rounds", "2"]

@@ -6,8 +6,7 @@ from PIL import Image
 from rich.console import Console
 
 from linvit.bench.output import DIGEST_KEY, PAPER_LABEL, draw, save_plot, show_models, show_rows
-from linvit.bench.plan import Plan
-from linvit.bench.rows import make_row
+from linvit.bench.plan import Plan, make_row
 from linvit.measure.memory import StepMemory
 
 

@@ -1,9 +1,20 @@
 """Models take turns, only their steps are timed, and failures are distinguished."""
 
 import pytest
+import timm
 import torch
 
-from linvit.measure.timing import Runner, interleave, is_out_of_memory, make_step
+from linvit.measure.timing import (
+    GEMM_REPEATS,
+    Runner,
+    count_flops,
+    gemm_flops_per_second,
+    interleave,
+    is_out_of_memory,
+    make_step,
+)
+from linvit.model.attention import LinformerAttention
+from linvit.model.projections import build_projection
 
 
 class FakeClock:
@@ -85,3 +96,49 @@ def test_a_step_runs_its_mode_and_leaves_no_gradients(dtype):
     assert (logits.dtype, logits.requires_grad, model.training) == (dtype, False, True)
     torch.testing.assert_close(gradients[0], images.flatten(1).sum(0).expand(5, -1), rtol=0.02, atol=0.02)
     assert model[1].weight.grad is None
+
+
+B, D, P, SIZE, CLASSES = 2, 64, 8, 32, 10
+T = (SIZE // P) ** 2 + 1
+
+
+def vit(depth):
+    with torch.device("meta"):
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=SIZE, patch_size=P, embed_dim=D, num_heads=2, depth=depth, num_classes=10
+        )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_transformer_counts_as_by_hand(depth):
+    images = torch.empty(B, 3, SIZE, SIZE, device="meta")
+    patch_embedding = 2 * B * (T - 1) * D * 3 * P * P
+    block = 2 * B * T * D * 3 * D + 2 * 2 * B * T * T * D + 2 * B * T * D * D + 2 * 2 * B * T * D * 4 * D
+    forward = patch_embedding + depth * block + 2 * B * D * CLASSES
+    assert count_flops(vit(depth), images, mode="forward") == forward
+    # Each product has two gradients, except that the images need none.
+    assert count_flops(vit(depth), images, mode="train") == 3 * forward - patch_embedding
+
+
+def test_linformer_attention_counts_as_by_hand():
+    N, k = 256, 4
+    with torch.device("meta"):
+        layer = LinformerAttention(
+            D, 2, qkv_bias=True, key_projection=build_projection("linear", k=k, grid_size=(16, 16))
+        )
+        layer.order = "associative"
+        x = torch.empty(1, N, D)
+    projecting, keys_and_values = 2 * k * N * D, 2 * 2 * k * D * D
+    attention = 2 * N * D * D + 2 * 2 * N * k * D + 2 * N * D * D
+    by_hand = projecting + keys_and_values + attention
+    # The row sums of E, for the bias, come on top.
+    assert by_hand <= count_flops(layer, x, mode="forward") <= by_hand + 2 * 2 * k * N
+
+
+def test_the_fastest_product_counts(monkeypatch):
+    monkeypatch.setattr("linvit.measure.timing.GEMM_SIZES", {"cpu": (32,)})
+    durations = [5.0, 2.0, 4.0, 3.0, 6.0]
+    assert len(durations) == GEMM_REPEATS
+    times = iter([time for start, taken in enumerate(durations) for time in (start * 10.0, start * 10.0 + taken)])
+    found = gemm_flops_per_second(torch.bfloat16, torch.device("cpu"), clock=lambda: next(times))
+    assert found == 2 * 32**3 / 2.0

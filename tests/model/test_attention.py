@@ -17,7 +17,7 @@ from small_layers import (
 from timm.layers import Attention
 from torch import nn
 
-from linvit.model.order import choose_order
+from linvit.model.kernels import choose_order
 
 
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 import linvit
-from linvit.model.eager import in_forward_mode, is_plain_linear, runs_eagerly, runs_in_chunks
+from linvit.model.kernels import in_forward_mode, is_plain_linear, runs_eagerly, runs_in_chunks
 
 SHARED_KINDS = [(kind, share) for kind, share in KIND_SHARES if kind not in (*REDUCING, "identity")]
 LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear)

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 
 from linvit.model import registry
-from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
 from linvit.model.vit import LinformerViT
 
 NAMES = timm.list_models("linvit_*")

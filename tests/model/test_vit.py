@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from timm.models import VisionTransformer
 
 from linvit import reference
-from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
 
 
 def reference_logits(model, x):

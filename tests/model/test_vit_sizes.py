@@ -8,7 +8,7 @@ from kinds import KIND_SHARES, SHARES
 from small_vits import images, make
 from torch import nn
 
-from linvit.model.state_dict import checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
 
 # If rows and columns follow from the shape of the grid, the image must keep its shape.
 SCALES = [(kind, share, (2, 2)) for kind, share in KIND_SHARES if kind != "identity"]

@@ -11,7 +11,7 @@ from spectra import images, linformer_vit, textbook_matrices, timm_vit
 from torch import nn
 
 import linvit
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.spectrum import measure
 
 

@@ -10,7 +10,7 @@ import torch
 from spectra import images, linformer_vit, make_spectrum, timm_vit
 
 import linvit
-from linvit.measure.flops import count_flops
+from linvit.measure.timing import count_flops
 from linvit.model.projections.grid import factor_pair
 from linvit.spectrum.plan import UNITS, attention_flops, layer_choices, lengths_to_try, make_plan, uniform_plans
 from linvit.spectrum.result import read_spectra

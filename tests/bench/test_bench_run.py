@@ -4,8 +4,8 @@ import pytest
 from bench_groups import OURS, TIMM
 
 from linvit import reference
-from linvit.bench import check
-from linvit.bench.check import check_attention, size_to_check
+from linvit.bench import run
+from linvit.bench.run import check_attention, size_to_check
 from linvit.model.attention import LinformerAttention
 from linvit.model.build import parse_spec
 
@@ -42,7 +42,7 @@ def test_full_attention_has_nothing_to_compare():
 
 
 def test_long_sequences_are_compared_at_a_smaller_size(monkeypatch):
-    monkeypatch.setattr(check, "MAX_PATCHES", 32)
+    monkeypatch.setattr(run, "MAX_PATCHES", 32)
     spec = parse_spec("linvit_mini_patch4_64:depth=1,k=15")
     assert size_to_check(spec, (128, 64)) == (32, 16)
     assert size_to_check(spec, (32, 16)) == (32, 16)

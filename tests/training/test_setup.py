@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from linvit.training.randomness import seed_run, seed_step
+from linvit.training.setup import seed_run, seed_step
 
 
 def draws() -> tuple[float, float, float]:
