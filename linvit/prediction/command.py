@@ -1,11 +1,98 @@
-"""The command `linvit predict`."""
+"""`linvit predict`: its options, and predictions on the images of a command line, printed or written to a file.
 
-from collections.abc import Sequence
+Heavy imports are inside functions to keep `--help` fast.
+"""
 
-from linvit.prediction.options import PredictOptions
-from linvit.settings.flags import parse_options
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.prediction.tiling import create_tiling
+from linvit.settings.fields import ImageSize, height_and_width
+from linvit.settings.flags import UsageError, check_files, parse_options
+
+if TYPE_CHECKING:
+    from linvit.prediction.predictor import Prediction, Predictor
+    from linvit.prediction.writers import Row, WriteRow
+    from linvit.runs.folder import Classifier
 
 SUMMARY = "predict the classes of loose images"
+# Extensions of the files that predictions can be written to.
+FORMATS = (".csv", ".jsonl", ".parquet")
+
+
+class PredictOptions(BaseModel):
+    """What to predict with, on which images, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
+    images: tuple[str, ...] = Field(
+        description="images, folders (searched at any depth) or quoted globs; - reads paths from stdin, one per line"
+    )
+    topk: int = Field(5, ge=1, description="number of most probable classes to report")
+    label_type: Literal["name", "description"] = Field(
+        "name", description="report class names, or their descriptions if the names are WordNet ids"
+    )
+    output: Path | None = Field(
+        None,
+        description=f"write the predictions to this file: {', '.join(FORMATS)} (default: lines on stdout)",
+    )
+
+    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
+    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
+    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
+
+    img_size: ImageSize | None = Field(
+        None, description="image size of the model, as 384 or 768x512 (default: the model's own)"
+    )
+    crop_pct: CropShare | None = Field(
+        None, description="fraction of the image that the centre crop keeps (default: the run's)"
+    )
+    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
+    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
+    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
+    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+
+    tile: ImageSize | None = Field(
+        None, description="cut larger images into tiles of this size in pixels, as 1024 or 768x1024 (default: no tiles)"
+    )
+    overlap: int | None = Field(
+        None, ge=0, description="minimum number of pixels that neighbouring tiles share (default: an eighth of a tile)"
+    )
+    merge: Literal["mean", "max"] = Field("mean", description="how to merge the tiles' probabilities of a class")
+    tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
+
+    batch_size: int | None = Field(
+        None, gt=0, description="images or tiles per batch (default: by device and image size)"
+    )
+    workers: int = Field(4, ge=0, description="number of processes that read images")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
+    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
+    amp_dtype: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PredictOptions:
+        for name, path in (("--output", self.output), ("--tile-output", self.tile_output)):
+            if path is not None and path.suffix.lower() not in FORMATS:
+                raise ValueError(f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        if self.output is not None and self.output == self.tile_output:
+            raise ValueError(f"--output and --tile-output are both {self.output}; choose two files")
+        if self.tile is None and (self.overlap is not None or self.tile_output is not None):
+            raise ValueError("--overlap and --tile-output need --tile SIZE")
+        create_tiling(self.tile, overlap=self.overlap)
+        return self
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +110,134 @@ def main(argv: Sequence[str]) -> int:
             "model": ["-m", "--model"],
         },
     )
-    from linvit.prediction.run import predict_command
-
     return predict_command(options)
+
+
+def predict_command(options: PredictOptions) -> int:
+    """Write a prediction for every image, in order, to a file or stdout; returns the exit status.
+
+    The status is 1 if none of the images can be read. Raises UsageError, before anything is loaded, for a path that
+    does not exist and a file that cannot be written; ValueError if the source does not fit the options.
+    """
+    from linvit.data.sources.base import PackedStrings
+    from linvit.data.sources.loose import LooseImages
+    from linvit.device import choose_device
+    from linvit.output.terminal import note
+    from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
+
+    check_files(("--output", options.output), ("--tile-output", options.tile_output))
+    try:
+        for path in (options.output, options.tile_output):
+            if path is not None:
+                check_format(path)
+        images = LooseImages(PackedStrings.pack(_paths(options.images)))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    choose_device(options.device)
+    predictor = _create_predictor(options)
+    with ExitStack() as files:
+        write_image: WriteRow = _print_row
+        write_tile: WriteRow = _discard
+        if options.output is not None:
+            write_image = files.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
+        if options.tile_output is not None:
+            write_tile = files.enter_context(open_rows(options.tile_output, TILE_COLUMNS, topk=predictor.topk))
+        predictions = predictor.predict(images)
+        if options.output is not None:
+            predictions = _with_progress(predictions, len(images))
+        num_unreadable = _write(predictions, write_image, write_tile)
+    if options.output is not None:
+        print(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
+    if num_unreadable:
+        note(f"{num_unreadable:,} of {len(images):,} images cannot be read; their rows give the reasons")
+    return 1 if len(images) and num_unreadable == len(images) else 0
+
+
+def _paths(images: Iterable[str]) -> Iterator[str]:
+    from linvit.data.sources.loose import expand, read_list
+
+    for image in images:
+        if image == "-":
+            yield from read_list(sys.stdin.buffer)
+        else:
+            yield from expand(image, missing="refuse")
+
+
+def _create_predictor(options: PredictOptions) -> Predictor:
+    from linvit.evaluation.inference import override_settings
+    from linvit.output.terminal import note
+    from linvit.prediction.predictor import Predictor
+    from linvit.runs.folder import load_classifier
+
+    size = None if options.img_size is None else height_and_width(options.img_size)
+    classifier = load_classifier(
+        options.source,
+        weights=options.weights,
+        img_size=size,
+        model_name=options.model,
+        model_kwargs=options.model_kwargs,
+        use_ema=options.use_ema,
+    )
+    classifier = override_settings(classifier, options)
+    return Predictor(
+        replace(classifier, class_names=_labels(classifier, options)),
+        img_size=size,
+        topk=options.topk,
+        tile=options.tile,
+        overlap=options.overlap,
+        merge=options.merge,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+        say=note,
+    )
+
+
+def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:
+    from linvit.evaluation.classes import lemmas
+    from linvit.output.terminal import note
+
+    names = classifier.class_names
+    if names is None:
+        note(f"{options.source} has no class names; predictions show class numbers")
+    if options.label_type == "name":
+        return names
+    descriptions = lemmas()
+    if names is None or not descriptions.keys() >= set(names):
+        raise ValueError(
+            f"--label-type description: the classes of {options.source} are not WordNet ids; omit --label-type"
+        )
+    return [descriptions[name] for name in names]
+
+
+def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile: WriteRow) -> int:
+    """Write a row for every prediction and for each of its tiles; returns the number of unreadable images."""
+    from linvit.prediction.writers import IMAGE_COLUMNS
+
+    num_unreadable = 0
+    for prediction in predictions:
+        num_unreadable += prediction.error is not None
+        write_image({name: getattr(prediction, name) for name in IMAGE_COLUMNS})
+        for tile in prediction.tiles:
+            best = {"labels": tile.labels, "probabilities": tile.probabilities}
+            write_tile({"path": prediction.path, **tile.box._asdict(), **best})
+    return num_unreadable
+
+
+def _print_row(row: Row) -> None:
+    from linvit.output.terminal import printable
+
+    best = (f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"]))
+    print(f"{printable(row['path'])}: {'; '.join(best) if row['error'] is None else row['error']}")
+
+
+def _discard(row: Row) -> None:
+    pass
+
+
+def _with_progress(predictions: Iterable[Prediction], num_images: int) -> Iterator[Prediction]:
+    """The same predictions, with a progress bar if stderr is a terminal."""
+    from linvit.output.terminal import progress_bar
+
+    with progress_bar() as bar:
+        yield from bar.track(predictions, total=num_images, description="predicting")
