@@ -24,8 +24,7 @@ from linvit.measure.timing import count_flops
 from linvit.model.projections import GridSize, Projection
 from linvit.model.sharing import Share
 from linvit.model.vit import LinformerViT
-from linvit.spectrum.knapsack import Item, choose
-from linvit.spectrum.plan import lengths_to_try
+from linvit.spectrum.plan import Item, choose, lengths_to_try
 
 # Smallest ratio of neighbouring lengths; closer ones have about the same cost and error.
 MIN_RATIO = 1.5

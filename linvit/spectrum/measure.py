@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from linvit.measure.timing import count_flops
 from linvit.model.attention import LinformerAttention
-from linvit.spectrum.capture import LayerAttention, Vit, as_vit, capture_attention
-from linvit.spectrum.matrix import SingularValues, exact_singular_values, randomized_singular_values
+from linvit.spectrum.capture import (
+    LayerAttention,
+    SingularValues,
+    Vit,
+    as_vit,
+    capture_attention,
+    exact_singular_values,
+    randomized_singular_values,
+)
 from linvit.spectrum.result import Spectrum
 
 Method = Literal["auto", "exact", "randomized"]

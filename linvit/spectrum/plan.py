@@ -1,9 +1,12 @@
 """Choose a projected length for each layer within a budget, so that attention keeps the most energy.
 
 Each layer has choices: projected lengths and ordinary attention, with their operations and the share of the attention's
-energy that they can keep. The best combination is found exactly, by a knapsack.
+energy that they can keep. The best combination is found exactly, by a multiple-choice knapsack, which `linvit convert`
+uses too. Taking the best value for its cost first would not work, since costs are not linear in k and ordinary
+attention is a jump.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +20,6 @@ from linvit.model.projections import GridSize
 from linvit.model.projections.grid import factor_pair
 from linvit.model.sharing import Share
 from linvit.model.vit import LinformerViT
-from linvit.spectrum.knapsack import Item, choose
 from linvit.spectrum.result import Spectrum
 
 # Fewer keys cost hardly less, and a projection that is fitted, or pools, keeps less than the best of its rank.
@@ -247,3 +249,40 @@ def _count(
 def _energy_kept(spectrum: Spectrum, layer: int, k: int) -> float:
     cumulative = spectrum.cumulative_energy[layer]
     return float(np.mean(cumulative[:, min(k, cumulative.shape[1]) - 1]))
+
+
+class Item(NamedTuple):
+    """A member of a knapsack's group, such as a length for a layer: what it costs and what it is worth."""
+
+    cost: float
+    value: float
+
+
+def choose(groups: Sequence[Sequence[Item]], budget: float, *, unit: float) -> list[int] | None:
+    """Solve the multiple-choice knapsack: take one item from each group for the largest total value within the budget.
+
+    Returns the index of the item to take from each group, or None if even the cheapest items exceed the budget. Solved
+    by dynamic programming over groups and costs. It is exact, except that the cost of an item beyond the cheapest of
+    its group is rounded up to whole units, which leaves less than a unit per group unspent.
+    """
+    cheapest = [min(item.cost for item in items) for items in groups]
+    prices = [[math.ceil((item.cost - least) / unit) for item in items] for items, least in zip(groups, cheapest)]
+    capacity = math.floor((budget - sum(cheapest)) / unit)
+    if capacity < 0:
+        return None
+    # More than the sum of the highest prices cannot be spent.
+    capacity = min(capacity, sum(map(max, prices)))
+    # The best value by units spent, of the groups so far.
+    best = np.zeros(capacity + 1)
+    taken = []
+    for items, group_prices in zip(groups, prices):
+        values = np.full((len(items), capacity + 1), -np.inf)
+        for row, item, price in zip(values, items, group_prices):
+            row[price:] = best[: max(capacity + 1 - price, 0)] + item.value
+        best = values.max(0)
+        taken.append(values.argmax(0))
+    chosen = []
+    for group_prices, numbers in zip(prices[::-1], taken[::-1]):
+        chosen.append(int(numbers[capacity]))
+        capacity -= group_prices[chosen[-1]]
+    return chosen[::-1]

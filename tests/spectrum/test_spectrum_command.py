@@ -15,7 +15,7 @@ from linvit import cli
 from linvit.data.augment.build import InputSpec
 from linvit.data.decode import UnreadableImage
 from linvit.data.sources.loose import load_batches, load_images, sample_paths
-from linvit.spectrum.options import SpectrumOptions
+from linvit.spectrum.command import SpectrumOptions
 from linvit.spectrum.result import read_spectra
 
 NAME = "vit_tiny_patch16_224"
@@ -98,7 +98,7 @@ def test_a_run_takes_a_plan_as_its_config(measured, tmp_path, capsys):
 
 
 def test_a_results_file_is_shown_without_measuring(measured, monkeypatch, capsys):
-    monkeypatch.setattr("linvit.spectrum.run.attention_spectrum", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("linvit.spectrum.measure.attention_spectrum", lambda *_, **__: pytest.fail("measured"))
     assert cli.main(["spectrum", str(measured["json"]), "--index", "10"]) == 0
     shown = capsys.readouterr().out
     assert "65 tokens" in shown

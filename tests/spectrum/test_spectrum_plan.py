@@ -1,4 +1,4 @@
-"""Plans stay within their budget, improve with more of it, are optimal, and fit the model."""
+"""Plans stay within their budget, improve with more of it and fit the model; they and the knapsack are optimal."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,16 @@ from spectra import images, linformer_vit, make_spectrum, timm_vit
 import linvit
 from linvit.measure.timing import count_flops
 from linvit.model.projections.grid import factor_pair
-from linvit.spectrum.plan import UNITS, attention_flops, layer_choices, lengths_to_try, make_plan, uniform_plans
+from linvit.spectrum.plan import (
+    UNITS,
+    Item,
+    attention_flops,
+    choose,
+    layer_choices,
+    lengths_to_try,
+    make_plan,
+    uniform_plans,
+)
 from linvit.spectrum.result import read_spectra
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -152,7 +161,10 @@ def test_lengths_that_cost_as_much_as_ordinary_attention_are_left_out():
             {"speedup": 20},
             r"speedup=20 cannot be reached: k=16 in every layer gives a speedup of 2\.\d\d; set a larger budget",
         ),
-        ({"speedup": 1.2, "projection": "avgpool", "share": "headwise"}, "share='headwise' has nothing to tell apart"),
+        (
+            {"speedup": 1.2, "projection": "avgpool", "share": "headwise"},
+            "with share='headwise' all maps would be the same",
+        ),
         ({"speedup": 1.2, "projection": "seperable"}, "did you mean 'separable'"),
     ],
 )
@@ -186,3 +198,35 @@ def test_early_layers_of_a_real_model_get_the_keys():
     assert max(ranks[7:]) < 80
     k = [length or spectrum.num_patches for length in linvit.plan_k(spectrum, speedup=1.8)]
     assert min(k[1:5]) > 4 * max(k[7:])
+
+
+@pytest.mark.parametrize("budget", [10, 14, 20, 33, 1000])
+def test_no_combination_within_the_budget_is_better(budget):
+    rng = np.random.default_rng(budget)
+    groups = [[Item(int(cost), float(rng.random())) for cost in rng.integers(2, 15, 4)] for _ in range(4)]
+    found = choose(groups, budget, unit=1)
+    affordable = [
+        numbers
+        for numbers in itertools.product(range(4), repeat=4)
+        if sum(items[number].cost for items, number in zip(groups, numbers)) <= budget
+    ]
+    if not affordable:
+        assert found is None
+        return
+    assert tuple(found) in affordable
+
+    def value(numbers):
+        return sum(items[number].value for items, number in zip(groups, numbers))
+
+    assert value(found) == pytest.approx(max(map(value, affordable)))
+
+
+def test_costs_are_rounded_up_to_units():
+    groups = [[Item(1.0, 0.0), Item(2.1, 1.0)]]
+    assert choose(groups, 3.0, unit=1.0) == [1]
+    assert choose(groups, 2.9, unit=1.0) == [0]
+    assert choose(groups, 2.9, unit=0.1) == [1]
+
+
+def test_a_budget_below_the_cheapest_items_is_none():
+    assert choose([[Item(2, 0.0)], [Item(3, 0.0)]], 4.9, unit=0.1) is None

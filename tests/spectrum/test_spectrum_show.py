@@ -5,7 +5,7 @@ from PIL import Image
 from spectra import make_spectrum
 
 from linvit.spectrum.plan import make_plan
-from linvit.spectrum.plot import draw, save_plot
+from linvit.spectrum.show import draw, save_plot
 
 SETTINGS = {"projection": "separable", "share": "kv", "min_k": 16}
 RANKS = [[3.0, 2.0, 4.0], [60.0, 90.0, 150.0], [9.0, 12.0, 20.0]]
