@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_written_is_an_error_before_the_work(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 2
-    assert "no/eval.json: folder no does not exist" in capsys.readouterr().err
+    assert f"no/eval.json: folder {tmp_path}/no does not exist; create it first" in capsys.readouterr().err
 
 
 @pytest.mark.slow
