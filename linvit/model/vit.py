@@ -24,6 +24,9 @@ from linvit.model.attention import LinformerAttention
 from linvit.model.mlp import LeanMlp, MlpLayer, mlp_class
 from linvit.model.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
 from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer, store_shared_once
+
+# Where timm keeps the filter of a model: in the module of its class.
+from linvit.model.sharing import checkpoint_filter_fn as checkpoint_filter_fn
 from linvit.model.tokens import TokenLayout, mask_of_kept, takes_layout, with_layout
 from linvit.settings.fields import unknown_choice
 

@@ -1,6 +1,7 @@
 """The registered models: each keeps timm's contract as far as it shows without running it, the smallest all of it."""
 
 import re
+import sys
 
 import pytest
 import timm
@@ -203,3 +204,12 @@ def test_keywords_of_timms_vit(kwargs):
     out.mean().backward()
     assert out.shape == (2, 5)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_filter_is_in_the_modules_where_timm_looks_for_it():
+    model = mini()
+    modules = (
+        sys.modules[type(model).__module__],
+        sys.modules[timm.model_entrypoint("linvit_mini_patch4_64").__module__],
+    )
+    assert [module.checkpoint_filter_fn for module in modules] == [checkpoint_filter_fn] * 2

@@ -179,7 +179,9 @@ def test_stopping_in_an_epoch_changes_nothing(
     settings = {"kd_model_name": teacher, "kd_distill_type": mode, "mixup": 0.8, "model_ema": True, "clip_grad": 1.0}
     assert_stopping_changes_nothing(data, tmp_path, monkeypatch, after=2, **settings)
     # Only the model is exported.
-    assert not [name for name in load_file(tmp_path / "uninterrupted/best/model.safetensors") if name.startswith("projection")]
+    assert not [
+        name for name in load_file(tmp_path / "uninterrupted/best/model.safetensors") if name.startswith("projection")
+    ]
 
 
 def test_a_run_can_be_the_teacher(data: Path, tmp_path: Path) -> None:
