@@ -51,10 +51,9 @@ def train(config: TrainConfig) -> int:
     from linvit.training import setup
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
-    from linvit.training.recorder import start_recording
-    from linvit.training.saver import Saver
+    from linvit.training.recorder import recording
 
-    with joined_ranks(config.device) as ranks, stop_on_signals() as stop, Saver() as saver:
+    with joined_ranks(config.device) as ranks, stop_on_signals() as stop:
         setup.prepare_process(config)
 
         train_set = setup.open_train_set(config)
@@ -72,7 +71,7 @@ def train(config: TrainConfig) -> int:
         step = setup.build_step(config, model, train_set, spec=spec, ranks=ranks, stop=stop)
         num_epochs = setup.set_schedule(step, config, num_batches=len(train_loader))
         # From here on the run has a folder, and `progress` stands at its start or where it resumes.
-        recorder, progress = start_recording(
+        with recording(
             config,
             step,
             train_set,
@@ -81,24 +80,22 @@ def train(config: TrainConfig) -> int:
             val_loader=val_loader,
             spec=spec,
             new_parameters=new_parameters,
-            saver=saver,
-        )
+        ) as (recorder, progress):
+            for epoch in range(progress.epoch, num_epochs):
+                if progress.is_out_of_patience(config.early_stop_patience):
+                    break
+                result = train_one_epoch(step, train_loader, epoch, progress, recorder, num_epochs=num_epochs)
+                if result is None:
+                    return recorder.stop(step, progress)
 
-        for epoch in range(progress.epoch, num_epochs):
-            if progress.is_out_of_patience(config.early_stop_patience):
-                break
-            result = train_one_epoch(step, train_loader, epoch, progress, recorder, num_epochs=num_epochs)
-            if result is None:
-                return recorder.stop(step, progress)
+                best = None
+                if (epoch + 1) % config.val_interval == 0 or epoch + 1 == num_epochs:
+                    result.metrics = validate(step, val_loader)
+                    best = progress.judge(result.metrics, config.eval_metric)
+                recorder.end_epoch(result, step, progress, best=best)
 
-            best = None
-            if (epoch + 1) % config.val_interval == 0 or epoch + 1 == num_epochs:
-                result.metrics = validate(step, val_loader)
-                best = progress.judge(result.metrics, config.eval_metric)
-            recorder.end_epoch(result, step, progress, best=best)
-
-        recorder.end(progress)
-        return 0
+            recorder.end(progress)
+            return 0
 
 
 def train_one_epoch(

@@ -1,6 +1,7 @@
 """What a run writes to its folder and prints; only the first process does both, the others keep a log file each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ Snapshot = Callable[[], dict[str, Any]]
 _STATE_DICTS = {"raw": "state_dict", "ema": "state_dict_ema"}
 
 
-def start_recording(
+@contextmanager
+def recording(
     config: TrainConfig,
     step: TrainStep,
     train_set: ImageSet,
@@ -39,46 +41,52 @@ def start_recording(
     val_loader: Loader,
     spec: InputSpec,
     new_parameters: list[str],
-    saver: Saver,
-) -> tuple["Recorder", Progress]:
-    """Open the run's folder and, if the run resumes, restore the state of `step`; returns the run's progress, too.
+) -> Iterator[tuple["Recorder", Progress]]:
+    """Open the run's folder and, if the run resumes, restore the state of `step`; yields the run's progress, too.
+
+    The folder stays locked inside the `with` statement. At its end, the current save is finished before the lock is
+    released.
 
     Args:
         new_parameters: names of the parameters that the given weights lack.
 
-    Raises ValueError if there is nothing to resume from or the checkpoint does not fit, OSError if the folder cannot be
-    written.
+    Raises ValueError if there is nothing to resume from, the checkpoint does not fit or another process is training in
+    the folder, OSError if the folder cannot be written.
     """
     start = on_primary(lambda: choose_start(config, img_size=spec.size))
-    recorder = Recorder(
-        start.folder,
-        config=config,
-        train_set=train_set,
-        val_set=val_set,
-        loader=train_loader,
-        spec=spec,
-        ranks=step.ranks,
-        saver=saver,
-    )
-    for loader in (train_loader, val_loader):
-        if loader.cache is not None:
-            recorder.log(loader.cache.describe())
-    progress = Progress()
-    state = read_checkpoint(start.state) if start.state is not None else None
-    if state is not None:
-        progress = restore_state(
-            state,
-            step,
-            settings=config.model_dump(mode="json"),
-            class_names=train_set.class_names,
-            num_images=len(train_set),
-            num_batches=len(train_loader),
-            with_optimizer=not config.no_resume_opt,
+    lock = lock_run(start.folder) if step.ranks.is_primary else None
+    with lock or nullcontext(), Saver() as saver:
+        recorder = Recorder(
+            start.folder,
+            config=config,
+            train_set=train_set,
+            val_set=val_set,
+            loader=train_loader,
+            spec=spec,
+            ranks=step.ranks,
+            saver=saver,
         )
-    recorder.begin(step, progress, state=state, new_parameters=new_parameters)
-    for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
-        recorder.log(note)
-    return recorder, progress
+        for loader in (train_loader, val_loader):
+            if loader.cache is not None:
+                recorder.log(loader.cache.describe())
+        progress = Progress()
+        state = read_checkpoint(start.state) if start.state is not None else None
+        if state is not None:
+            progress = restore_state(
+                state,
+                step,
+                settings=config.model_dump(mode="json"),
+                class_names=train_set.class_names,
+                num_images=len(train_set),
+                num_batches=len(train_loader),
+                with_optimizer=not config.no_resume_opt,
+            )
+        recorder.begin(step, progress, state=state, new_parameters=new_parameters)
+        # The state would stay in memory for the whole run.
+        del state
+        for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
+            recorder.log(note)
+        yield recorder, progress
 
 
 class Recorder:
@@ -88,15 +96,13 @@ class Recorder:
     beginning and at the end of the run an OSError that names the file is raised.
 
     Args:
-        folder: the run's folder, which exists.
+        folder: the run's folder, which exists and which this run has locked.
         config: the run's configuration.
         train_set, val_set: the images to train and to evaluate on.
         loader: the training loader.
         spec: how images are prepared.
         ranks: this process; the first prints and writes, the others write a log each to logs/.
         saver: writes in the background.
-
-    Raises ValueError if another process is training in the folder.
     """
 
     def __init__(
@@ -117,7 +123,6 @@ class Recorder:
         self.run = RunFolder(folder)
         self.train_set, self.val_set, self.loader, self.spec = train_set, val_set, loader, spec
         self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
-        self._lock = lock_run(folder) if self.is_primary else None
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
         self.track: Track | None = None
         self.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, log=self.log)

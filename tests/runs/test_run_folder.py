@@ -1,6 +1,7 @@
 """The folder of a run: saved classifiers that timm loads, and the lock that keeps a second process out."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_runs import make_images, train
+from tiny_runs import SETTINGS, make_images, train
 
+import train_imagenet
 from linvit.data.augment.build import InputSpec
 from linvit.runs.folder import lock_run, save_classifier
+from linvit.training.config import TrainConfig
 
 SPEC = InputSpec(
     size=(48, 64), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.7, crop_mode="squash"
@@ -30,6 +33,15 @@ lock = lock_run(Path(sys.argv[1]))
 if os.fork():
     print("locked", flush=True)
 time.sleep(60)
+"""
+# A process does not see its own locks.
+PROBE = """
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], "ab"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free")
+except BlockingIOError:
+    print("locked")
 """
 
 
@@ -98,6 +110,47 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
         other.wait()
         assert train(data, tmp_path / "out", resume="auto", **settings | {"epochs": 2}) == 0
         os.killpg(other.pid, signal.SIGKILL)
+
+
+def is_locked(run: Path) -> bool:
+    """Whether another process finds the folder of a run locked."""
+    command = [sys.executable, "-c", PROBE, str(run / ".lock")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout == "locked\n"
+
+
+@posix
+def test_a_run_is_locked_until_it_ends_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run = make_images(tmp_path / "data", train=4, val=1), tmp_path / "out/run"
+    config = TrainConfig(
+        data_dir=data, output=tmp_path / "out", experiment="run", resume="auto", **SETTINGS | {"epochs": 1}
+    )
+    seen = []
+
+    def validate(*arguments: Any) -> Any:
+        seen.append(is_locked(run))
+        return evaluate(*arguments)
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("a mistake")
+
+    evaluate = train_imagenet.validate
+    monkeypatch.setattr(train_imagenet, "validate", validate)
+    # The lock must not depend on the collector of reference cycles.
+    gc.disable()
+    try:
+        assert train_imagenet.train(config) == 0
+        assert seen == [True]
+        assert not is_locked(run)
+        # While an error is handled, its traceback keeps the objects of the run alive.
+        with pytest.raises(ValueError, match="eval_metric was top1") as refused:
+            train_imagenet.train(config.model_copy(update={"eval_metric": "loss"}))
+        assert not is_locked(run), refused
+        monkeypatch.setattr(train_imagenet, "validate", fail)
+        with pytest.raises(RuntimeError, match="a mistake") as mistake:
+            train_imagenet.train(config.model_copy(update={"epochs": 2}))
+        assert not is_locked(run), mistake
+    finally:
+        gc.enable()
 
 
 @posix
