@@ -81,6 +81,7 @@ class LeanMlp(Mlp):
             and self.act.approximate == "none"
             and isinstance(self.norm, nn.Identity)
             and not (self.training and (self.drop1.p or self.drop2.p))
+            and x.ndim > 1
             and x.numel() > 0
             and not x.is_meta
             and (x.dtype == self.fc1.weight.dtype or autocast_dtype(x) is not None)
