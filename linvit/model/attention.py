@@ -164,10 +164,12 @@ class LinformerAttention(Attention):
         """A function that maps any tokens to their outputs, given the keys and values of the tokens x (B, T, D).
 
         This computes a few of the tokens without the others. The layer must have projections. Output dropout is not
-        applied.
+        applied. Raises ValueError if `qkv` is not a plain linear layer.
         """
         projections = self.projections()
         assert projections is not None
+        if not is_plain_linear(self.qkv):
+            raise ValueError("attend_to reads the weight of qkv: remove adapters, hooks and quantised weights from it")
         patches = read_patches(x, *projections, self.num_prefix_tokens, layout=None, mask=None)
         return self._prepare(x, *projections, patches, "associative")
 
