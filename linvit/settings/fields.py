@@ -39,6 +39,8 @@ Side = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(parse_size)]
 Count = Annotated[int, Field(ge=0)]
+# NumPy's counter-based generator keys on signed 64-bit numbers.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 # A projected length k.
@@ -215,5 +217,8 @@ def _limits(metadata: Iterable[Any]) -> str:
     for constraint in metadata:
         # pydantic keeps the limits of an inner Field(ge=...) one level down.
         for entry in getattr(constraint, "metadata", [constraint]):
-            limits += [f"{words} {getattr(entry, name):g}" for name, words in _LIMITS.items() if hasattr(entry, name)]
+            for name, words in _LIMITS.items():
+                if hasattr(entry, name):
+                    limit = getattr(entry, name)
+                    limits.append(f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}")
     return f" {' and '.join(limits)}" if limits else ""

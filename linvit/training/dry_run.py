@@ -45,7 +45,10 @@ def show_plan(config: TrainConfig, model: TimmModel, loader: Loader, spec: Input
     batch = next(iter(loader))
     console.print(cost_table(config, model, batch, num_batches=len(loader)))
     path = config.output / "dry-run.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {config.output}: cannot create the folder ({error.strerror})") from error
     save_batch(path, batch, loader.class_names, spec)
     print_line(f"one batch: {path}; nothing was trained")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from linvit.settings.fields import Count, LayerLengths, Length, Probability, Rate, nearest
+from linvit.settings.fields import Count, LayerLengths, Length, Probability, Rate, Seed, nearest
 
 
 class _Options(BaseModel):
@@ -345,7 +345,7 @@ class RunOptions(_Options):
         description="resume from this run folder or checkpoint; 'auto' resumes the run --experiment if it exists",
     )
     no_resume_opt: bool = Field(False, description="resume only the weights, with a new optimizer")
-    seed: Count = Field(42, description="random seed of the weights, the order of the images and their augmentation")
+    seed: Seed = Field(42, description="random seed of the weights, the order of the images and their augmentation")
     deterministic: bool = Field(False, description="use only deterministic algorithms, which may be slower")
     dry_run: bool = Field(
         False,

@@ -48,6 +48,7 @@ WRONG = [
         "--opt-betas does not apply to sgd, which has no betas: remove it",
     ),
     (TRAINING, ["--aa", "nosuch"], "--aa 'nosuch' is unknown: choose one of 'rand-m9-mstd0.5-inc1', "),
+    (TRAINING, ["--seed", str(2**63)], f"--seed takes a whole number of at least 0 and less than {2**63}"),
     (TRAINING, ["--model", "nosuch"], "unknown model 'nosuch'"),
     (("train",), ["--sched", "cosin"], "not 'cosin' (did you mean 'cosine'?)"),
     (TRAINING, ["--share", "foo"], "--share takes one of 'none', 'headwise', 'kv', 'layerwise', not 'foo'"),

@@ -15,7 +15,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch
 from linvit.model.build import create_model
 from linvit.training.config import TrainConfig
-from linvit.training.dry_run import estimate_memory, layer_table, save_batch, saved_bytes
+from linvit.training.dry_run import estimate_memory, layer_table, save_batch, saved_bytes, show_plan
 
 CONFIG = TrainConfig(data_dir=Path("data"))
 SPEC = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0, "center")
@@ -101,3 +101,13 @@ def test_the_image_shows_pixels_not_normalised_values(tmp_path: Path) -> None:
     picture = cv2.imread(str(tmp_path / "batch.png"), cv2.IMREAD_COLOR_RGB).reshape(-1, 3)
     for colour in ((230, 26, 26), (26, 230, 26)):
         assert (abs(picture.astype(int) - colour).max(axis=1) <= 1).sum() > 1000
+
+
+def test_an_output_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file" / "output"
+    blocked.parent.write_text("")
+    config = CONFIG.model_copy(update={"output": blocked})
+    spec = InputSpec((32, 32), SPEC.mean, SPEC.std, "bicubic", 1.0, "center")
+    batch = Batch(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=re.escape(f"--output {blocked}: cannot create the folder")):
+        show_plan(config, small_vit(), [batch], spec)  # type: ignore[arg-type]
