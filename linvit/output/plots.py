@@ -6,9 +6,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatterMathtext, NullFormatter
 
 from linvit.output.files import write_file
 
@@ -33,6 +35,12 @@ def save_figure(path: Path, figure: Figure, *, dpi: int = 150, metadata: dict[st
 
     Raises OSError, naming the file, where it cannot be written.
     """
+    for axis in figure.findobj(Axis):
+        # A logarithmic axis labels its ticks with formulas.
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+            axis.set_minor_formatter(NullFormatter())
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     # Tick labels are created while the figure is drawn.

@@ -1,13 +1,23 @@
 """Files are written completely or not at all, and read back where that is promised."""
 
 import errno
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
-from linvit.output.files import delete_folder, remove_leftovers, replace_files, write_file, write_text, write_verified
+from linvit.output.files import (
+    delete_folder,
+    remove_leftovers,
+    replace_files,
+    write_file,
+    write_json,
+    write_text,
+    write_verified,
+)
 
 
 def fail_when_full(*args: Any) -> None:
@@ -137,3 +147,15 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
         (tmp_path / name / "file").touch()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b.part", "c", "f"]
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    value = {"a": math.nan, "b": [1.5, -math.inf, (math.inf, "NaN")], "c": {"d": None, "e": 2}}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    read = json.loads(text, parse_constant=refuse)
+    assert read == {"a": None, "b": [1.5, None, [None, "NaN"]], "c": {"d": None, "e": 2}}
