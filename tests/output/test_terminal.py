@@ -45,7 +45,7 @@ def test_numbers_are_to_the_right_and_text_is_not_cut() -> None:
     out = io.StringIO()
     Console(file=out, width=30).print(made)
     text = out.getvalue()
-    assert set("a name that is longer than its column".split()) <= set(text.split())
+    assert set(["a", "name", "that", "is", "longer", "than", "its", "column"]) <= set(text.split())
     rows = [line for line in text.splitlines() if line.rstrip().endswith(("1", "100"))]
     assert len({len(row.rstrip()) for row in rows}) == 1
     assert "…" not in text
