@@ -42,7 +42,9 @@ def test_help_takes_less_than_half_a_second(command):
         assert done.returncode == 0
         assert done.stdout.startswith("usage: ")
         assert done.stderr == ""
-    assert min(seconds) < 0.5, seconds
+        if seconds[-1] < 0.5:
+            return
+    pytest.fail(f"--help took {seconds} seconds")
 
 
 @pytest.mark.parametrize(
