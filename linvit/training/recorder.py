@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,10 @@ class Recorder:
         self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
         self.track: Track | None = None
+        # Not a method: a cycle through it would keep the loaders, and their processes, alive after the run.
+        self.log = partial(_log_line, run=self.run, rank=ranks.rank)
         self.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, log=self.log)
         self.bad_images = BadImages(self.run.bad_images, is_primary=self.is_primary, log=self.log)
-
-    def log(self, text: str) -> None:
-        """Print a line in the first process; the others append it to their log file."""
-        if self.is_primary:
-            print_line(text)
-        else:
-            self.run.logs.mkdir(exist_ok=True)
-            with (self.run.logs / f"rank-{self.rank}.log").open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
 
     def begin(
         self,
@@ -313,3 +307,13 @@ class Recorder:
             spec=self.spec,
             about={"version": __version__, "epoch": result.epoch, "weights": which, "metrics": values},
         )
+
+
+def _log_line(text: str, *, run: RunFolder, rank: int) -> None:
+    """Print a line in the first process; the others append it to their log file."""
+    if rank == 0:
+        print_line(text)
+    else:
+        run.logs.mkdir(exist_ok=True)
+        with (run.logs / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
