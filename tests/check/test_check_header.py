@@ -1,4 +1,4 @@
-"""Formats are recognised, and truncated files are told apart from damaged ones."""
+"""Formats are recognised, and truncated files are distinguished from damaged ones."""
 
 import cv2
 import numpy as np
