@@ -8,6 +8,10 @@ import torch
 # Tests must see what a user sees who is offline.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Test processes side by side share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

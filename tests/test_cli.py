@@ -71,9 +71,9 @@ sys.exit(main())
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("argv", [["linvit"], ["linvit", "train", "--help"], ["mine.py", "-h"]], ids=" ".join)
-def test_importing_the_package_always_registers_the_models(argv):
-    program = f"import sys; sys.argv = {argv}; import linvit, timm; print(timm.is_model('linvit_small_patch16_512'))"
+def test_importing_the_package_registers_the_models_whatever_the_command_line():
+    program = "import sys; sys.argv = ['linvit', 'train', '-h', '--help']; import linvit, timm; "
+    program += "print(timm.is_model('linvit_small_patch16_512'))"
     assert run_python("-c", program).stdout == "True\n"
 
 

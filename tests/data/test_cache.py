@@ -1,10 +1,10 @@
 """What the cache stores and where, its messages, and folders in memory that exist only while a process uses them."""
 
+import atexit
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -101,36 +101,38 @@ def test_a_folder_that_cannot_be_written_is_named(folder: ImageFolder, tmp_path:
 
 needs_memory_folder = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
 
-# Opens the folder, prints its path, and stays until its input is closed.
-USER = """
-import sys
-from pathlib import Path
-import linvit_command  # so that linvit does not load its models
-from linvit.data import cache
-cache._MEMORY = Path(sys.argv[1])
-folder = cache.shared_memory_folder(sys.argv[2])
-(folder / "data").write_text("pixels")
-print(folder, flush=True)
-sys.stdin.read()
-"""
-
 
 class User:
-    """Another process, which uses a folder."""
+    """Another process, which uses a folder. It is forked, since a new interpreter takes seconds to load torch."""
 
     def __init__(self, memory: Path, name: str) -> None:
-        command = [sys.executable, "-c", USER, str(memory), name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.folder = Path(self.process.stdout.readline().strip())
+        fork = multiprocessing.get_context("fork")
+        self.connection, theirs = fork.Pipe()
+        self.process = fork.Process(target=_use, args=(memory, name, theirs), daemon=True)
+        self.process.start()
+        self.folder: Path = self.connection.recv()
 
     def leave(self) -> None:
-        self.process.communicate(timeout=20)
-        assert self.process.returncode == 0
+        self.connection.send("leave")
+        self.process.join(timeout=20)
+        assert self.process.exitcode == 0
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.communicate(timeout=20)
+        self.process.kill()
+        self.process.join(timeout=20)
+
+
+def _use(memory: Path, name: str, connection: Connection) -> None:
+    """Open the folder, send its path, and stay until told to leave."""
+    # What the test's process does when it exits is not this one's business.
+    atexit._clear()
+    cache_module._MEMORY = memory
+    folder = shared_memory_folder(name)
+    (folder / "data").write_text("pixels")
+    connection.send(folder)
+    connection.recv()
+    # A forked process ends without calling these.
+    atexit._run_exitfuncs()
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def users(tmp_path: Path) -> Iterator[list[User]]:
     users: list[User] = []
     yield users
     for user in users:
-        if user.process.poll() is None:
+        if user.process.is_alive():
             user.kill()
 
 
