@@ -129,6 +129,24 @@ def _log_counts(counts: Tensor) -> Tensor:
     return torch.where((counts == 0).all(dim=1, keepdim=True), 0, log)
 
 
+def local_branch(x: Tensor, grid: tuple[int, int], *, weight: Tensor, present: Tensor | None = None) -> Tensor:
+    """Each channel of patches (B, H·W, D) convolved with its own kernel, `weight` (D, s, s) with odd s: (B, H·W, D).
+
+    Patches outside the grid, and those that are not `present` (B, H·W), are zeros. The result is added to the
+    attention's output.
+    """
+    (h, w), half = grid, weight.shape[1] // 2
+    if present is not None:
+        x = torch.where(present[:, :, None], x, 0)
+    out = torch.zeros_like(x)
+    for i in range(h):
+        for j in range(w):
+            for a in range(max(i - half, 0), min(i + half + 1, h)):
+                for b in range(max(j - half, 0), min(j + half + 1, w)):
+                    out[:, i * w + j] += weight[:, a - i + half, b - j + half] * x[:, a * w + b]
+    return out
+
+
 def remap(E: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Move the rows of `E` (k, H·W) to another grid by overlap area; returns (k, H'·W').
 

@@ -34,10 +34,11 @@ from linvit.model.kernels import (
     runs_in_chunks,
     split_attention,
 )
+from linvit.model.local import LocalConv
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.scripted import ScriptableAttention
 from linvit.model.sharing import check_pair
-from linvit.model.tokens import Patches, TokenLayout, read_patches
+from linvit.model.tokens import Patches, TokenLayout, find_patches, read_patches
 
 # Tokens × width of one chunk on a CPU: 2 MiB in single precision.
 CHUNK_ELEMENTS = 2**19
@@ -57,6 +58,8 @@ class LinformerAttention(Attention):
         num_prefix_tokens: number P of tokens in front of the patches, which are never projected.
         key_projection: E, from `build_projection`; None gives ordinary attention.
         value_projection: F; None uses E for values too (the paper's key-value sharing).
+
+    With a `LocalConv` as its `local`, the layer adds that convolution of the patch tokens to the attention's output.
 
     `attn_mask` may be a boolean key-padding mask (B or 1, 1, 1, T), True where a token may be attended to. It is
     applied before projecting, and a projected key that covers no present patch is ignored; `linvit.model.tokens` has
@@ -110,6 +113,7 @@ class LinformerAttention(Attention):
         self.order: Order | None = None
         # None chooses by size, see `split_attention`.
         self.query_chunks: int | None = None
+        self.local: LocalConv | None = None
         self.set_projections(key_projection, value_projection)
 
     def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
@@ -137,13 +141,26 @@ class LinformerAttention(Attention):
         layout: TokenLayout | None = None,
     ) -> Tensor:
         projections = self.projections()
-        if projections is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if is_causal:
+        if is_causal and projections is not None:
             raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
-        x = cast_once(x)
-        patches = read_patches(x, *projections, self.num_prefix_tokens, layout, attn_mask)
-        return self._attend(x, *projections, patches)
+        if is_causal and self.local is not None:
+            raise ValueError("the convolution beside attention sees later patches, so this layer cannot be causal")
+        if projections is None:
+            out = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            if self.local is None:
+                return out
+            patches = find_patches(x, self.local.grid_size, self.num_prefix_tokens, layout, attn_mask)
+        else:
+            x = cast_once(x)
+            patches = read_patches(x, *projections, self.num_prefix_tokens, layout, attn_mask)
+            out = self._attend(x, *projections, patches)
+        return out if self.local is None else self._add_to_patches(out, self.local(x, patches))
+
+    def _add_to_patches(self, out: Tensor, added: Tensor) -> Tensor:
+        if self.num_prefix_tokens == 0:
+            return out + added
+        prefix, patches = out.split([self.num_prefix_tokens, added.shape[1]], dim=1)
+        return torch.cat([prefix, patches + added], dim=1)
 
     def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
         order = self._choose_order(key_proj, value_proj, x)
@@ -358,7 +375,7 @@ class LinformerAttention(Attention):
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableAttention(self, self.projections(), self.num_prefix_tokens)
+        return ScriptableAttention(self, self.projections(), self.num_prefix_tokens, self.local)
 
 
 class _Weights(NamedTuple):

@@ -8,6 +8,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linvit.model.local import LocalConv
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.model.tokens import TokenLayout
 
@@ -22,9 +23,14 @@ class ScriptableAttention(nn.Module):
     key_matrix: Optional[Tensor]  # noqa: UP045
     value_matrix: Optional[Tensor]  # noqa: UP045
     bias: Optional[Tensor]  # noqa: UP045
+    local_kernel: Optional[Tensor]  # noqa: UP045
 
     def __init__(
-        self, attention: Attention, projections: tuple[Projection, Projection] | None, num_prefix_tokens: int
+        self,
+        attention: Attention,
+        projections: tuple[Projection, Projection] | None,
+        num_prefix_tokens: int,
+        local: LocalConv | None,
     ) -> None:
         super().__init__()
         # torch.jit identifies modules by id while it scripts, so no module that it has seen may be freed.
@@ -43,6 +49,8 @@ class ScriptableAttention(nn.Module):
         self.register_buffer("key_matrix", matrices[0])
         self.register_buffer("value_matrix", matrices[1])
         self.register_buffer("bias", bias)
+        self.register_buffer("local_kernel", None if local is None else local.weight.detach())
+        self.local_grid = (0, 0) if local is None else local.grid_size
 
     def _dense_bias(self, lengths: list[int], matrix: Tensor | None) -> Tensor:
         assert matrix is not None
@@ -72,8 +80,15 @@ class ScriptableAttention(nn.Module):
             P = self.num_prefix_tokens
             k = torch.cat([k[:, :, :P], key_matrix @ k[:, :, P:]], dim=2)
             v = torch.cat([v[:, :, :P], value_matrix @ v[:, :, P:]], dim=2)
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.bias)
-        return self.proj(self.norm(x.transpose(1, 2).reshape(B, T, D)))
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.bias)
+        out = self.proj(self.norm(attended.transpose(1, 2).reshape(B, T, D)))
+        kernel = self.local_kernel
+        if kernel is not None:
+            P = self.num_prefix_tokens
+            image = x[:, P:].transpose(1, 2).reshape(B, D, self.local_grid[0], self.local_grid[1])
+            added = F.conv2d(image, kernel, padding=kernel.shape[3] // 2, groups=D).flatten(2).transpose(1, 2)
+            out = torch.cat([out[:, :P], out[:, P:] + added], dim=1)
+        return out
 
 
 def _matrix(projection: Projection) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
+from linvit.model.local import LocalConv
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.projections.base import is_list_of_lengths, parse_length
 from linvit.settings.fields import unknown_choice
@@ -126,9 +127,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Patch and position embeddings are resampled as in timm, E and F by overlap area. `model` takes over the shapes that
     a checkpoint's E and F fix, such as the rows and columns of `separable`. A checkpoint without E and F comes from a
-    plain ViT: the model keeps its own, and a warning is logged. Raises ValueError if the shapes do not fit the grid.
+    plain ViT: the model keeps its own, and a warning is logged; likewise for convolutions beside attention. Raises
+    ValueError if the shapes do not fit the grid.
     """
     out: dict[str, Tensor] = vit_checkpoint_filter_fn(state_dict, model)
+    convolutions = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LocalConv)}
+    lacking = convolutions.keys() - out.keys()
+    if lacking:
+        _logger.warning(
+            "the checkpoint has no convolutions beside attention: %d keep their initial zeros", len(lacking)
+        )
+        out.update({name: convolutions[name].weight.detach().clone() for name in lacking})
     projections = {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
     for name, module in projections.items():
         module.adopt({key.removeprefix(f"{name}."): value for key, value in out.items() if key.startswith(f"{name}.")})

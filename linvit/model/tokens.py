@@ -67,7 +67,7 @@ def mask_of_kept(mask: Tensor, layout: TokenLayout, num_prefix_tokens: int) -> T
 class Patches(NamedTuple):
     """The patches of one batch: where they lie, which are present, and which share of E's and F's rows they cover."""
 
-    # None for the projection's own grid.
+    # None for the layer's own grid.
     grid_size: GridSize | None
     num_patches: int
     # Number of tokens, including masked ones.
@@ -135,17 +135,14 @@ class Patches(NamedTuple):
         return patches.masked_fill(share == 0, 1.0).log().masked_fill(share == 0, -torch.inf).mT
 
 
-def read_patches(
-    x: Tensor,
-    key_proj: Projection,
-    value_proj: Projection,
-    num_prefix_tokens: int,
-    layout: TokenLayout | None,
-    mask: Tensor | None,
+def find_patches(
+    x: Tensor, own_grid: GridSize, num_prefix_tokens: int, layout: TokenLayout | None, mask: Tensor | None
 ) -> Patches:
-    """Describe the patches of tokens `x` (B, P + n, D). Raises ValueError if they do not fit the grid or the mask."""
+    """Describe where the patches of tokens `x` (B, P + n, D) lie, in a layer whose own grid is `own_grid`.
+
+    Raises ValueError if they do not fit the grid, and for a mask that is not a key-padding mask.
+    """
     present = x.shape[1] - num_prefix_tokens
-    own_grid = key_proj.grid_size
     grid_size = own_grid if layout is None else layout.grid_size
     num_patches = grid_size[0] * grid_size[1]
     kept = None if layout is None else layout.kept
@@ -154,12 +151,10 @@ def read_patches(
             f"{present} patch tokens do not fill the {grid_size[0]}×{grid_size[1]} grid of this attention layer: "
             f"call set_input_size() or build the model with dynamic_img_size=True"
         )
-    if grid_size != own_grid:
-        key_proj.check_grid_size(grid_size)
     seen, prefix_mask = None, None
     if mask is not None:
         prefix_mask, seen = _split_key_padding_mask(mask, x, num_prefix_tokens)
-    patches = Patches(
+    return Patches(
         grid_size=None if grid_size == own_grid else grid_size,
         num_patches=num_patches,
         num_present=present,
@@ -167,7 +162,24 @@ def read_patches(
         seen=seen,
         prefix_mask=prefix_mask if num_prefix_tokens else None,
     )
-    if seen is None:
+
+
+def read_patches(
+    x: Tensor,
+    key_proj: Projection,
+    value_proj: Projection,
+    num_prefix_tokens: int,
+    layout: TokenLayout | None,
+    mask: Tensor | None,
+) -> Patches:
+    """Describe the patches of tokens `x` (B, P + n, D) and the share of E's and F's rows that they cover.
+
+    Raises ValueError if they do not fit the grid or the mask.
+    """
+    patches = find_patches(x, key_proj.grid_size, num_prefix_tokens, layout, mask)
+    if patches.grid_size is not None:
+        key_proj.check_grid_size(patches.grid_size)
+    if patches.seen is None:
         return patches
     key_share = _present_share(key_proj, patches, x)
     value_share = key_share if value_proj is key_proj else _present_share(value_proj, patches, x)

@@ -1,8 +1,9 @@
 """LinformerViT: timm's VisionTransformer with Linformer attention.
 
 `linvit.model.sharing` describes who shares E and F. E and F are exempt from weight decay: their rows start as averages
-over patches, and decay would shrink every key. Under layer-wise learning-rate decay they train at the head's rate,
-because in a fine-tuned ViT they are the new parameters.
+over patches, and decay would shrink every key. So is the convolution beside attention, of nine weights per channel.
+Under layer-wise learning-rate decay all of them train at the head's rate, because in a fine-tuned ViT they are the new
+parameters.
 
 B batch, T tokens, D width.
 """
@@ -21,6 +22,7 @@ from timm.models.vision_transformer import Block, feature_take_indices
 from torch import Tensor, nn
 
 from linvit.model.attention import LinformerAttention
+from linvit.model.local import LocalConv
 from linvit.model.mlp import LeanMlp, MlpLayer, mlp_class
 from linvit.model.projections import GridSize, Projection, ProjectionInit, build_projection, maps_can_differ
 from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, length_per_layer, store_shared_once
@@ -32,7 +34,7 @@ from linvit.settings.fields import unknown_choice
 
 Checkpointing = Literal["mlp", "full"]
 _NORM_LAYERS = ("norm_layer", "embed_norm_layer")
-_NOT_IN_A_PROJECTION = r"(?!.*\.(?:key|value)_projection\b)"
+_NOT_NEW = r"(?!.*\.(?:key_projection|value_projection|local)\b)"
 
 
 class LinformerViT(VisionTransformer):
@@ -46,6 +48,8 @@ class LinformerViT(VisionTransformer):
         projection: kind of E and F, a key of `linvit.PROJECTIONS`; `"identity"` gives ordinary attention in all layers.
         share: who shares E and F, see the table in `linvit.model.sharing`.
         projection_init: `"pool"`, `"average"` or `"jl"`, see `Projection`.
+        local: side of the kernel of a depth-wise convolution beside attention, in patches (3 is usual), see
+            `linvit.model.local`; None for the paper's attention alone.
         norm_eps: epsilon of every normalisation layer; None keeps timm's.
         mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
         block_fn: timm's `Block`, `ResPostBlock`, or a block with one `attn_layer`. With `dynamic_img_size` or
@@ -63,6 +67,7 @@ class LinformerViT(VisionTransformer):
         projection: str = "separable",
         share: Share = "kv",
         projection_init: ProjectionInit = "pool",
+        local: int | None = None,
         norm_eps: float | None = None,
         mlp_layer: MlpLayer = "mlp",
         block_fn: Callable[..., nn.Module] = Block,
@@ -89,6 +94,8 @@ class LinformerViT(VisionTransformer):
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.share = share
         self._build_projections(k, projection, projection_init)
+        if local is not None:
+            self._add_convolutions(local)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
@@ -126,6 +133,16 @@ class LinformerViT(VisionTransformer):
         if shared is not None:
             store_shared_once(self)
 
+    def _add_convolutions(self, size: int) -> None:
+        for attention in self._attentions():
+            attention.local = LocalConv(
+                self.embed_dim, size=size, grid_size=self.patch_embed.grid_size, **get_device_dtype(self)
+            )
+
+    def _convolutions(self) -> dict[str, LocalConv]:
+        """The convolutions beside attention, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LocalConv)}
+
     def _attentions(self) -> list[LinformerAttention]:
         attentions = [module for module in self.blocks.modules() if isinstance(module, LinformerAttention)]
         if len(attentions) != len(self.blocks):
@@ -152,17 +169,17 @@ class LinformerViT(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         own = {
             f"{name}.{parameter}"
-            for name, projection in self._named_projections().items()
-            for parameter, _ in projection.named_parameters()
+            for name, module in {**self._named_projections(), **self._convolutions()}.items()
+            for parameter, _ in module.named_parameters()
         }
         return set(super().no_weight_decay()) | own
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups of parameters by depth, with E and F in the last group, which is the head's."""
+        """timm's groups of parameters by depth, with E, F and `local` in the last group, which is the head's."""
         groups: dict[str, Any] = super().group_matcher(coarse=coarse)
         # timm puts parameters that no expression matches into the last group.
-        blocks = [(f"{_NOT_IN_A_PROJECTION}{expression}", suffix) for expression, suffix in groups["blocks"]]
+        blocks = [(f"{_NOT_NEW}{expression}", suffix) for expression, suffix in groups["blocks"]]
         return groups | {"blocks": blocks}
 
     def set_input_size(
@@ -182,6 +199,8 @@ class LinformerViT(VisionTransformer):
         for projection in projections:
             if projection.grid_size != self.patch_embed.grid_size:
                 projection.set_grid_size(self.patch_embed.grid_size)
+        for convolution in self._convolutions().values():
+            convolution.grid_size = self.patch_embed.grid_size
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool | Checkpointing = True) -> None:

@@ -45,6 +45,12 @@ class ModelOptions(_Options):
         description="initial projections: local averages with a little noise ('pool') or without ('average'), or the "
         "paper's random matrix ('jl') (default: the model's own)",
     )
+    local: int | None = Field(
+        None,
+        ge=3,
+        description="side in patches of a depth-wise convolution beside attention, such as 3 (default: the model's "
+        "own; the named models have none)",
+    )
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="extra keyword arguments of the model, such as class_token=false init_values=1e-5",
@@ -85,6 +91,7 @@ MODEL_ARGUMENTS = {
     "projection": "projection",
     "share": "share",
     "projection_init": "projection_init",
+    "local": "local",
     "img_size": "img_size",
     "gp": "global_pool",
     "drop": "drop_rate",
