@@ -4,24 +4,27 @@ A specification is a model as written on the command line: `NAME` or `NAME:keywo
 """
 
 import ast
-import inspect
-import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.models import VisionTransformer, resolve_model_input_args
+from timm.models import VisionTransformer, get_pretrained_cfg, parse_model_name
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 import linvit.model.registry  # noqa: F401  registers the linvit_* names
+from linvit.model.description import CONFIG, ModelDescription, check_arguments, read_config
 from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
 from linvit.settings.fields import one_of, unknown
 from linvit.settings.flags import UsageError
 
 CHECKPOINTING = ("none", "mlp", "full")
+# Before the folder of a model, as timm writes it.
+LOCAL = "local-dir:"
 ONLY_VITS = "only timm's VisionTransformer, and linvit's, are compared here"
 
 
@@ -62,28 +65,61 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, img_size: tuple[int, int] | None = None, **model_kwargs: Any
+    model: str | ModelDescription,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    **model_kwargs: Any,
 ) -> TimmModel:
-    """Create a timm model by name, `local-dir:FOLDER` or `hf-hub:ID`, at `img_size` if its size is fixed.
+    """Create a model from its timm name, `local-dir:FOLDER`, `hf-hub:ID` or description, at `img_size` if it is fixed.
+
+    Only a name can lead to a download: of the description for `hf-hub:ID`, of weights with `pretrained`. Weights in a
+    `local-dir:` folder are read by `linvit.runs.weights`, not here.
 
     Raises ValueError for an unknown name, suggesting the nearest one, for a folder that does not describe a model, for
     arguments that the model does not take, and if pretrained weights are requested but not published.
     """
-    check_model_name(name)
+    weights: dict[str, str] = {}
+    if isinstance(model, str):
+        check_model_name(model)
+        origin, location = parse_model_name(model)
+        description = ModelDescription("", location)
+        if origin == "local-dir":
+            description = read_config(Path(location) / CONFIG)
+        elif origin == "hf-hub":
+            description = read_config(Path(download_from_hf(location, CONFIG)))
+            weights = {"source": "hf-hub", "hf_hub_id": location}
+    else:
+        description = model
+    name, arguments = description.architecture, dict(description.model_args)
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"{description.source}: {unknown('model', name, timm.list_models())}")
+    cfg = description.pretrained_cfg
+    is_fixed = cfg["fixed_input_size"] if cfg is not None else _has_fixed_size(name)
+    if img_size is not None and (is_fixed or "img_size" in arguments):
+        arguments["img_size"] = img_size
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    arguments |= {key: value for key, value in model_kwargs.items() if value is not None}
+    source = f"{description.source}: " if description.source else ""
     try:
-        sized = resolve_model_input_args(name, {"img_size": img_size}, num_classes=num_classes)
-        given = {key: sized[key] for key in ("img_size", "num_classes") if key in sized}
-        return timm.create_model(name, **{**given, **model_kwargs})
-    except (json.JSONDecodeError, KeyError) as error:
-        if ":" not in name:
-            raise
-        raise ValueError(
-            f"{name}: its config.json does not describe a model ({reason(error)}); restore that file"
-        ) from error
+        check_arguments(name, arguments)
+        if weights and cfg is not None:
+            arguments["pretrained_model_args"] = description.model_args
+            cfg = cfg | weights
+        return timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg, **arguments)
     except TypeError as error:
-        raise ValueError(f"{name} does not take these arguments: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source}{name} does not take these arguments: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}{error}") from error
+    except (RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{source}{name} cannot be built: {' '.join(str(error).split())}") from error
+
+
+def _has_fixed_size(name: str) -> bool:
+    known = get_pretrained_cfg(name)
+    return known is not None and known.fixed_input_size
 
 
 def parse_spec(text: str) -> ModelSpec:
@@ -114,6 +150,7 @@ def build(spec: ModelSpec, img_size: tuple[int, int], *, device: Literal["cpu", 
     torch.manual_seed(0)
     kwargs = {"weight_init": "skip", **spec.kwargs} if device == "meta" else spec.kwargs
     try:
+        check_arguments(spec.name, spec.kwargs)
         with torch.device(device):
             model = timm.create_model(spec.name, img_size=img_size, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -135,10 +172,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _explain(error: Exception) -> str:
-    keyword = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    if keyword is None:
-        return reason(error)
-    if keyword[1] == "img_size":
-        return ONLY_VITS
-    known = {name for cls in (VisionTransformer, LinformerViT) for name in inspect.signature(cls).parameters}
-    return unknown("keyword", keyword[1], known)
+    # Every model takes the keywords of the specification, but only a ViT those that are added here.
+    return (
+        ONLY_VITS if re.search(r"unexpected keyword argument '(img_size|weight_init)'", str(error)) else reason(error)
+    )

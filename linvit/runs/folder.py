@@ -13,7 +13,7 @@ logs/           messages of the processes other than the first
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,10 +23,11 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from linvit.data.augment.build import InputSpec
-from linvit.model.build import TimmModel, create_model
+from linvit.model.build import LOCAL, TimmModel, create_model
+from linvit.model.description import ModelDescription
 from linvit.output.files import cannot_write, replace_files, scratch_of
-from linvit.runs.checkpoint import is_checkpoint, write_weights
-from linvit.runs.weights import SavedWeights, compact, fit_weights, read_weights, weights_file
+from linvit.runs.checkpoint import write_weights
+from linvit.runs.weights import SavedWeights, check_finite, compact, fit_weights, read_weights
 from linvit.settings.yaml import read_settings
 
 LOCK = ".lock"
@@ -183,45 +184,47 @@ def load_classifier(
     Raises:
         ValueError: if `source` is none of these, or its weights do not fit the model.
     """
-    path = Path(source)
+    path = Path(source.removeprefix(LOCAL))
     arguments = {"img_size": img_size, **(model_kwargs or {})}
-    if path.is_dir() and not is_checkpoint(path):
-        return _from_folder(path, weights, arguments)
     if path.exists():
-        return _from_file(read_weights(path, use_ema=use_ema), model_name, arguments)
+        saved = _read(path, weights, use_ema=use_ema)
+        model = _build(saved, model_name, arguments)
+        return Classifier(model.eval(), saved.class_names, weights=str(saved.path), settings=saved.settings)
     if "/" in source and ":" not in source:
         raise ValueError(f"{source}: there is no such file or folder, and it is not a timm model name")
     model = create_model(source, pretrained=True, **arguments)
+    check_finite(model.state_dict(), path=source)
     subset = infer_imagenet_subset(model)
     names = model.pretrained_cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else None)
     return Classifier(model.eval(), names, weights=source, settings={})
 
 
-def _from_folder(path: Path, weights: str, arguments: dict[str, Any]) -> Classifier:
+def _read(path: Path, weights: str, *, use_ema: bool) -> SavedWeights:
+    """The weights at a path, with the settings of the run if it is one."""
     run = RunFolder(path)
-    is_run = run.args.is_file()
-    folder = path / weights if is_run else path
-    if is_run and not folder.is_dir():
+    if not run.args.is_file():
+        return read_weights(path, use_ema=use_ema)
+    folder = path / weights
+    if not folder.is_dir():
         raise ValueError(f"{path} is a run without {weights}/ weights yet: let the run finish an epoch")
-    file = weights_file(folder)
-    model = create_model(f"local-dir:{folder}", pretrained=True, **arguments)
-    settings = read_settings(run.args) if is_run else {}
-    return Classifier(model.eval(), model.pretrained_cfg.get("label_names"), weights=str(file), settings=settings)
+    return replace(read_weights(folder, use_ema=use_ema), settings=read_settings(run.args))
 
 
-def _from_file(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> Classifier:
-    name = model_name or saved.architecture
-    if name is None:
+def _build(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> TimmModel:
+    """The model with the saved weights. Raises ValueError if they do not determine all of it."""
+    model_or_name = saved.description or model_name
+    if model_or_name is None:
         raise ValueError(f"{saved.path} does not name its model: give --model NAME")
-    given = {key: value for key, value in arguments.items() if value is not None}
-    model = create_model(name, **{"num_classes": _num_classes(saved, name)} | saved.model_args | given)
-    new = fit_weights(model, saved)
-    if new:
-        raise ValueError(f"{saved.path} does not fit {name}: it lacks {compact(new)}")
-    return Classifier(model.eval(), saved.class_names, weights=str(saved.path), settings=saved.settings)
+    model = create_model(model_or_name, **{"num_classes": _num_classes(saved, model_or_name)} | arguments)
+    if new := fit_weights(model, saved):
+        raise ValueError(f"{saved.path} does not fit {model.pretrained_cfg['architecture']}: it lacks {compact(new)}")
+    return model
 
 
-def _num_classes(saved: SavedWeights, model_name: str) -> int | None:
-    known = get_pretrained_cfg(model_name)
+def _num_classes(saved: SavedWeights, model: str | ModelDescription) -> int | None:
+    """The number of classes of weights whose file does not describe the model."""
+    if isinstance(model, ModelDescription):
+        return None
+    known = get_pretrained_cfg(model)
     classifier = None if known is None else saved.state_dict.get(f"{known.classifier}.weight")
     return None if classifier is None else classifier.shape[0]

@@ -1,40 +1,46 @@
 """Read weights from a run, folder or file, and fit them to a model with another image size or other classes."""
 
 import argparse
-import json
 import pickle
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel
 from safetensors.torch import load_file
 from timm.models import clean_state_dict, model_entrypoint
 from torch import Tensor
 
 from linvit.model.build import TimmModel
+from linvit.model.description import CONFIG, ModelDescription, read_config, read_json, validated
 from linvit.output.files import reason
+from linvit.output.terminal import note, printable
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
+from linvit.runs.layouts import to_timm
+from linvit.runs.positions import match_prefix, source_size
+from linvit.settings.fields import listed
 
 # In order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-# If a model has another width, nearly all its parameters differ in shape.
+# If a model has another width or layout, nearly all its parameters differ.
 MAX_SHAPES_LISTED = 3
+MAX_NAMES_LISTED = 6
+# Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO.
+_STATE_DICTS = ("state_dict", "model", "teacher")
 
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A state dict and what its file records about the model; None for what it does not record.
+    """A state dict under timm's names and what its file records about the model; None for what it does not record.
 
     Attributes:
         path: the file or checkpoint.
         img_size: (height, width) of the model's input.
-        architecture: timm name of the model.
-        model_args: arguments of the model.
+        description: the model. Only config.json of timm and checkpoints written by linvit describe it.
         settings: settings of the run that saved the weights, as in args.yaml.
     """
 
@@ -42,76 +48,128 @@ class SavedWeights:
     state_dict: dict[str, Tensor]
     img_size: tuple[int, int] | None = None
     class_names: list[str] | None = None
-    # Only checkpoints written by linvit provide the following.
-    architecture: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
+    description: ModelDescription | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+class _Recorded(BaseModel):
+    """What a checkpoint written by linvit records about its model."""
+
+    arch: str
+    model_args: dict[str, Any]
+    img_size: tuple[int, int] | None = None
+    class_names: list[str] | None = None
+    settings: dict[str, Any] = {}
 
 
 def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
     """Read the weights of a run (the best), a folder with config.json, a checkpoint or a file, with tensors on the CPU.
+
+    Weights in the layout of Lightning, Hugging Face, torchvision, DINO or MAE get timm's names (`linvit.runs.layouts`).
 
     Args:
         source: the run, folder or checkpoint, or a .safetensors, .pth, .pt or .bin file.
         use_ema: read the EMA weights of a training checkpoint that has both.
 
     Raises:
-        ValueError: if there are no weights, or they cannot be read.
+        ValueError: if there are no weights, they cannot be read, or are not finite.
     """
     folder = source / "best" if (source / "best").is_dir() else source
     if folder.is_dir() and not is_checkpoint(folder):
-        return _read_folder(folder)
+        return _read_folder(folder, use_ema=use_ema)
     if not source.exists():
         raise ValueError(f"{source}: there is no such file or folder to take weights from")
+    if not source.is_dir() and not source.is_file():
+        raise ValueError(f"{source} is not a regular file: give a file with weights")
     checkpoint = read_checkpoint(source) if source.is_dir() else _read_file(source)
-    averaged = ("state_dict_ema", "model_ema") if use_ema else ()
-    key = next((key for key in (*averaged, "state_dict", "model") if checkpoint.get(key) is not None), None)
-    if key is None:
-        return SavedWeights(source, clean_state_dict(checkpoint))
-    state_dict = clean_state_dict(checkpoint[key])
-    if "model_args" not in checkpoint:
+    state_dict = _state_dict(source, checkpoint, use_ema=use_ema)
+    if not {"arch", "model_args"} <= checkpoint.keys():
         return SavedWeights(source, state_dict)
+    recorded = validated(
+        source, _Recorded, {name: value for name, value in checkpoint.items() if name in _Recorded.model_fields}
+    )
     return SavedWeights(
         source,
         state_dict,
-        img_size=checkpoint["img_size"],
-        class_names=checkpoint["class_names"],
-        architecture=checkpoint["arch"],
-        model_args=checkpoint["model_args"],
-        settings=checkpoint["settings"],
+        img_size=recorded.img_size,
+        class_names=recorded.class_names,
+        description=ModelDescription(str(source), recorded.arch, recorded.model_args),
+        settings=recorded.settings,
     )
 
 
 def weights_file(folder: Path) -> Path:
     """The weights file in a folder that timm loads as `local-dir:`; raises ValueError for any other folder."""
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None or not (folder / "config.json").is_file():
+    if file is None or not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is neither a run nor a folder with config.json and {WEIGHT_FILES[0]}")
     return file
 
 
-def _read_folder(folder: Path) -> SavedWeights:
+def _read_folder(folder: Path, *, use_ema: bool) -> SavedWeights:
     file = weights_file(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    size = config.get("model_args", {}).get("img_size")
-    size = size or config.get("pretrained_cfg", {}).get("input_size", (None,))[1:]
-    return SavedWeights(
-        file,
-        clean_state_dict(_read_file(file)),
-        img_size=(size, size) if isinstance(size, int) else tuple(size) or None,
-        class_names=config.get("label_names"),
-    )
+    config = read_json(folder / CONFIG)
+    state_dict = _state_dict(file, _read_file(file), use_ema=use_ema)
+    if "architecture" in config:
+        description = read_config(folder / CONFIG)
+        return SavedWeights(file, state_dict, description.img_size, description.class_names, description)
+    # Hugging Face's own config.json.
+    size = config.get("image_size")
+    return SavedWeights(file, state_dict, img_size=(size, size) if isinstance(size, int) else None)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # timm's training checkpoints contain their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {reason(error)}") from error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, error) from error
+    # What a damaged file raises depends on the byte.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as weights: {printable(reason(error))}") from error
+
+
+def _refusal(path: Path, error: pickle.UnpicklingError) -> ValueError:
+    """A sentence on a pickle that is damaged or holds more than tensors, without torch's advice to unpickle it."""
+    refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+    if refused is None:
+        return ValueError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint of PyTorch")
+    return ValueError(
+        f"{path} holds objects of {refused[1]} and not only tensors; loading these can run code. If you trust whoever "
+        "made the file, save its weights alone in Python, then use weights.pth:\n"
+        f"    import torch; saved = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
+        "    torch.save(saved.get('state_dict', saved.get('model', saved)), 'weights.pth')"
+    )
+
+
+def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tensor]:
+    """The weights in a checkpoint under timm's names. Raises ValueError if there are none, or they are not finite."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not weights by name: save model.state_dict()")
+    averaged = ("state_dict_ema", "model_ema") if use_ema else ()
+    key = next((key for key in (*averaged, *_STATE_DICTS) if checkpoint.get(key) is not None), None)
+    weights = checkpoint if key is None else checkpoint[key]
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} holds no weights by name: its entry {printable(name)!r} is a {type(tensor).__name__}; save "
+                "model.state_dict()"
+            )
+    check_finite(weights, path=path)
+    return to_timm(clean_state_dict(weights), path=path)
+
+
+def check_finite(weights: Mapping[str, Tensor], *, path: Path | str) -> None:
+    """Raise ValueError, naming the parameters, if weights are NaN or infinite."""
+    wrong = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        names = printable(compact(wrong, most=3))
+        raise ValueError(f"{path} has weights that are NaN or infinite ({names}): use weights that were saved before")
 
 
 def fit_weights(model: TimmModel, saved: SavedWeights, *, class_names: Sequence[str] | None = None) -> list[str]:
@@ -120,27 +178,53 @@ def fit_weights(model: TimmModel, saved: SavedWeights, *, class_names: Sequence[
     The model's own `checkpoint_filter_fn` adapts sizes. The classifier keeps its new weights if the number of classes
     or their names differ; E and F keep theirs if the weights are of a plain ViT, which has neither.
 
+    Args:
+        class_names: the classes of a model that is to be trained; None if the weights are used as they are.
+
     Returns:
         The names of the parameters that keep their new weights.
 
     Raises:
         ValueError: naming the parameters, if others are missing, unexpected or of another shape.
     """
-    state_dict = dict(saved.state_dict)
     own = model.state_dict()
     classifier = classifier_parameters(model)
+    state_dict = dict(saved.state_dict)
     if _has_other_classes(saved, own, classifier, class_names):
         for name in classifier:
             state_dict.pop(name, None)
-    if saved.img_size is not None:
-        # timm's filter looks there for the grid of the weights.
-        model.pretrained_model_args = {"img_size": saved.img_size}
-    fitted = _checkpoint_filter(model)(dict(state_dict), model)
+    fitted = _adapt(model, saved, state_dict, is_trained=class_names is not None)
     # New parameters are those that the file lacks and the filter took from the model itself.
     filled = [name for name in fitted if name not in state_dict and name in own and _same(fitted[name], own[name])]
     headless = [name for name in classifier if name not in fitted]
+    if (own.keys() & fitted.keys()) <= set(filled):
+        raise ValueError(
+            f"{saved.path} does not fit {_architecture(model)}: its layout is unknown, with parameters such as "
+            f"{printable(compact(list(saved.state_dict), most=3))}; rename them to the model's, such as "
+            f"{compact(list(own), most=3)}"
+        )
     load_exactly(model, {**fitted, **{name: own[name] for name in headless}}, path=saved.path)
     return sorted([*filled, *headless])
+
+
+def _adapt(
+    model: TimmModel, saved: SavedWeights, state_dict: dict[str, Tensor], *, is_trained: bool
+) -> dict[str, Tensor]:
+    """The weights with the model's prefix tokens, patch size and grid."""
+    try:
+        state_dict = match_prefix(model, state_dict, saved.img_size)
+        if is_trained and "head_dist.weight" not in model.state_dict():
+            # The classifier of DeiT's distillation token; the one of the class token is a classifier by itself.
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head_dist.")}
+        size, assumed = source_size(model, state_dict, saved.img_size)
+        if assumed is not None:
+            note(f"{saved.path}: {assumed}")
+        if size is not None:
+            # timm's filter looks there for the grid of the weights.
+            model.pretrained_model_args = {"img_size": size}
+        return _checkpoint_filter(model)(dict(state_dict), model)
+    except (ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{saved.path} does not fit {_architecture(model)}: {printable(reason(error))}") from error
 
 
 def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path) -> None:
@@ -151,8 +235,12 @@ def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path)
     reshaped = sorted(name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape)
     more = len(reshaped) - MAX_SHAPES_LISTED
     problems = [
-        *([f"it lacks {compact(missing)}"] if missing else []),
-        *([f"it has unexpected parameters {compact(unexpected)}"] if unexpected else []),
+        *([f"it lacks {compact(missing, most=MAX_NAMES_LISTED)}"] if missing else []),
+        *(
+            [f"it has unexpected parameters {printable(compact(unexpected, most=MAX_NAMES_LISTED))}"]
+            if unexpected
+            else []
+        ),
         *(
             f"the shape of {name} is {_shape(state_dict[name])}, not {_shape(own[name])}"
             for name in reshaped[:MAX_SHAPES_LISTED]
@@ -174,17 +262,21 @@ def classifier_parameters(model: TimmModel) -> list[str]:
     return [name for name in model.state_dict() if name.rpartition(".")[0] in modules]
 
 
-def compact(names: Sequence[str] | set[str]) -> str:
-    """Parameter names on one line, with the numbers of layers merged, such as blocks.0-3,5.norm1.weight."""
+def compact(names: Iterable[str], *, most: int | None = None) -> str:
+    """Parameter names on one line, with the numbers of layers merged, such as blocks.0-3,5.norm1.weight.
+
+    After `most` of them, the number of the others follows: "a, b and 3 more".
+    """
     numbers: dict[str, list[int | None]] = {}
     for name in names:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = name[: number.start()] + "{}" + name[number.end() :] if number else name
         numbers.setdefault(pattern, []).append(int(number.group()) if number else None)
-    return ", ".join(
-        pattern.format(_ranges(sorted(layer for layer in layers if layer is not None)))
+    merged = [
+        pattern.replace("{}", _ranges(sorted(layer for layer in layers if layer is not None)))
         for pattern, layers in sorted(numbers.items())
-    )
+    ]
+    return listed(merged, most=most or len(merged))
 
 
 def _ranges(layers: list[int]) -> str:

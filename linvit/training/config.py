@@ -114,6 +114,7 @@ class TrainConfig(
         def spell(name: str) -> str:
             return flag_of(name) if path is None or name in flags else name
 
+        _check_hub(settings, flags, path)
         try:
             return validate(cls, _with_model({**settings, **flags}), source=source, spell=spell)
         except ValueError as error:
@@ -200,6 +201,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if name not in TrainConfig.model_fields:
             raise UsageError(f"{path}: {unknown('option', name, TrainConfig.model_fields)}")
     return settings
+
+
+def _check_hub(settings: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None) -> None:
+    """Raise UsageError if a file names a model on the hub; only the command line may say what to download."""
+    for name in {"model", "kd_model_name"} - flags.keys():
+        value = settings.get(name)
+        if isinstance(value, str) and ":" in value and not value.startswith("local-dir:"):
+            raise UsageError(
+                f"{path}: a file cannot start a download; give {flag_of(name)} {value} on the command line"
+            )
 
 
 def _with_model(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ remapped by overlap area. So no parameter, gradient or optimizer state ever chan
 import copy
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from linvit.distributed import Ranks
-from linvit.model.build import TimmModel, create_model
+from linvit.model.build import LOCAL, TimmModel, create_model
 from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
 from linvit.runs.weights import classifier_parameters, compact, fit_weights, load_exactly, read_weights
@@ -33,11 +34,14 @@ def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[Tim
         raise ValueError(
             f"--num-classes {config.num_classes}: the data has {len(class_names)} classes; correct or remove it"
         )
+    weights = config.pretrained_path
+    if config.pretrained and weights is None and config.model.startswith(LOCAL):
+        weights = Path(config.model.removeprefix(LOCAL))
     try:
         model = create_model(
             config.model,
             num_classes=len(class_names),
-            pretrained=config.pretrained and config.pretrained_path is None,
+            pretrained=config.pretrained and weights is None,
             **config.model_arguments(),
         )
     except ValueError as error:
@@ -56,8 +60,8 @@ def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[Tim
     if config.pretrained:
         other_classes = model.pretrained_cfg["num_classes"] != model.num_classes
         new = classifier_parameters(model) if other_classes else []
-    if config.pretrained_path is not None:
-        new = fit_weights(model, read_weights(config.pretrained_path), class_names=class_names)
+    if weights is not None:
+        new = fit_weights(model, read_weights(weights), class_names=class_names)
     _initialise_classifier(model, config)
     return model, new
 

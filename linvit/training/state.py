@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from timm.models import get_model_args, get_model_input_config
+from timm.models import get_model_input_config
 
 from linvit.evaluation.metrics import Metrics, best_of, is_better
+from linvit.model.description import model_arguments
 from linvit.output.files import reason
 from linvit.settings.fields import listed
 from linvit.training.fsdp import gather, load_full
@@ -85,7 +86,7 @@ def collect_state(
     model = step.plain_model
     state = {
         "arch": model.pretrained_cfg["architecture"],
-        "model_args": get_model_args(model),
+        "model_args": model_arguments(model),
         "settings": settings,
         "class_names": list(class_names),
         "img_size": tuple(get_model_input_config(model)["input_size"][1:]),
