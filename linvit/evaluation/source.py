@@ -133,6 +133,17 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
     )
 
 
+def _check_finite(collected: Collected, weights: str) -> None:
+    """Raise ValueError if the model's output is NaN or infinite for some of the images."""
+    results = collected.results
+    wrong = ~(results.losses.isfinite() & results.probabilities.isfinite())
+    if wrong.any():
+        raise ValueError(
+            f"{weights}: the model's output is NaN or infinite for {int(wrong.sum()):,} of {len(wrong):,} images; "
+            "evaluate in float32 (without --amp), or choose other weights"
+        )
+
+
 @dataclass(frozen=True)
 class _Evaluator:
     """A classifier with the model and input of each view."""
@@ -150,7 +161,7 @@ class _Evaluator:
                 f"--temperature keeps all logits in memory, {format_bytes(num_bytes)} for {len(images):,} images; "
                 "evaluate fewer images or omit --temperature"
             )
-        return collect(
+        collected = collect(
             [model for model, _ in self.views],
             [self._loader(images, spec) for _, spec in self.views],
             device=self.ranks.device,
@@ -160,6 +171,8 @@ class _Evaluator:
             present=self.match.present if self.match.is_subset else None,
             num_logits=len(self.match.class_names) if keep_logits else None,
         )
+        _check_finite(collected, self.classifier.weights)
+        return collected
 
     def fit_temperature(self, images: ImageSet) -> float:
         collected = self.collect(images, keep_logits=True)

@@ -149,7 +149,7 @@ def predict_command(options: PredictOptions) -> int:
     if options.output is not None:
         print(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
     if num_unreadable:
-        note(f"{num_unreadable:,} of {len(images):,} images cannot be read; their rows give the reasons")
+        note(f"{num_unreadable:,} of {len(images):,} images have no prediction; their rows give the reasons")
     return 1 if len(images) and num_unreadable == len(images) else 0
 
 

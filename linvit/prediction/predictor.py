@@ -26,6 +26,8 @@ from linvit.settings.fields import height_and_width
 # Pixels per batch that keep a device busy: 32 or 256 images of 224 px.
 BATCH_PIXELS = {"cpu": 32 * 224**2, "cuda": 256 * 224**2}
 
+NOT_FINITE = "the model's output for this image is NaN or infinite"
+
 
 @dataclass(frozen=True)
 class TilePrediction:
@@ -38,13 +40,13 @@ class TilePrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, in descending order; empty if the image cannot be read."""
+    """The most probable classes of an image, in descending order; empty if there is an error."""
 
     # As given or found; None for an image that does not come from a file.
     path: str | None
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
-    # Why the image cannot be read.
+    # Why there is no prediction: the image cannot be read, or the model's output is not finite.
     error: str | None = None
     # With tiling, at least one; else empty.
     tiles: tuple[TilePrediction, ...] = ()
@@ -141,9 +143,11 @@ class Predictor:
                 for index in batch.unreadable
             }
             if len(batch.images):
-                best = self._best(self._probabilities(batch.images))
-                for index, (labels, probabilities) in zip(batch.indices.tolist(), best):
-                    predictions[index] = Prediction(images.name(index), labels, probabilities)
+                probabilities = self._probabilities(batch.images)
+                are_finite = probabilities.isfinite().all(1).tolist()
+                for index, is_finite, best in zip(batch.indices.tolist(), are_finite, self._best(probabilities)):
+                    name = images.name(index)
+                    predictions[index] = Prediction(name, *best) if is_finite else Prediction(name, error=NOT_FINITE)
             # A batch has consecutive indices, including those of unreadable images.
             yield from (predictions[index] for index in sorted(predictions))
 
@@ -160,6 +164,9 @@ class Predictor:
                     for pixels in tiles.pixels.split(self.batch_size)
                 ]
             )
+            if not probabilities.isfinite().all():
+                yield Prediction(images.name(index), error=NOT_FINITE)
+                continue
             merged = probabilities.mean(0) if self.tiling.merge == "mean" else probabilities.amax(0)
             ((labels, values),) = self._best(merged[None])
             parts = [TilePrediction(box, *best) for box, best in zip(tiles.boxes, self._best(probabilities))]

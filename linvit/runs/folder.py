@@ -226,5 +226,9 @@ def _num_classes(saved: SavedWeights, model: str | ModelDescription) -> int | No
     if isinstance(model, ModelDescription):
         return None
     known = get_pretrained_cfg(model)
-    classifier = None if known is None else saved.state_dict.get(f"{known.classifier}.weight")
-    return None if classifier is None else classifier.shape[0]
+    names = () if known is None or known.classifier is None else known.classifier
+    # A model may have several classifiers, of equal size.
+    for name in (names,) if isinstance(names, str) else names:
+        if f"{name}.weight" in saved.state_dict:
+            return saved.state_dict[f"{name}.weight"].shape[0]
+    return None

@@ -156,10 +156,8 @@ def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tens
         raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{path} holds no weights by name: its entry {printable(name)!r} is a {type(tensor).__name__}; save "
-                "model.state_dict()"
-            )
+            kind = f"its entry {printable(name)!r} is of type {type(tensor).__name__}"
+            raise ValueError(f"{path} holds no weights by name: {kind}; save model.state_dict()")
     check_finite(weights, path=path)
     return to_timm(clean_state_dict(weights), path=path)
 

@@ -1,6 +1,7 @@
 """`linvit eval` equals the evaluation during training, for every kind of source."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import SETTINGS, make_images, read_state, read_summary, train
 
+import linvit.evaluation.source
 import linvit.runs.folder
 from linvit.cli import main
 from linvit.data.augment.build import resolve_input
@@ -260,6 +262,23 @@ def test_nothing_to_evaluate_is_an_error(run: Path, data: Path, tmp_path: Path) 
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 15 images to evaluate on can be read"):
         evaluated(run, tmp_path, tmp_path, on_bad_image="skip")
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": "fit"}, {"tta": "hflip"}])
+def test_an_output_that_is_not_finite_is_an_error(
+    options: dict[str, Any], run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **settings: Any) -> Any:
+        classifier = load_classifier(*arguments, **settings)
+        classifier.model.register_forward_hook(lambda *_: _[-1].index_fill(0, torch.tensor([0]), math.nan))
+        return classifier
+
+    monkeypatch.setattr(linvit.evaluation.source, "load_classifier", load)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: the model's output is NaN or infinite for 2 of 15 images"
+    ):
+        evaluated(run, data, tmp_path, **options)
+    assert not (tmp_path / "eval.json").exists()
 
 
 def test_a_run_without_weights_is_an_error(run: Path, data: Path, tmp_path: Path) -> None:

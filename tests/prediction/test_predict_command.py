@@ -50,7 +50,7 @@ def test_lines_on_stdout_and_a_count_of_unreadable_images(
     assert first.endswith(" %")
     assert second == f"{tmp_path / 'empty.png'}: is empty; restore or remove the file"
     assert predict(run, tmp_path / "empty.png") == 1
-    assert capsys.readouterr().err == "1 of 1 images cannot be read; their rows give the reasons\n"
+    assert capsys.readouterr().err == "1 of 1 images have no prediction; their rows give the reasons\n"
 
 
 def test_stdin_gives_image_files_and_their_order(

@@ -160,6 +160,19 @@ def test_classes_without_names_go_by_number() -> None:
     assert set(prediction.labels) < set("0123456")
 
 
+@pytest.mark.parametrize("tile", [None, 32])
+def test_an_output_that_is_not_finite_is_an_error_of_its_image_alone(tile: int | None) -> None:
+    model = timm.create_model("linvit_mini_patch4_64", num_classes=3).eval()
+    dark, bright = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)
+    # Images around zero after normalisation are finite, bright ones are not.
+    model.register_forward_hook(lambda _, images, logits: logits / (images[0].mean((1, 2, 3)) < 0)[:, None])
+    predictor = Predictor(Classifier(model, None, weights="", settings={}), tile=tile)
+    first, wrong, last = predictor([dark, bright, dark])
+    assert (wrong.error, wrong.labels, wrong.tiles) == ("the model's output for this image is NaN or infinite", (), ())
+    assert first.error is last.error is None
+    assert by_label(first) == by_label(last)
+
+
 def test_precision_is_the_runs_by_default_in_python(run: Path, photo: Path) -> None:
     classifier = load_classifier(str(run))
     amp = Classifier(classifier.model, classifier.class_names, "", {**classifier.settings, "amp": True})

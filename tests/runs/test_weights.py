@@ -1,16 +1,22 @@
 """Weights from folders and files, fitted to models of other sizes and classes."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_runs import make_images
 from torch import nn
 
-import linvit  # noqa: F401  registers the models
-from linvit.runs.weights import compact, fit_weights, load_exactly, read_weights
+from linvit.cli import main
+from linvit.data.augment.build import InputSpec
+from linvit.runs.folder import load_classifier, save_classifier
+from linvit.runs.weights import WEIGHT_FILES, compact, fit_weights, load_exactly, read_weights
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -128,6 +134,120 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match=r"is neither a run nor a folder with config.json"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = linformer(img_size=32)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[3] = value
+    folder, spec = tmp_path / "model", InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    save_classifier(folder, model, class_names=list("abcde"), spec=spec, about={})
+    image = make_images(tmp_path / "data", train=1, val=1) / "val/red/0.png"
+    json_file, output = tmp_path / "eval.json", tmp_path / "out.csv"
+    for argv in (
+        ["eval", folder, tmp_path / "data", "--json", json_file, "-j", "0"],
+        ["predict", folder, image, "-o", output, "--workers", "0"],
+        ["average", folder, folder, "-o", tmp_path / "average"],
+    ):
+        assert main([str(part) for part in argv]) == 1
+        error = capsys.readouterr().err
+        assert f"{folder}/model.safetensors has weights that are NaN or infinite (blocks.1.mlp.fc1.bias)" in error
+        assert error.count("\n") == 1
+    assert not json_file.exists()
+    assert not output.exists()
+
+
+def test_files_that_hold_no_state_dict_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    for value, words in (
+        ([1, 2], "holds a list, not weights by name"),
+        (torch.zeros(2), "holds a Tensor, not weights by name"),
+        ({}, "holds no weights by name"),
+        ({1: torch.zeros(2)}, "holds no weights by name"),
+        ({"state_dict": [1]}, "holds no weights by name"),
+        ({"epoch": 3, "net": {"w": torch.zeros(2)}}, "holds no weights by name: its entry 'epoch' is of type int"),
+        ({"\x1b[1mw\n": 3}, "holds no weights by name: its entry '�[1mw�' is of type int"),
+    ):
+        torch.save(value, path)
+        with pytest.raises(ValueError, match=re.escape(f"{path} {words}")):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.float64(1.0), r"numpy\.\S*scalar"),
+        (Path("x"), r"pathlib\.\w+"),
+        (nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_a_refused_pickle_names_the_class_and_a_safe_way(
+    value: Any, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = vit().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"best": value, "state_dict": weights}, path)
+    assert main(["eval", str(path), str(tmp_path), "--model", "vit_tiny_patch16_224"]) == 1
+    error = capsys.readouterr().err
+    assert re.match(rf"error: {path} holds objects of {name} and not only tensors; ", error)
+    assert all(character.isprintable() for character in error.replace("\n", ""))
+    _, *snippet = error.splitlines()
+    assert len(snippet) == 2
+    # The snippet does what it says.
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in snippet))
+    assert read_weights(tmp_path / "weights.pth").state_dict.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_truncated_folder_is_named(name: str, tmp_path: Path) -> None:
+    timm.models.save_for_hf(vit(), tmp_path / "vit", safe_serialization=True)
+    torch.save(vit().state_dict(), tmp_path / "vit/model.pth")
+    for other in WEIGHT_FILES:
+        if other != name:
+            (tmp_path / "vit" / other).unlink(missing_ok=True)
+    path = tmp_path / "vit" / name
+    whole = path.read_bytes()
+    for size in (0, 1, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"{path} cannot be read as weights: "):
+            load_classifier(str(tmp_path / "vit"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": None}, "does not name its model: give --model NAME"),
+        ({"architecture": ["vit"]}, "config.json does not describe a model (architecture: input should be a valid"),
+        ({"model_args": [1]}, "config.json does not describe a model (model_args: input should be a valid dict"),
+        ({"pretrained_cfg": [1]}, "config.json does not describe a model (pretrained_cfg: input should be a valid"),
+        ({"label_names": 3}, "config.json does not describe a model (label_names: input should be a valid tuple"),
+        ({"label_names": ["a", None]}, "config.json does not describe a model (label_names.1: input should be a"),
+        ({"pretrained_cfg": {"mean": "x"}}, "config.json does not describe a model (mean: input should be a valid"),
+        ({"pretrained_cfg": {"input_size": 3}}, "config.json does not describe a model ("),
+        ({"model_args": {"img_size": "x"}}, "config.json"),
+        ({"model_args": {"depth": "x"}}, "config.json"),
+        ({"model_args": {"depth": -1}}, "config.json"),
+        ({"model_args": {"num_heads": 0}}, "config.json"),
+    ],
+)
+def test_wrong_fields_of_a_config_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    timm.models.save_for_hf(vit(), tmp_path / "vit", safe_serialization=True)
+    file = tmp_path / "vit/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_classifier(str(tmp_path / "vit"))
+
+
+def test_null_fields_of_a_config_are_as_if_absent(tmp_path: Path) -> None:
+    timm.models.save_for_hf(vit(), tmp_path / "vit", safe_serialization=True)
+    file = tmp_path / "vit/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"label_names": None, "global_pool": None, "num_features": None}))
+    assert load_classifier(str(tmp_path / "vit")).class_names is None
 
 
 def test_layer_numbers_are_merged() -> None:
