@@ -27,8 +27,11 @@ _WRAPPERS = {
 }
 # The first layer of a Vision Transformer in each layout.
 _PATCH_EMBEDDING = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "conv_proj.weight")
-# Linear classifiers beside the model, in the module that holds it.
-_CLASSIFIERS = ("head", "classifier", "cls_classifier", "distillation_classifier", "fc")
+# Linear classifiers beside the model, in the module that holds it, and their names in timm.
+_CLASSIFIERS = {
+    **dict.fromkeys(("head", "fc", "classifier", "cls_classifier"), "head"),
+    "distillation_classifier": "head_dist",
+}
 
 Rules = Sequence[tuple[str, str]]
 
@@ -48,8 +51,6 @@ _HUGGING_FACE: Rules = (
     (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
     (r"encoder\.layer\.(\d+)\.(norm[12]|mlp\.fc[12])\.(\w+)", r"blocks.\1.\2.\3"),
     (r"layernorm\.(\w+)", r"norm.\1"),
-    (r"(?:cls_)?classifier\.(\w+)", r"head.\1"),
-    (r"distillation_classifier\.(\w+)", r"head_dist.\1"),
     # The pooler of a model without classifier.
     (r"pooler\.dense\.\w+", ""),
 )
@@ -121,11 +122,11 @@ def _without_wrapper(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, 
         return inner
     outer = prefix.rpartition(".")[0].rpartition(".")[0]
     beside = {name.removeprefix(f"{outer}." if outer else ""): tensor for name, tensor in state_dict.items()}
-    widths = {tensor.shape[-1] for name, tensor in inner.items() if name.endswith("cls_token")}
-    for name in _CLASSIFIERS:
-        weight = beside.get(f"{name}.weight")
-        if weight is not None and weight.ndim == 2 and weight.shape[1] in widths and f"{name}.weight" not in inner:
-            inner |= {key: beside[key] for key in (f"{name}.weight", f"{name}.bias") if key in beside}
+    widths = {inner[last].shape[0] for last in _PATCH_EMBEDDING if last in inner}
+    for name, own in _CLASSIFIERS.items():
+        weight, bias = beside.get(f"{name}.weight"), beside.get(f"{name}.bias")
+        if weight is not None and bias is not None and weight.ndim == 2 and weight.shape[1] in widths:
+            inner = {f"{own}.weight": weight, f"{own}.bias": bias} | inner
     return inner
 
 

@@ -245,9 +245,7 @@ def test_dinov2_equals_timms_own_conversion(registers: int, tmp_path: Path) -> N
 def test_several_models_in_a_file_are_refused(tmp_path: Path) -> None:
     both = [prefixed(vit().state_dict(), f"module.{name}.") for name in ("base_encoder", "momentum_encoder")]
     path = save(tmp_path / "moco.pth", {"state_dict": both[0] | both[1]})
-    with pytest.raises(
-        ValueError, match=r"moco\.pth holds several models \(base_encoder\., momentum_encoder\.\): save"
-    ):
+    with pytest.raises(ValueError, match=r"moco\.pth holds several models \(base_encoder\., momentum_encoder\.\)"):
         read_weights(path)
 
 
