@@ -25,6 +25,7 @@ _WRAPPERS = {
     *("dinov2_with_registers", "teacher", "student", "ema", "ema_model", "model_ema", "base_encoder"),
     *("momentum_encoder", "online_encoder", "target_encoder", "feature_extractor", "base_model"),
 }
+_AVERAGED = {"ema", "ema_model", "model_ema"}
 # The first layer of a Vision Transformer in each layout.
 _PATCH_EMBEDDING = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "conv_proj.weight")
 # Linear classifiers beside the model, in the module that holds it, and their names in timm.
@@ -75,12 +76,15 @@ _SWIGLU: Rules = ((r"(blocks\.\d+\.mlp\.)w12\.(\w+)", r"\1fc1.\2"), (r"(blocks\.
 _MAE: Rules = ((r"decoder_.+", ""), (r"mask_token", ""))
 
 
-def to_timm(state_dict: Mapping[str, Tensor], *, path: Path) -> dict[str, Tensor]:
+def to_timm(state_dict: Mapping[str, Tensor], *, path: Path, use_ema: bool = False) -> dict[str, Tensor]:
     """The same weights under timm's names; those of an unknown layout keep their names.
+
+    Of a model and its moving average in one module, `use_ema` selects the average; of a student and a teacher, the
+    teacher is taken.
 
     Raises ValueError, naming `path` and the choices, if it holds several models.
     """
-    weights = _without_wrapper(state_dict, path)
+    weights = _without_wrapper(state_dict, path, use_ema=use_ema)
     if _PATCH_EMBEDDING[1] in weights:
         weights = _join_queries_keys_values(_rename(weights, _HUGGING_FACE))
     elif _PATCH_EMBEDDING[2] in weights and "class_token" in weights:
@@ -103,13 +107,15 @@ def _rename(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     return renamed
 
 
-def _without_wrapper(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _without_wrapper(state_dict: Mapping[str, Tensor], path: Path, *, use_ema: bool) -> dict[str, Tensor]:
     """The weights of the model inside other modules, and of a linear classifier beside it."""
     prefixes = {name.removesuffix(last) for name in state_dict for last in _PATCH_EMBEDDING if _ends_with(name, last)}
     prefixes = {prefix for prefix in prefixes if _WRAPPERS.issuperset(prefix.split(".")[:-1])}
     if not prefixes:
         prefixes = {_common_wrapper(state_dict)}
     if len(prefixes) > 1:
+        averaged = {prefix for prefix in prefixes if not _AVERAGED.isdisjoint(prefix.split("."))}
+        prefixes = (averaged if use_ema and averaged else prefixes - averaged) or prefixes
         # In self-distillation the teacher is the model to use.
         prefixes = {prefix for prefix in prefixes if not prefix or "teacher" in prefix.split(".")} or prefixes
     if len(prefixes) > 1:
@@ -134,10 +140,11 @@ def _common_wrapper(names: Mapping[str, Tensor]) -> str:
     """The wrappers that all names begin with, such as "model."."""
     prefix = ""
     while True:
-        first = {name.removeprefix(prefix).partition(".")[0] for name in names}
-        if len(first) != 1 or not first <= _WRAPPERS:
+        first, *others = {name.removeprefix(prefix).partition(".")[0] for name in names}
+        longer = f"{prefix}{first}."
+        if others or first not in _WRAPPERS or not all(name.startswith(longer) for name in names):
             return prefix
-        prefix += f"{first.pop()}."
+        prefix = longer
 
 
 def _ends_with(name: str, last: str) -> bool:

@@ -159,7 +159,7 @@ def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tens
             kind = f"its entry {printable(name)!r} is of type {type(tensor).__name__}"
             raise ValueError(f"{path} holds no weights by name: {kind}; save model.state_dict()")
     check_finite(weights, path=path)
-    return to_timm(clean_state_dict(weights), path=path)
+    return to_timm(clean_state_dict(weights), path=path, use_ema=use_ema)
 
 
 def check_finite(weights: Mapping[str, Tensor], *, path: Path | str) -> None:

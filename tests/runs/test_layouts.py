@@ -198,6 +198,21 @@ def test_a_classifier_beside_the_model_is_kept(outer: str, name: str, tmp_path: 
     assert_same(model(images()), head(source(images())))
 
 
+def test_a_moving_average_beside_the_model_is_taken_on_request(tmp_path: Path) -> None:
+    raw, averaged = vit(), vit()
+    weights = prefixed(raw.state_dict(), "model.") | prefixed(averaged.state_dict(), "ema_model.module.")
+    path = save(tmp_path / "last.ckpt", {"state_dict": weights})
+    for use_ema, expected in ((True, averaged), (False, raw)):
+        assert torch.equal(read_weights(path, use_ema=use_ema).state_dict["head.weight"], expected.head.weight)
+
+
+@pytest.mark.parametrize("name", ["model", "net", "module.model", "model.net.x", "model."])
+def test_a_wrapper_without_a_model_is_read_as_it_is(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "weights.pth", {"state_dict": {name: torch.ones(2)}})
+    (found,) = read_weights(path).state_dict
+    assert name.endswith(found)
+
+
 def test_a_wrapped_cnn(tmp_path: Path) -> None:
     source, model = (timm.create_model("resnet10t", num_classes=5).eval() for _ in range(2))
     fit_weights(model, read_weights(save(tmp_path / "last.ckpt", prefixed(source.state_dict(), "model."))))
