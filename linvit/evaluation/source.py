@@ -181,11 +181,12 @@ class _Evaluator:
 
     def _loader(self, images: ImageSet, spec: InputSpec) -> Loader:
         settings = self.classifier.settings
-        own_batch_size = settings.get("validation_batch_size") or settings.get("batch_size", DEFAULT_BATCH_SIZE)
+        own_batch_size = settings.get("validation_batch_size") or settings.get("batch_size")
         return create_eval_loader(
             images,
             spec,
-            batch_size=self.options.batch_size or own_batch_size,
+            batch_size=self.options.batch_size
+            or (own_batch_size if isinstance(own_batch_size, int) else DEFAULT_BATCH_SIZE),
             workers=usable_workers(self.options.workers),
             device=self.ranks.device,
             rank=self.ranks.rank,

@@ -19,6 +19,7 @@ import linvit.model.registry  # noqa: F401  registers the linvit_* names
 from linvit.model.description import CONFIG, ModelDescription, check_arguments, read_config
 from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
+from linvit.output.terminal import printable
 from linvit.settings.fields import one_of, unknown
 from linvit.settings.flags import UsageError
 
@@ -95,26 +96,28 @@ def create_model(
     name, arguments = description.architecture, dict(description.model_args)
     if ":" in name or not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"{description.source}: {unknown('model', name, timm.list_models())}")
-    cfg = description.pretrained_cfg
-    is_fixed = cfg["fixed_input_size"] if cfg is not None else _has_fixed_size(name)
-    if img_size is not None and (is_fixed or "img_size" in arguments):
-        arguments["img_size"] = img_size
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    arguments |= {key: value for key, value in model_kwargs.items() if value is not None}
     source = f"{description.source}: " if description.source else ""
     try:
+        cfg = description.pretrained_cfg
+        is_fixed = cfg["fixed_input_size"] if cfg is not None else _has_fixed_size(name)
+        if img_size is not None and (is_fixed or "img_size" in arguments):
+            arguments["img_size"] = img_size
+        if num_classes is not None:
+            arguments["num_classes"] = num_classes
+        arguments |= {key: value for key, value in model_kwargs.items() if value is not None}
         check_arguments(name, arguments)
         if weights and cfg is not None:
             arguments["pretrained_model_args"] = description.model_args
             cfg = cfg | weights
         return timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg, **arguments)
     except TypeError as error:
-        raise ValueError(f"{source}{name} does not take these arguments: {error}") from error
+        raise ValueError(f"{source}{name} does not take these arguments: {printable(reason(error))}") from error
     except ValueError as error:
         raise ValueError(f"{source}{error}") from error
-    except (RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"{source}{name} cannot be built: {' '.join(str(error).split())}") from error
+    except KeyError as error:
+        raise ValueError(f"{source}{name} cannot be built: unknown value {printable(str(error))}") from error
+    except (RuntimeError, AssertionError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"{source}{name} cannot be built: {printable(reason(error))}") from error
 
 
 def _has_fixed_size(name: str) -> bool:

@@ -22,7 +22,7 @@ from linvit.output.terminal import note, printable
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
 from linvit.runs.layouts import to_timm
 from linvit.runs.positions import match_prefix, source_size
-from linvit.settings.fields import listed
+from linvit.settings.fields import Side, listed
 
 # In order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
@@ -57,7 +57,7 @@ class _Recorded(BaseModel):
 
     arch: str
     model_args: dict[str, Any]
-    img_size: tuple[int, int] | None = None
+    img_size: tuple[Side, Side] | None = None
     class_names: list[str] | None = None
     settings: dict[str, Any] = {}
 

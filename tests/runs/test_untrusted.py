@@ -122,6 +122,31 @@ def test_planted_arguments_are_refused(kind: str, name: str, tmp_path: Path, els
         load_classifier(str(source))
 
 
+@pytest.mark.parametrize(
+    "size", [{"depth": 10**6}, {"embed_dim": 20_000}, {"reg_tokens": 10**9}, {"img_size": [10**6, 10**6]}], ids=str
+)
+def test_a_model_far_larger_than_its_weights_is_not_built(size: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file\.pth describes a far larger model than its weights are of"):
+        load_classifier(str(plant_file(tmp_path / "file.pth", size)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": "x"}, "batch_size takes a whole number greater than 0"),
+        ({"validation_batch_size": -1}, "validation_batch_size takes a whole number greater than 0"),
+        ({"amp": "x"}, "amp takes true or false"),
+        ({"amp": True, "amp_dtype": "float8"}, "amp_dtype takes one of 'bfloat16', 'float16'"),
+    ],
+)
+def test_wrong_settings_of_a_run_are_named(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    plant_folder(tmp_path / "run/best", {})
+    (tmp_path / "run/args.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=rf"model\.safetensors, settings of its run: {words}"):
+        load_classifier(str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("arch", ["hf-hub:a/b", "hf_hub:a/b", "local-dir:/tmp", "https://a/b", "../model", "", "a.b"])
 def test_an_architecture_is_a_registered_name(arch: str, tmp_path: Path, elsewhere: Path) -> None:
     path = plant_file(tmp_path / "file.pth", {}, arch)
