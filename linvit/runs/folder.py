@@ -270,6 +270,7 @@ def _num_classes(saved: SavedWeights, model: str | ModelDescription) -> int | No
     names = () if known is None or known.classifier is None else known.classifier
     # A model may have several classifiers, of equal size.
     for name in (names,) if isinstance(names, str) else names:
-        if f"{name}.weight" in saved.state_dict:
-            return saved.state_dict[f"{name}.weight"].shape[0]
+        weight = saved.state_dict.get(f"{name}.weight")
+        if weight is not None and weight.ndim:
+            return weight.shape[0]
     return None

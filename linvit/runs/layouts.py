@@ -164,7 +164,7 @@ def _join_queries_keys_values(weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _place_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of DINOv2 with registers as timm has them: no prefix token has a position of its own."""
-    if "register_tokens" not in weights:
+    if not {"register_tokens", "cls_token", "pos_embed"} <= weights.keys():
         return weights
     positions = weights["pos_embed"]
     placed = {"cls_token": weights["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}

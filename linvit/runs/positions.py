@@ -94,8 +94,8 @@ def source_size(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | N
     grid = next((grid for grid in certain if _count(grid) == count), None)
     if grid is not None:
         return (grid[0] * height, grid[1] * width), None
-    own, side = model.patch_embed.grid_size, math.isqrt(count)
-    fitting = list(dict.fromkeys(grid for grid in [*likely, (side, side)] if _count(grid) == count))
+    own, side = model.patch_embed.grid_size, math.isqrt(max(count, 0))
+    fitting = list(dict.fromkeys(grid for grid in [*likely, (side, side)] if _count(grid) == count > 0))
     if not fitting:
         raise ValueError(
             f"it does not record its image size, and its {count:,} patches are neither a square nor the model's "

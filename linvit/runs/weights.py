@@ -4,6 +4,7 @@ import argparse
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ MAX_SHAPES_LISTED = 3
 MAX_NAMES_LISTED = 6
 # Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO.
 _STATE_DICTS = ("state_dict", "model", "teacher")
+
+_SAVE = "save model.state_dict()"
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,15 @@ def _read_file(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # timm's training checkpoints contain their arguments as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
     # What a damaged file raises depends on the byte.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {printable(reason(error))}") from error
+        why = "it is a TorchScript archive" if "TorchScript" in str(error) else printable(reason(error))
+        raise ValueError(f"{path} cannot be read as weights: {why}") from error
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> ValueError:
@@ -148,23 +153,41 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> ValueError:
 def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tensor]:
     """The weights in a checkpoint under timm's names. Raises ValueError if there are none, or they are not finite."""
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not weights by name: save model.state_dict()")
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not weights by name: {_SAVE}")
     averaged = ("state_dict_ema", "model_ema") if use_ema else ()
     key = next((key for key in (*averaged, *_STATE_DICTS) if checkpoint.get(key) is not None), None)
     weights = checkpoint if key is None else checkpoint[key]
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
+        raise ValueError(f"{path} holds no weights by name: {_SAVE}")
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor):
-            kind = f"its entry {printable(name)!r} is of type {type(tensor).__name__}"
-            raise ValueError(f"{path} holds no weights by name: {kind}; save model.state_dict()")
+        if not _is_dense(tensor):
+            kind = "is of type " + type(tensor).__name__ if not isinstance(tensor, Tensor) else "is not a dense tensor"
+            raise ValueError(f"{path} holds no weights by name: its entry {printable(name)!r} {kind}; {_SAVE}")
     check_finite(weights, path=path)
-    return to_timm(clean_state_dict(weights), path=path, use_ema=use_ema)
+    renamed = to_timm(clean_state_dict(weights), path=path, use_ema=use_ema)
+    if not renamed:
+        raise ValueError(f"{path} holds no weights of a model: {_SAVE}")
+    return renamed
+
+
+def _is_dense(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+    )
 
 
 def check_finite(weights: Mapping[str, Tensor], *, path: Path | str) -> None:
     """Raise ValueError, naming the parameters, if weights are NaN or infinite."""
-    wrong = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    floating = {name: value for name, value in weights.items() if value.is_floating_point()}
+    # torch has no `isfinite` for floats of one byte.
+    wrong = [
+        name
+        for name, value in floating.items()
+        if not (value if value.itemsize > 1 else value.float()).isfinite().all()
+    ]
     if wrong:
         names = printable(compact(wrong, most=3))
         raise ValueError(f"{path} has weights that are NaN or infinite ({names}): use weights that were saved before")
@@ -221,7 +244,7 @@ def _adapt(
             # timm's filter looks there for the grid of the weights.
             model.pretrained_model_args = {"img_size": size}
         return _checkpoint_filter(model)(dict(state_dict), model)
-    except (ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
+    except (ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{saved.path} does not fit {_architecture(model)}: {printable(reason(error))}") from error
 
 
@@ -293,7 +316,7 @@ def _has_other_classes(
     if saved.class_names is not None and class_names is not None and list(class_names) != list(saved.class_names):
         return True
     return any(
-        name in saved.state_dict and saved.state_dict[name].shape[0] != own[name].shape[0] for name in classifier
+        name in saved.state_dict and saved.state_dict[name].shape[:1] != own[name].shape[:1] for name in classifier
     )
 
 

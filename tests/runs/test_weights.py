@@ -1,6 +1,7 @@
 """Weights from folders and files, fitted to models of other sizes and classes."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,11 @@ def test_files_that_hold_no_state_dict_are_named(tmp_path: Path) -> None:
         ({1: torch.zeros(2)}, "holds no weights by name"),
         ({"state_dict": [1]}, "holds no weights by name"),
         ({"epoch": 3, "net": {"w": torch.zeros(2)}}, "holds no weights by name: its entry 'epoch' is of type int"),
+        ({"mask_token": torch.zeros(2)}, "holds no weights of a model"),
+        ({"w": torch.eye(2).to_sparse()}, "holds no weights by name: its entry 'w' is not a dense tensor"),
+        ({"w": torch.zeros(2, device="meta")}, "holds no weights by name: its entry 'w' is not a dense tensor"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, "holds no weights by name: its entry 'w' is not a dense"),
+        ({"w": torch.full((2,), math.nan).to(torch.float8_e4m3fn)}, "has weights that are NaN or infinite (w)"),
         ({"\x1b[1mw\n": 3}, "holds no weights by name: its entry '�[1mw�' is of type int"),
     ):
         torch.save(value, path)
@@ -200,6 +206,28 @@ def test_a_refused_pickle_names_the_class_and_a_safe_way(
     monkeypatch.chdir(tmp_path)
     exec("\n".join(line.strip() for line in snippet))
     assert read_weights(tmp_path / "weights.pth").state_dict.keys() == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("head.weight", torch.tensor(1.0)),
+        ("pos_embed", torch.zeros(17, 32)),
+        ("pos_embed", torch.zeros(1, 0, 32)),
+        ("patch_embed.proj.weight", torch.zeros(32, 3, 0, 0)),
+        ("patch_embed.proj.weight", torch.zeros(1)),
+        ("reg_token", torch.tensor(1.0)),
+        ("register_tokens", torch.zeros(1, 2, 32)),
+        ("dist_token", torch.zeros(1)),
+        ("cls_token", torch.zeros(3)),
+    ],
+)
+def test_tensors_of_wrong_shapes_are_one_sentence(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({**vit().state_dict(), name: tensor}, path)
+    kwargs = dict(SMALL)
+    with pytest.raises(ValueError, match=rf"{path} does not fit vit_tiny_patch16_224: .+"):
+        load_classifier(str(path), model_name="vit_tiny_patch16_224", model_kwargs=kwargs, img_size=(32, 32))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
