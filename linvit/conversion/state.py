@@ -7,21 +7,23 @@
     layer-003.safetensors  weights of its block, written before the errors
 """
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import VisionTransformer
 
 from linvit.conversion.convert import unmatched_weights, use_ordinary_attention
 from linvit.conversion.fit import LayerFit
 from linvit.model.vit import LinformerViT
-from linvit.output.files import write_file, write_json
+from linvit.output.files import reason, write_file, write_json
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runs.weights import compact
 from linvit.settings.fields import listed
@@ -53,8 +55,9 @@ class FitState:
         # As JSON reads them back: tuples become lists.
         self.settings = json.loads(json.dumps(settings))
         file = self.folder / "settings.json"
-        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.settings
-        differing = [name for name in self.settings if self.settings[name] != saved.get(name)]
+        with self._reading():
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.settings
+            differing = [name for name in self.settings if self.settings[name] != saved.get(name)]
         if differing and self._path(0, "json").is_file():
             raise ValueError(
                 f"{output} was started with different settings ({listed(differing)}): repeat the earlier command to "
@@ -69,7 +72,12 @@ class FitState:
         if not file.is_file():
             self._begin()
             write_json(file, make(), indent=None)
-        lengths: list[int | None] = json.loads(file.read_text(encoding="utf-8"))
+        with self._reading():
+            lengths = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(lengths, list) or not all(
+                length is None or isinstance(length, int) for length in lengths
+            ):
+                raise ValueError("plan.json holds no lengths")
         return lengths
 
     def save(self, fit: LayerFit, converted: LinformerViT) -> None:
@@ -83,19 +91,28 @@ class FitState:
         """Copy the saved layers into the model; returns their fits."""
         fits: list[LayerFit] = []
         while (path := self._path(len(fits), "json")).is_file():
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            # A number that is not finite was saved as null; only k may be None.
-            values = {name: math.nan if v is None and name != "k" else v for name, v in values.items()}
-            fit = LayerFit(**values)
-            if fit.k is None:
-                use_ordinary_attention(converted, [fit.layer])
-            converted.blocks[fit.layer].load_state_dict(load_file(self._path(fit.layer, "safetensors")))
+            with self._reading():
+                values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                # A number that is not finite was saved as null; only k may be None.
+                values = {name: math.nan if v is None and name != "k" else v for name, v in values.items()}
+                fit = LayerFit(**values)
+                if fit.k is None:
+                    use_ordinary_attention(converted, [fit.layer])
+                converted.blocks[fit.layer].load_state_dict(load_file(self._path(fit.layer, "safetensors")))
             fits.append(fit)
         return fits
 
     def remove(self) -> None:
         """Delete the saved progress."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise ValueError, naming the folder, if what is read from it is damaged."""
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} is damaged ({reason(error)}): delete it to start over") from error
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from timm.models._hub import _parse_model_cfg
 from torch import nn
 
 from linvit.output.files import reason
+from linvit.output.terminal import printable
 from linvit.settings.fields import unknown
 
 CONFIG = "config.json"
@@ -171,7 +172,7 @@ def validated(path: Path, model: type[Checked], values: dict[str, Any]) -> Check
         return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
+        place = printable(".".join(map(str, problem["loc"])))
         raise ValueError(
             f"{path} does not describe a model ({place}: {problem['msg'].lower()}); restore that file"
         ) from None

@@ -87,7 +87,7 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
     checkpoint = read_checkpoint(source) if source.is_dir() else _read_file(source)
     state_dict = _state_dict(source, checkpoint, use_ema=use_ema)
     if not {"arch", "model_args"} <= checkpoint.keys():
-        return SavedWeights(source, state_dict)
+        return SavedWeights(source, state_dict, img_size=_timm_size(checkpoint.get("args")))
     recorded = validated(
         source, _Recorded, {name: value for name, value in checkpoint.items() if name in _Recorded.model_fields}
     )
@@ -99,6 +99,14 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
         description=ModelDescription(str(source), recorded.arch, recorded.model_args),
         settings=recorded.settings,
     )
+
+
+def _timm_size(arguments: object) -> tuple[int, int] | None:
+    """(height, width) of the images in the arguments of timm's train.py, which its checkpoints contain."""
+    size, square = getattr(arguments, "input_size", None), getattr(arguments, "img_size", None)
+    sides = list(size[1:]) if isinstance(size, list | tuple) else [square, square]
+    whole = [side for side in sides if isinstance(side, int) and side > 0]
+    return (whole[0], whole[1]) if len(sides) == len(whole) == 2 else None
 
 
 def weights_file(folder: Path) -> Path:
@@ -238,7 +246,7 @@ def _adapt(
             # The classifier of DeiT's distillation token; the one of the class token is a classifier by itself.
             state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head_dist.")}
         size, assumed = source_size(model, state_dict, saved.img_size)
-        if assumed is not None:
+        if assumed is not None and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             note(f"{saved.path}: {assumed}")
         if size is not None:
             # timm's filter looks there for the grid of the weights.

@@ -36,6 +36,24 @@ def test_a_folder_that_does_not_fit_the_original_is_refused(tmp_path: Path) -> N
         load_converted(tmp_path / "plain", make_vit())
 
 
+@pytest.mark.parametrize("text", ["", "{", "[[1]]", "null", '["x"]', "\xff"])
+@pytest.mark.parametrize("name", ["settings.json", "plan.json", "layer-000.json", "layer-000.safetensors"])
+def test_damaged_progress_is_one_sentence(name: str, text: str, tmp_path: Path) -> None:
+    converted = convert_vit(make_vit(depth=1), k=9)
+
+    def resume() -> list[LayerFit]:
+        state = FitState(tmp_path / "out", {"k": 9})
+        assert state.plan(lambda: [9]) == [9]
+        return state.load(converted)
+
+    fit = LayerFit(0, 9, 0.1, 0.1, 0.1, 0.1)
+    FitState(tmp_path / "out", {"k": 9}).save(fit, converted)
+    assert resume() == [fit]
+    (tmp_path / ".out.convert" / name).write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"\.out\.convert is damaged \(.+\): delete it to start over"):
+        resume()
+
+
 class Stop(Exception):
     pass
 

@@ -1,5 +1,6 @@
 """Prefix tokens and position embeddings of weights for other models: adapted exactly, or refused with what to set."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_a_recorded_size_is_used_and_a_grid_that_nothing_tells_is_refused(tmp_pa
         ValueError, match=r"does not record its image size, and its 12 patches are neither a square nor .* 8×8: choose"
     ):
         fit_weights(vit(64), read_weights(path))
+
+
+@pytest.mark.parametrize("args", [{"input_size": [3, 16, 64], "img_size": None}, {"img_size": 32}, {"img_size": "x"}])
+def test_the_arguments_in_a_checkpoint_of_timm_tell_its_size(args: dict[str, Any], tmp_path: Path) -> None:
+    source = vit(WIDE if "input_size" in args else 32)
+    checkpoint = {"arch": "vit_tiny_patch16_224", "args": Namespace(**args), "state_dict": source.state_dict()}
+    torch.save(checkpoint, tmp_path / "model_best.pth.tar")
+    model = vit(64)
+    fit_weights(model, read_weights(tmp_path / "model_best.pth.tar"))
+    source.set_input_size((64, 64))
+    assert torch.equal(model.pos_embed, source.pos_embed)
 
 
 @pytest.mark.parametrize(
