@@ -207,7 +207,7 @@ def _check_hub(settings: Mapping[str, Any], flags: Mapping[str, Any], path: Path
     """Raise UsageError if a file names a model on the hub; only the command line may say what to download."""
     for name in {"model", "kd_model_name"} - flags.keys():
         value = settings.get(name)
-        if isinstance(value, str) and ":" in value and not value.startswith("local-dir:"):
+        if isinstance(value, str) and value.lower().startswith(("hf-hub:", "hf_hub:")):
             raise UsageError(
                 f"{path}: a file cannot start a download; give {flag_of(name)} {value} on the command line"
             )
