@@ -234,6 +234,17 @@ def test_a_configuration_cannot_reach_the_network(
         build(parse_spec(f"{NAME}:cache_dir=cache"), (32, 32))
 
 
+def test_a_model_on_the_hub_is_described_by_plain_data_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_folder(tmp_path / "a", {}, ELSEWHERE)
+    plant_folder(tmp_path / "b", {"cache_dir": "cache"})
+    monkeypatch.setattr(linvit.model.build, "download_from_hf", lambda name, file: tmp_path / name[-1] / file)
+    cfg = create_model("hf-hub:x/a").pretrained_cfg
+    assert (cfg["source"], cfg["hf_hub_id"], cfg["custom_load"]) == ("hf-hub", "x/a", False)
+    assert not {"url", "file", "hf_hub_filename"} & cfg.keys()
+    with pytest.raises(ValueError, match="unknown keyword 'cache_dir'"):
+        create_model("hf-hub:x/b")
+
+
 def test_a_run_in_which_everything_is_planted_predicts(tmp_path: Path, images: Path, elsewhere: Path) -> None:
     """A run's args.yaml is read for preprocessing; its model arguments are not used."""
     run = tmp_path / "run"
