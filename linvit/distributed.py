@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from linvit.device import choose_device
+from linvit.output.terminal import printable
 
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
@@ -131,7 +132,7 @@ class _ErrorFile(ErrorHandler):
         # Without a call stack torchrun prints the message. It finds the first error by its timestamp.
         extra = {"timestamp": str(int(time.time()))}
         with open(file, "w", encoding="utf-8") as report:
-            json.dump({"message": {"message": str(e), "extraInfo": extra}}, report)
+            json.dump({"message": {"message": printable(str(e)), "extraInfo": extra}}, report)
 
 
 def usable_workers(workers: int) -> int:

@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
 def bench_command(options: BenchOptions, *, command: str) -> int:
     """Measure the selected models, print tables and write the files; returns the exit status.
 
-    `command` is recorded in the results. The files are written after every group, also when it is interrupted. Raises
-    UsageError, before anything is timed, if a model cannot be built, and ValueError if one fails.
+    `command` is recorded in the results. Files are written after every group, also when it is interrupted; pipes at the
+    end. Raises UsageError, before anything is timed, if a model cannot be built, and ValueError if one fails.
     """
     import torch
 
@@ -41,23 +41,26 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     from linvit.measure.timing import exact_float32
     from linvit.output.terminal import page
 
-    check_files(("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file))
+    files = [("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file)]
+    check_files(*files)
     device = torch.device(choose_device(options.device))
     plan = Plan(select(options))
     results = Results(command)
     bench = Bench(plan, results, device)
-    console = page()
+    console = page(outputs=(path for _, path in files))
     show_models(console, plan)
-    with exact_float32():
-        # The loop adds groups to the plan while it runs.
-        for group in plan.groups:
-            try:
-                rows = bench.measure(group)
-            finally:
-                if results.rows:
-                    results.write(options)
-            show_rows(console, group.title, rows)
-            _retry_smaller_batch(plan, group, rows)
+    try:
+        with exact_float32():
+            # The loop adds groups to the plan while it runs.
+            for group in plan.groups:
+                try:
+                    rows = bench.measure(group)
+                finally:
+                    results.write(options, streams=False)
+                show_rows(console, group.title, rows)
+                _retry_smaller_batch(plan, group, rows)
+    finally:
+        results.write(options, streams=True)
     return 0
 
 

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
+from rich.text import Text
 
 from linvit.bench.plan import Plan, Row
 from linvit.output.plots import GREY, save_figure, series_style
-from linvit.output.terminal import EMPTY, format_bytes, format_count, format_lengths, format_size, table
+from linvit.output.terminal import EMPTY, format_bytes, format_count, format_lengths, format_size, printable, table
 
 
 class Gain(NamedTuple):
@@ -88,9 +89,9 @@ def show_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
     console.print(measured)
 
 
-def _name(model: str) -> str:
+def _name(model: str) -> Text:
     """A model's name and, on the next line, its keywords with spaces to wrap at."""
-    return model.replace(":", ":\n", 1).replace(",", ", ")
+    return Text(printable(model).replace(":", ":\n", 1).replace(",", ", "))
 
 
 def _ratio(row: Row) -> str:

@@ -4,7 +4,6 @@ Every model of every group is built on the meta device first, so that mistakes s
 holds the measurements of one model in one group, and what follows from them.
 """
 
-import csv
 import io
 import statistics
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from linvit.model.attention import LinformerAttention
 from linvit.model.build import ModelSpec, build, parse_spec
 from linvit.model.projections import Projection
 from linvit.model.vit import LinformerViT
+from linvit.output.cells import CsvWriter
 from linvit.output.files import reason
 from linvit.settings.fields import Mode
 from linvit.settings.flags import UsageError
@@ -203,9 +203,9 @@ def make_row(
 def to_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV with a header; the numbers of a pair or list are separated by spaces."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    writer = CsvWriter(out)
+    writer.writerow(field.name for field in fields(Row))
+    writer.writerows(map(_cell, asdict(row).values()) for row in rows)
     return out.getvalue()
 
 

@@ -32,6 +32,7 @@ from linvit.model.attention import LinformerAttention
 from linvit.model.build import ModelSpec, build
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.output.files import json_text, write_text
+from linvit.output.streams import is_stream
 from linvit.output.terminal import note
 from linvit.settings.flags import UsageError
 
@@ -159,14 +160,19 @@ class Results:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def write(self, options: BenchOptions) -> None:
-        """Write the files that the options name; the plot carries the SHA-256 of the JSON text."""
+    def write(self, options: BenchOptions, *, streams: bool) -> None:
+        """Write the files that the options name, or the pipes among them; without a measured row, write nothing.
+
+        The plot carries the SHA-256 of the JSON text.
+        """
+        if not self.rows:
+            return
         text = json_text(self.to_dict())
-        if options.json_file is not None:
+        if options.json_file is not None and is_stream(options.json_file) == streams:
             write_text(options.json_file, text)
-        if options.csv_file is not None:
+        if options.csv_file is not None and is_stream(options.csv_file) == streams:
             write_text(options.csv_file, to_csv(self.rows))
-        if options.plot_file is not None:
+        if options.plot_file is not None and is_stream(options.plot_file) == streams:
             save_plot(json.loads(text), options.plot_file, digest=hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -76,14 +76,14 @@ def check_command(options: CheckOptions) -> int:
     from linvit.output.files import write_json, write_text
     from linvit.output.terminal import page
 
-    check_files(("--json", options.json_file), ("--html", options.html_file))
+    check_files(("--json", options.json_file), ("--html", options.html_file), inputs=[options.data_dir])
     listing, source = open_source(options.data_dir)
     report = check(options, listing, source)
-    show_report(page(PAGE_WIDTH), report)
     if options.json_file is not None:
         write_json(options.json_file, report)
     if options.html_file is not None:
         write_text(options.html_file, render_page(report, listing, source))
+    show_report(page(PAGE_WIDTH, outputs=(options.json_file, options.html_file)), report)
     return 1 if report["num_faults"] else 0
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from linvit.check.duplicates import NearDuplicates
 from linvit.check.faults import FAULTS, Finding
@@ -17,7 +17,7 @@ from linvit.check.listing import Listing
 from linvit.check.reader import Measurements
 from linvit.check.splits import describe_sizes, mean_and_std, training_split
 from linvit.data.sources.open import open_images
-from linvit.output.terminal import printable, table
+from linvit.output.terminal import printable, show_line, table
 from linvit.version import __version__
 
 # Cases of each finding in the table.
@@ -111,26 +111,26 @@ def _entry(code: str, cases: list[dict[str, Any]], allow: Sequence[str]) -> dict
 
 def show_report(console: Console, report: dict[str, Any]) -> None:
     """Print the contents of DATA, a table of findings, and the sizes and colours of the images."""
-    _print_line(console, f"{printable(report['data'])}: {describe_splits(report)}")
+    show_line(console, f"{printable(report['data'])}: {describe_splits(report)}")
     if report["findings"]:
         console.print(_findings_table(report["findings"]))
     if report["training"] != _WOULD_START:
         for line in describe_training(report):
-            _print_line(console, line)
+            show_line(console, line)
     near = report["near_duplicates"]
     if near and near["compared_pairs"] < near["candidate_pairs"]:
-        _print_line(
+        show_line(
             console,
             f"many images look alike: compared only the {near['compared_pairs']:,} most similar of "
             f"{near['candidate_pairs']:,} pairs",
         )
     for line in describe_images(report):
-        _print_line(console, line)
+        show_line(console, line)
     faults, notes = (
         _num_kinds(severity, sum(entry["severity"] == severity for entry in report["findings"].values()))
         for severity in ("fault", "note")
     )
-    _print_line(
+    show_line(
         console,
         f"found {faults} and {notes} in {report['num_images']:,} images ({report['seconds']:.1f} s, "
         f"{report['images_per_second']:,.0f} images/s)",
@@ -176,10 +176,6 @@ def describe_images(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _print_line(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _num_kinds(severity: str, count: int) -> str:
     return f"{count} kind{'s' if count != 1 else ''} of {severity}" if count else f"no {severity}s"
 
@@ -191,10 +187,10 @@ def _findings_table(findings: dict[str, Any]) -> Table:
     for code, entry in findings.items():
         style = "bold red" if entry["severity"] == "fault" else "cyan"
         made.add_row(
-            f"[{style}]{code}[/]\n[dim]{entry['severity']}[/]",
+            Text.assemble((code, style), "\n", (entry["severity"], "dim")),
             f"{entry['count']:,}",
-            escape(f"{entry['what']}\ntraining {entry['training']}\nfix: {entry['mend']}"),
-            escape("\n".join(map(_example, entry["cases"][:_EXAMPLES]))),
+            Text(f"{entry['what']}\ntraining {entry['training']}\nfix: {entry['mend']}"),
+            Text("\n".join(map(_example, entry["cases"][:_EXAMPLES]))),
         )
     return made
 

@@ -26,7 +26,7 @@ from linvit.model.build import create_model
 from linvit.model.sharing import ProjectedLength
 from linvit.model.vit import LinformerViT
 from linvit.output.files import sha256_of, write_json
-from linvit.output.terminal import page, progress_bar
+from linvit.output.terminal import page, progress_bar, show_line
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_files
@@ -55,7 +55,6 @@ def convert_command(options: ConvertOptions, *, command: str) -> int:
     with exact_float32():
         conversion = _Conversion(options)
         result = conversion.run()
-    result.show(page())
     images = conversion.images
     counts = {
         "num_images": len(images.fit_paths),
@@ -65,10 +64,12 @@ def convert_command(options: ConvertOptions, *, command: str) -> int:
     results = {**origin, "options": options.model_dump(mode="json"), **counts, **result.to_dict()}
     if options.json_file is not None:
         write_json(options.json_file, results)
+    console = page(outputs=[options.json_file])
+    result.show(console)
     result.check(options.min_cosine, options.output)
     result.save(options.output, results)
     conversion.state.remove()
-    print(f'{options.output}: timm.create_model("local-dir:{options.output}", pretrained=True)')
+    show_line(console, f'{options.output}: timm.create_model("local-dir:{options.output}", pretrained=True)')
     return 0
 
 

@@ -11,12 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from linvit.output.files import scratch_of, write_json
-from linvit.settings.flags import parse_options
+from linvit.settings.flags import check_files, check_folder, parse_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SUMMARY = "build a demo data set as folders from an installed package"
 
@@ -75,11 +78,12 @@ def main(argv: Sequence[str]) -> int:
         positionals={"name": "SET", "folder": "DIR"},
         spellings={"json_file": ["--json"]},
     )
+    from linvit.output.terminal import page, show_line
+
+    check_files(("--json", options.json_file))
+    check_folder("DIR", options.folder)
     demo_set = DEMO_SETS[options.name]()
     is_new = write_demo_set(demo_set, options.folder)
-    print(demo_set.note)
-    print(f"{options.folder}: {'built' if is_new else 'already built, not changed'}")
-    _print_counts(demo_set)
     if options.json_file is not None:
         report = {
             "folder": str(options.folder),
@@ -88,21 +92,27 @@ def main(argv: Sequence[str]) -> int:
             "num_contradictions_dropped": demo_set.num_contradictions,
         }
         write_json(options.json_file, report)
+    console = page(outputs=[options.json_file])
+    for line in demo_set.note.splitlines():
+        show_line(console, line)
+    show_line(console, f"{options.folder}: {'built' if is_new else 'already built, not changed'}")
+    _show_counts(console, demo_set)
     return 0
 
 
-def _print_counts(demo_set: DemoSet) -> None:
-    from linvit.output.terminal import page, table
+def _show_counts(console: "Console", demo_set: DemoSet) -> None:
+    from linvit.output.terminal import show_line, table
 
     counts = demo_set.counts()
     totals = {split: sum(splits[split] for splits in counts.values()) for split in ("train", "val")}
     made = table(["class", "train", "val"], text=["class"])
     for name, splits in {**counts, "all": totals}.items():
         made.add_row(name, f"{splits['train']:,}", f"{splits['val']:,}")
-    page().print(made)
-    print(
+    console.print(made)
+    show_line(
+        console,
         f"left out: {demo_set.num_copies} byte-identical copies, "
-        f"{demo_set.num_contradictions} copies with contradictory labels"
+        f"{demo_set.num_contradictions} copies with contradictory labels",
     )
 
 

@@ -37,21 +37,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_command(options: EvalOptions) -> int:
-    """Evaluate each source at each size, print tables and write files; returns the exit status.
+    """Evaluate each source at each size, write files and print tables; returns the exit status.
 
     Raises UsageError for a file that cannot be written, and ValueError if sources, data or options do not fit together.
     """
     from linvit.distributed import joined_ranks
     from linvit.evaluation.source import evaluate_source
+    from linvit.runs.folder import source_files
 
-    check_files(*options.files)
+    sources = (options.source, *options.compare)
+    check_files(*options.files, inputs=[options.data_dir, *(file for each in sources for file in source_files(each))])
     sizes: list[tuple[int, int] | None] = [height_and_width(size) for size in options.img_size]
     with joined_ranks(options.device) as ranks:
-        evaluations = [
-            evaluate_source(source, size, options, ranks)
-            for source in (options.source, *options.compare)
-            for size in sizes or [None]
-        ]
+        evaluations = [evaluate_source(source, size, options, ranks) for source in sources for size in sizes or [None]]
         if ranks.is_primary:
             _report(evaluations, options)
     return 0
@@ -63,10 +61,10 @@ def _report(evaluations: list["Evaluation"], options: EvalOptions) -> None:
     from linvit.evaluation.show import show
     from linvit.evaluation.write import write_images, write_markdown, write_size_plot
     from linvit.output.files import write_json
+    from linvit.output.terminal import page
 
     reports = [build_report(each, options) for each in evaluations]
     add_comparisons(reports, evaluations, options)
-    show(reports)
     if options.json_file is not None:
         # One result is written as an object, several as a list.
         write_json(options.json_file, reports if len(reports) > 1 else reports[0])
@@ -79,3 +77,4 @@ def _report(evaluations: list["Evaluation"], options: EvalOptions) -> None:
     for path in options.confusion:
         collected = evaluations[0].collected
         write_confusion(confusion(collected.masked or collected.results, evaluations[0].match.class_names), path)
+    show(page(outputs=(path for _, path in options.files)), reports)

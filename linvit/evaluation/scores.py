@@ -4,7 +4,6 @@ Temperature scaling divides the logits by one number, fitted on other images tha
 ReaL labels are all correct labels of ImageNet's validation images (Beyer et al. 2020, "Are we done with ImageNet?").
 """
 
-import csv
 import io
 import math
 import re
@@ -22,6 +21,7 @@ from linvit.data.sources.base import ImageSet
 from linvit.evaluation.classes import real_labels, synsets, with_lemma
 from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.uncertainty import bootstrap
+from linvit.output.cells import CsvWriter
 from linvit.output.files import write_text
 from linvit.output.plots import drawable, save_figure
 
@@ -208,7 +208,7 @@ def write_confusion(matrix: Confusion, path: Path) -> None:
         save_figure(path, draw(matrix))
         return
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = CsvWriter(text)
     writer.writerow(["label", *matrix.columns])
     writer.writerows([name, *row] for name, row in zip(matrix.names, matrix.counts.tolist()))
     write_text(path, text.getvalue())

@@ -5,34 +5,32 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from linvit.evaluation.classes import first_lemma, with_lemma
 from linvit.evaluation.report import Report
-from linvit.output.terminal import EMPTY, format_size, page, printable, table
+from linvit.output.terminal import EMPTY, format_size, show_line, table
 from linvit.settings.fields import listed
 
 MOST_CLASSES, MOST_PAIRS, MOST_IMAGES = 10, 5, 3
 
 
-def show(reports: Sequence[Report]) -> None:
+def show(console: Console, reports: Sequence[Report]) -> None:
     """Print what was evaluated, the scores, the comparisons, and the worst cases of the last result."""
-    console = page()
     first, last = reports[0], reports[-1]
     names = short_names(reports)
     if len(names) == 1:
-        _line(console, f"{first['model']} ({first['weights']})")
-    _line(
+        show_line(console, f"{first['model']} ({first['weights']})")
+    show_line(
         console,
         f"{first['num_images']:,} images of {first['num_present_classes']} classes ({first['labels']}): "
         f"{first['data']}, {first['split']}; {first['images_per_second']:.0f} images/s",
     )
     console.print(_score_table(reports, names))
     for note in dict.fromkeys(note for report in reports for note in report["notes"]):
-        _line(console, note)
+        show_line(console, note)
     if last["num_unreadable"]:
         num_images = last["num_unreadable"] + last["num_images"]
-        _line(
+        show_line(
             console,
             f"{last['num_unreadable']} of {num_images} images cannot be read and are not counted: "
             f"{listed(last['unreadable'])}",
@@ -41,7 +39,7 @@ def show(reports: Sequence[Report]) -> None:
         _show_extras(console, report, f"{names[report['source']]} at {format_size(report['img_size'])}")
     if len(reports) > 1:
         baseline = f"{names[first['source']]} at {format_size(first['img_size'])}"
-        _line(console, f"Compared with {baseline}, top-1 in percentage points:")
+        show_line(console, f"Compared with {baseline}, top-1 in percentage points:")
         console.print(_comparison_table(reports[1:], names))
     _show_worst(console, last)
 
@@ -66,15 +64,6 @@ def short_names(reports: Sequence[Report]) -> dict[str, str]:
     return {source: last if last_parts.count(last) == 1 else source for source, last in zip(sources, last_parts)}
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(printable(text), soft_wrap=True, markup=False)
-
-
-def _name(text: str) -> Text:
-    # A string would be read as rich's markup: a class called "[red]" would vanish.
-    return Text(printable(text))
-
-
 def _score_table(reports: Sequence[Report], names: Mapping[str, str]) -> Table:
     sources = ["source"] if len(names) > 1 else []
     classes = ["classes"] if any(report["masked"] is not None for report in reports) else []
@@ -83,7 +72,7 @@ def _score_table(reports: Sequence[Report], names: Mapping[str, str]) -> Table:
     for report, scores, num_classes in score_rows(reports):
         interval = scores["confidence"].get("top1")
         made.add_row(
-            *([_name(names[report["source"]])] if sources else []),
+            *([names[report["source"]]] if sources else []),
             format_size(report["img_size"]),
             EMPTY if report["num_tokens"] is None else str(report["num_tokens"]),
             *([str(num_classes)] if classes else []),
@@ -101,13 +90,15 @@ def _show_extras(console: Console, report: Report, name: str) -> None:
     """ReaL accuracy and calibration, if they were requested."""
     if "real" in report:
         real = report["real"]
-        _line(console, f"{name}: ReaL accuracy {real['top1']:.2f} % on {real['num_images']:,} images with ReaL labels")
+        show_line(
+            console, f"{name}: ReaL accuracy {real['top1']:.2f} % on {real['num_images']:,} images with ReaL labels"
+        )
     if report["calibration"] is not None:
         fit = report["calibration"]
         loss = f"loss {fit['loss_before']:.4f} → {fit['loss']:.4f}"
         ece = f"ECE {fit['ece_before']:.2f} → {fit['ece']:.2f} %"
         images = f"on {fit['num_images']:,} images"
-        _line(console, f"{name}: temperature {fit['temperature']:.3f} ({fit['fitted_on']}): {ece}, {loss} {images}")
+        show_line(console, f"{name}: temperature {fit['temperature']:.3f} ({fit['fitted_on']}): {ece}, {loss} {images}")
 
 
 def _comparison_table(reports: Sequence[Report], names: Mapping[str, str]) -> Table:
@@ -117,7 +108,7 @@ def _comparison_table(reports: Sequence[Report], names: Mapping[str, str]) -> Ta
         against = report["against_first"]
         interval = against["confidence"].get("top1_difference")
         made.add_row(
-            _name(names[report["source"]]),
+            names[report["source"]],
             format_size(report["img_size"]),
             f"{against['top1_difference']:+.2f}",
             EMPTY if interval is None else f"{interval[0]:+.1f} to {interval[1]:+.1f}",
@@ -136,15 +127,15 @@ def _show_worst(console: Console, report: Report) -> None:
     heading = "class" if len(worst) == len(accuracies) else f"the {len(worst)} worst of {len(accuracies)} classes"
     made = table([heading, "images", "top-1 %"], text=[heading])
     for name in worst:
-        made.add_row(_name(with_lemma(name)), str(scores["images_per_class"][name]), f"{accuracies[name]:.2f}")
+        made.add_row(with_lemma(name), str(scores["images_per_class"][name]), f"{accuracies[name]:.2f}")
     console.print(made)
     pairs = [
         f"{first_lemma(pair['label'])} as {first_lemma(pair['prediction'])} ({pair['images']})"
         for pair in scores["most_confused"][:MOST_PAIRS]
     ]
     if pairs:
-        _line(console, f"most frequent confusions: {'; '.join(pairs)}")
+        show_line(console, f"most frequent confusions: {'; '.join(pairs)}")
     for image in [image for image in report["worst_images"] if image["label"] != image["prediction"]][:MOST_IMAGES]:
         prediction = f"{first_lemma(image['prediction'])} ({100 * image['probability']:.0f} %)"
         label = first_lemma(image["label"])
-        _line(console, f"{image['path']}: {label}, predicted as {prediction}, loss {image['loss']:.2f}")
+        show_line(console, f"{image['path']}: {label}, predicted as {prediction}, loss {image['loss']:.2f}")

@@ -1,7 +1,5 @@
 """Write the results of an evaluation to files: a CSV row per image, Markdown tables, a plot over image sizes."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from math import sqrt
@@ -16,6 +14,7 @@ from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.report import Report
 from linvit.evaluation.show import score_rows, short_names
 from linvit.evaluation.source import Evaluation
+from linvit.output.cells import CsvWriter, Utf8, markdown_cell
 from linvit.output.files import write_file, write_text
 from linvit.output.plots import drawable, save_figure, series_style
 from linvit.output.terminal import format_size
@@ -40,14 +39,11 @@ def write_images(evaluations: Sequence[Evaluation], path: Path) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        writer = csv.writer(text, lineterminator="\n")
+        writer = CsvWriter(Utf8(file))
         masked = [f"masked_{name}" for name in PREDICTED]
         writer.writerow(["source", "img_size", "path", "label", *PREDICTED, *masked])
         for each in evaluations:
             writer.writerows(_image_rows(each))
-        text.flush()
-        text.detach()
 
     write_file(path, write)
 
@@ -58,7 +54,7 @@ def _image_rows(evaluation: Evaluation) -> Iterator[list[Any]]:
     predicted = zip(*(_predictions(each, names) for each in (collected.results, collected.masked)))
     images = zip(collected.results.indices.tolist(), collected.results.labels.tolist(), predicted)
     for index, label, (own, masked) in images:
-        yield [evaluation.source, size, evaluation.images.path(index), names[label], *own, *masked]
+        yield [evaluation.source, size, str(evaluation.images.path(index)), names[label], *own, *masked]
 
 
 def _predictions(results: ImageResults | None, names: Sequence[str]) -> Iterator[list[Any]]:
@@ -78,12 +74,14 @@ def write_markdown(reports: Sequence[Report], path: Path) -> None:
     accuracies = sorted(scores["per_class"].items(), key=lambda item: item[1])[:NUM_WORST_CLASSES]
     lines += ["", "| worst classes | images | top-1 % |", "|---|---|---|"]
     lines += [
-        f"| {with_lemma(name)} | {scores['images_per_class'][name]} | {accuracy:.2f} |" for name, accuracy in accuracies
+        f"| {markdown_cell(with_lemma(name))} | {scores['images_per_class'][name]} | {accuracy:.2f} |"
+        for name, accuracy in accuracies
     ]
     if scores["most_confused"]:
         lines += ["", "| label | predicted | images |", "|---|---|---|"]
         lines += [
-            f"| {with_lemma(pair['label'])} | {with_lemma(pair['prediction'])} | {pair['images']} |"
+            f"| {markdown_cell(with_lemma(pair['label']))} | {markdown_cell(with_lemma(pair['prediction']))} "
+            f"| {pair['images']} |"
             for pair in scores["most_confused"][:NUM_PAIRS]
         ]
     write_text(path, "\n".join([*lines, "", *_footnotes(reports), ""]))
@@ -95,7 +93,9 @@ def _score_table(reports: Sequence[Report]) -> list[str]:
     for report, scores, num_classes in score_rows(reports):
         cells = " | ".join(_with_interval(scores, name) for name in _SCORES)
         size = format_size(report["img_size"])
-        lines.append(f"| {report['source']} | {size} | {num_classes} | {cells} | {report['num_images']} |")
+        lines.append(
+            f"| {markdown_cell(report['source'])} | {size} | {num_classes} | {cells} | {report['num_images']} |"
+        )
     return lines
 
 
@@ -110,22 +110,23 @@ def _comparison_table(reports: Sequence[Report]) -> list[str]:
     compared = [report for report in reports if "against_first" in report]
     if not compared:
         return []
-    first = f"{reports[0]['source']} at {format_size(reports[0]['img_size'])}"
+    first = f"{markdown_cell(reports[0]['source'])} at {format_size(reports[0]['img_size'])}"
     headings = f"compared with {first} | size | top-1, points | loss | only this right | only this wrong | McNemar p"
     lines = ["", f"| {headings} |", "|---|---|---|---|---|---|---|"]
     for report in compared:
         against = report["against_first"]
         points, loss = (_with_interval(against, f"{name}_difference", sign="+") for name in ("top1", "loss"))
         lines.append(
-            f"| {report['source']} | {format_size(report['img_size'])} | {points} | {loss} | {against['only_here']} | "
-            f"{against['only_baseline']} | {against['mcnemar_p']:.2g} |"
+            f"| {markdown_cell(report['source'])} | {format_size(report['img_size'])} | {points} | {loss} "
+            f"| {against['only_here']} | {against['only_baseline']} | {against['mcnemar_p']:.2g} |"
         )
     return lines
 
 
 def _footnotes(reports: Sequence[Report]) -> list[str]:
     first = reports[0]
-    lines = [f"{first['num_images']:,} images of {first['data']}, {first['split']}; classes matched {first['labels']}."]
+    data, split, labels = (markdown_cell(first[name]) for name in ("data", "split", "labels"))
+    lines = [f"{first['num_images']:,} images of {data}, {split}; classes matched {labels}."]
     if first["bootstrap"]["resamples"]:
         lines.append(
             f"In brackets: 95 % percentile bootstrap over images, {first['bootstrap']['resamples']} resamples, "

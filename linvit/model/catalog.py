@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from linvit.output.files import write_json
 from linvit.settings.fields import unknown
-from linvit.settings.flags import parse_options
+from linvit.settings.flags import check_files, parse_options
 
 SUMMARY = "list the registered models"
 
@@ -45,10 +45,11 @@ def main(argv: Sequence[str]) -> int:
         positionals={"pattern": "PATTERN"},
         spellings={"json_file": ["--json"]},
     )
+    check_files(("--json", options.json_file))
     entries = list_entries(options.pattern)
-    print_entries(entries)
     if options.json_file is not None:
         write_json(options.json_file, [entry._asdict() for entry in entries])
+    print_entries(entries, options.json_file)
     return 0
 
 
@@ -65,7 +66,7 @@ def list_entries(pattern: str) -> list[ModelEntry]:
     return sorted((_describe(name) for name in names), key=lambda entry: (entry.img_size, entry.num_parameters))
 
 
-def print_entries(entries: Sequence[ModelEntry]) -> None:
+def print_entries(entries: Sequence[ModelEntry], json_file: Path | None = None) -> None:
     """Print the models as a table of at most 100 columns when piped."""
     from linvit.output.terminal import page, table
 
@@ -81,7 +82,7 @@ def print_entries(entries: Sequence[ModelEntry]) -> None:
             entry.projection,
             entry.share,
         )
-    page().print(models)
+    page(outputs=[json_file]).print(models)
 
 
 def _describe(name: str) -> ModelEntry:

@@ -1,15 +1,19 @@
 """What commands print: tables on stdout, progress on stderr, and numbers in one format."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from linvit.output.files import valid_utf8
+from linvit.output.files import printable
+from linvit.output.streams import goes_to_stdout
 
 # Columns of a table that goes to a file or a pipe.
 PAGE_WIDTH = 100
@@ -17,37 +21,56 @@ PAGE_WIDTH = 100
 EMPTY = "–"
 
 
-def page(width: int = PAGE_WIDTH) -> Console:
-    """The console that tables are printed on: as wide as the terminal, or `width` columns in a pipe."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(width=width, highlight=False)
+def page(width: int = PAGE_WIDTH, *, outputs: Iterable[Path | None] = ()) -> Console:
+    """The console that tables are printed on, as wide as the terminal, or `width` columns in a pipe.
+
+    It is stdout, or stderr if one of the `outputs`, the files that the command writes, is stdout.
+    """
+    stderr = any(map(goes_to_stdout, outputs))
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    # Names may contain rich's markup and :names: of emoji.
+    return Console(stderr=stderr, width=None if is_terminal else width, markup=False, emoji=False, highlight=False)
+
+
+class _PlainTable(Table):
+    """A table whose text is shown as it is, each cell on one line; a cell with a style or several lines is a `Text`."""
+
+    def add_row(self, *cells: RenderableType | None, **settings: Any) -> None:
+        super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **settings)
 
 
 def table(columns: Sequence[str], *, text: Collection[str] = (), title: str | None = None) -> Table:
     """A table with these column headings: numbers to the right, the columns in `text` to the left and wrapped."""
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heading_of_table = None if title is None else Text(printable(title))
+    made = _PlainTable(title=heading_of_table, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
         if heading in text:
-            made.add_column(heading, overflow="fold")
+            made.add_column(Text(printable(heading)), overflow="fold")
         else:
-            made.add_column(heading, justify="right", no_wrap=True)
+            made.add_column(Text(printable(heading)), justify="right", no_wrap=True)
     return made
 
 
+def show_line(console: Console, text: str) -> None:
+    """Print a line of `printable` text on a console, without wrapping it."""
+    console.print(Text(printable(text)), soft_wrap=True)
+
+
+def print_line(text: str) -> None:
+    """Print a line of `printable` text on stdout at once, even into a pipe."""
+    print(printable(text), flush=True)
+
+
 def note(text: str) -> None:
-    """Print a line on stderr at once, even into a pipe."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line of `printable` text on stderr at once, even into a pipe."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def progress_bar(console: Console | None = None) -> Progress:
     """A bar for each task, removed when it is done; on stderr by default, and only on a terminal."""
     console = console or Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def printable(text: str) -> str:
-    """`text` on one line: control characters, line breaks and bytes that are not UTF-8 become `�`."""
-    return "".join(character if character.isprintable() else "�" for character in valid_utf8(text))
 
 
 def format_bytes(count: float | None) -> str:

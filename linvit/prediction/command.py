@@ -5,17 +5,22 @@ Heavy imports are inside functions to keep `--help` fast.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.output.files import printable
+from linvit.output.streams import goes_to_stdout
 from linvit.prediction.tiling import create_tiling
+from linvit.prediction.writers import FORMATS, format_of
 from linvit.settings.fields import ImageSize, height_and_width
 from linvit.settings.flags import UsageError, check_files, parse_options
 
@@ -25,8 +30,6 @@ if TYPE_CHECKING:
     from linvit.runs.folder import Classifier
 
 SUMMARY = "predict the classes of loose images"
-# Extensions of the files that predictions can be written to.
-FORMATS = (".csv", ".jsonl", ".parquet")
 
 
 class PredictOptions(BaseModel):
@@ -44,7 +47,8 @@ class PredictOptions(BaseModel):
     )
     output: Path | None = Field(
         None,
-        description=f"write the predictions to this file: {', '.join(FORMATS)} (default: lines on stdout)",
+        description=f"write the predictions to this file: {', '.join(FORMATS)}; - writes CSV to stdout (default: lines "
+        "on stdout, tab-separated in a pipe)",
     )
 
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
@@ -85,10 +89,8 @@ class PredictOptions(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> PredictOptions:
         for name, path in (("--output", self.output), ("--tile-output", self.tile_output)):
-            if path is not None and path.suffix.lower() not in FORMATS:
+            if path is not None and format_of(path) not in FORMATS:
                 raise ValueError(f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-        if self.output is not None and self.output == self.tile_output:
-            raise ValueError(f"--output and --tile-output are both {self.output}; choose two files")
         if self.tile is None and (self.overlap is not None or self.tile_output is not None):
             raise ValueError("--overlap and --tile-output need --tile SIZE")
         create_tiling(self.tile, overlap=self.overlap)
@@ -122,10 +124,13 @@ def predict_command(options: PredictOptions) -> int:
     from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages
     from linvit.device import choose_device
-    from linvit.output.terminal import note
+    from linvit.output.terminal import note, print_line
     from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
+    from linvit.runs.folder import source_files
 
-    check_files(("--output", options.output), ("--tile-output", options.tile_output))
+    files = [("--output", options.output), ("--tile-output", options.tile_output)]
+    check_files(*files, inputs=[*source_files(options.source), *options.images, *_list_on_stdin(options.images)])
+    show = note if any(goes_to_stdout(path) for _, path in files) else print_line
     try:
         for path in (options.output, options.tile_output):
             if path is not None:
@@ -135,22 +140,27 @@ def predict_command(options: PredictOptions) -> int:
         raise UsageError(str(error)) from None
     choose_device(options.device)
     predictor = _create_predictor(options)
-    with ExitStack() as files:
-        write_image: WriteRow = _print_row
+    with ExitStack() as stack:
+        write_image: WriteRow = _show_row if sys.stdout.isatty() else partial(_print_row, topk=predictor.topk)
         write_tile: WriteRow = _discard
         if options.output is not None:
-            write_image = files.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
+            write_image = stack.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
         if options.tile_output is not None:
-            write_tile = files.enter_context(open_rows(options.tile_output, TILE_COLUMNS, topk=predictor.topk))
+            write_tile = stack.enter_context(open_rows(options.tile_output, TILE_COLUMNS, topk=predictor.topk))
         predictions = predictor.predict(images)
         if options.output is not None:
             predictions = _with_progress(predictions, len(images))
         num_unreadable = _write(predictions, write_image, write_tile)
     if options.output is not None:
-        print(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
+        show(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
     if num_unreadable:
         note(f"{num_unreadable:,} of {len(images):,} images have no prediction; their rows give the reasons")
     return 1 if len(images) and num_unreadable == len(images) else 0
+
+
+def _list_on_stdin(images: Iterable[str]) -> list[str]:
+    """The file of the list that is read from stdin, if it is one."""
+    return ["/dev/stdin"] if "-" in images and os.path.isfile("/dev/stdin") else []
 
 
 def _paths(images: Iterable[str]) -> Iterator[str]:
@@ -158,6 +168,8 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
 
     for image in images:
         if image == "-":
+            if sys.stdin is None:
+                raise ValueError("- reads paths from stdin, which is closed; pipe a list into it")
             yield from read_list(sys.stdin.buffer)
         else:
             yield from expand(image, missing="refuse")
@@ -224,11 +236,18 @@ def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile:
     return num_unreadable
 
 
-def _print_row(row: Row) -> None:
-    from linvit.output.terminal import printable
+def _show_row(row: Row) -> None:
+    """Print a line for a reader."""
+    from linvit.output.terminal import print_line
 
     best = (f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"]))
-    print(f"{printable(row['path'])}: {'; '.join(best) if row['error'] is None else row['error']}")
+    print_line(f"{row['path']}: {'; '.join(best) if row['error'] is None else row['error']}")
+
+
+def _print_row(row: Row, *, topk: int) -> None:
+    """Print a line for a program: the columns of a CSV file, separated by tabs."""
+    best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
+    print("\t".join(map(printable, [row["path"], *best, row["error"] or ""])), flush=True)
 
 
 def _discard(row: Row) -> None:

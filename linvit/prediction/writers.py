@@ -1,19 +1,20 @@
 """Write predictions row by row as CSV, JSON lines or Parquet, by the file's extension."""
 
-import csv
 import importlib.util
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
-from linvit.output.files import cannot_write, json_text, scratch_of, sync_folder, valid_utf8
+from linvit.output.cells import CsvWriter, Utf8
+from linvit.output.files import json_text, scratch_of, sync_folder, target_of, valid_utf8, writing
+from linvit.output.streams import is_stream, open_stream
 
 Row: TypeAlias = dict[str, Any]
 WriteRow: TypeAlias = Callable[[Row], None]
 
+FORMATS = (".csv", ".jsonl", ".parquet")
 # "labels" and "probabilities" are lists, which CSV spreads over several columns.
 IMAGE_COLUMNS = ("path", "labels", "probabilities", "error")
 TILE_COLUMNS = ("path", "top", "left", "height", "width", "labels", "probabilities")
@@ -22,52 +23,92 @@ _LISTS = {"labels": "label", "probabilities": "probability"}
 _GROUP_SIZE = 4096
 
 
+def format_of(path: Path) -> str:
+    """The format of a file, by its extension; `-`, pipes and devices without one take CSV."""
+    extension = path.suffix.lower()
+    return ".csv" if extension not in FORMATS and is_stream(path) else extension
+
+
 def check_format(path: Path) -> None:
     """Raise ValueError if a package for the file's format is missing."""
-    if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+    if format_of(path) == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow, or choose a .csv or .jsonl file")
 
 
 @contextmanager
 def open_rows(path: Path, columns: Sequence[str], *, topk: int) -> Iterator[WriteRow]:
-    """A function that writes a row to the file, in the format of its extension.
+    """A function that writes a row to the file, in the format of its extension (see `format_of`).
 
     JSON lines are written as rows arrive, so a run that is interrupted leaves all finished rows. Other files appear
-    when they are complete, or not at all.
+    when they are complete, or not at all. Pipes and stdout get rows as they arrive.
 
     Args:
         columns: the names in a row; a name that a row lacks stays empty.
         topk: length of the lists in a row.
 
-    Raises OSError, naming the file, if it cannot be written.
+    Raises OSError, naming the file, if it cannot be written, or if another process is writing the same JSON lines.
     """
-    extension = path.suffix.lower()
-    target = path if extension == ".jsonl" else scratch_of(path)
-    with _naming(path):
-        file = target.open("wb")
-    try:
-        with _naming(path):
-            rows = _WRITERS[extension](file, columns, topk)
+    with ExitStack() as files:
+        with writing(path):
+            file = files.enter_context(_open(path))
+            rows = _WRITERS[format_of(path)](file, columns, topk)
 
         def write(row: Row) -> None:
-            with _naming(path):
+            with writing(path):
                 rows.write(row)
+                if is_stream(path):
+                    file.flush()
 
         yield write
-        with _naming(path):
+        with writing(path):
             rows.finish()
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            target.replace(path)
-            sync_folder(path.parent)
+            files.close()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is complete when it gets its name, a file of JSON lines, or a stream."""
+    if is_stream(path):
+        with open_stream(path) as stream:
+            yield stream
+        return
+    target = target_of(path)
+    is_growing = format_of(path) == ".jsonl"
+    place = target if is_growing else scratch_of(target)
+    file = place.open("ab")
+    try:
+        if is_growing:
+            _lock(file)
+        file.truncate(0)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        if not is_growing:
+            place.replace(target)
+        sync_folder(target.parent)
     except BaseException:
         # Closing flushes the rest, which fails again on a full disk.
         with suppress(OSError):
             file.close()
-        if target != path:
-            target.unlink(missing_ok=True)
+        if not is_growing:
+            place.unlink(missing_ok=True)
         raise
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed; raises OSError if another process holds the lock."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise OSError("another process is writing it") from None
+    except OSError:
+        # The file system has no locks.
+        pass
 
 
 class _Rows(Protocol):
@@ -95,16 +136,14 @@ class _Csv:
     def __init__(self, file: BinaryIO, columns: Sequence[str], topk: int) -> None:
         self.columns = columns
         self.topk = topk
-        self.text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        self.rows = csv.writer(self.text)
+        self.rows = CsvWriter(Utf8(file))
         self.rows.writerow([name for column in columns for name in self._names(column)])
 
     def write(self, row: Row) -> None:
         self.rows.writerow([value for column in self.columns for value in self._values(column, row.get(column))])
 
     def finish(self) -> None:
-        # Otherwise the text wrapper would close the file.
-        self.text.detach()
+        pass
 
     def _names(self, column: str) -> list[str]:
         return [f"{_LISTS[column]}_{rank}" for rank in range(1, self.topk + 1)] if column in _LISTS else [column]
@@ -148,12 +187,3 @@ _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {
     ".csv": _Csv,
     ".parquet": _Parquet,
 }
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn an OSError into one that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error

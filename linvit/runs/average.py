@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linvit.settings.flags import parse_options
+from linvit.settings.flags import check_folder, parse_options
 from linvit.version import __version__
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ def main(argv: Sequence[str]) -> int:
     )
     from linvit.data.augment.build import resolve_input
     from linvit.data.options import InputOptions
+    from linvit.output.terminal import print_line
     from linvit.runs.folder import load_classifier, save_classifier
     from linvit.runs.weights import load_exactly
 
     paths = _find_weights(options)
     if options.output.exists():
         raise ValueError(f"--output {options.output} exists already: choose another folder")
+    check_folder("--output", options.output)
     averaged, files = average(paths, use_ema=options.use_ema)
     classifier = load_classifier(str(paths[-1]), use_ema=options.use_ema)
     load_exactly(classifier.model, averaged, path=options.output)
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         spec=resolve_input(classifier.model, InputOptions(**settings)),
         about={"version": __version__, "average_of": files},
     )
-    print(f"{options.output}: average of {len(files)} sets of weights")
+    print_line(f"{options.output}: average of {len(files)} sets of weights")
     return 0
 
 

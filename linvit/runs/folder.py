@@ -77,6 +77,15 @@ class RunFolder:
         return self.path / "README.md"
 
 
+def source_files(source: str) -> list[Path]:
+    """What is read of a source (see `load_classifier`): the file itself, or a run's weights and settings."""
+    run = RunFolder(Path(source))
+    if not run.path.is_dir():
+        return [run.path]
+    weights = [run.path / "config.json", *run.path.glob("*.safetensors"), *run.path.glob("*.bin")]
+    return [run.args, run.summary, run.best, run.last, run.checkpoints, *weights]
+
+
 def lock_run(folder: Path) -> IO[bytes] | None:
     """Lock the folder of a run until the returned file is closed or the process ends, even if it is killed.
 

@@ -3,10 +3,11 @@
 import argparse
 import ast
 import inspect
+import io
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from linvit.output.files import check_writable, printable, reason, scratch_of, target_of
+from linvit.output.streams import check_stream, goes_to_stdout, is_stream
 from linvit.settings.fields import Model, element_types, leaf_types, unknown, validate
 from linvit.settings.yaml import parse_yaml
 
@@ -39,22 +42,63 @@ class _Parser(argparse.ArgumentParser):
 def run(work: Callable[[], int | None]) -> int:
     """Run a command's `work` and return its exit status.
 
-    ValueError and OSError, which the user can fix, become one line on stderr; LINVIT_DEBUG=1 shows the traceback.
+    ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
+    to the error; LINVIT_DEBUG=1 shows the traceback.
     """
     try:
-        return work() or 0
+        _check_streams()
+        try:
+            status = work() or 0
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader closed the pipe. Without this the interpreter would report an error when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
     except (ValueError, OSError) as error:
         if os.environ.get("LINVIT_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        for line in (f"error: {error}", *getattr(error, "__notes__", [])):
+            print(printable(line), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _check_streams() -> None:
+    """Raise OSError if stdout is closed. A closed stdin or stderr is replaced, so that no file takes its descriptor."""
+    missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    if missing and os.name == "posix":
+        for descriptor in range(3):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+    if "stderr" in missing:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open
+    if "stdout" in missing:
+        raise OSError("stdout is closed; redirect it to a file or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8 lacks some characters of names and tables.
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise OSError(f"cannot write to stdout: {reason(error)}") from error
+
+
+def _discard_stdout() -> None:
+    # Otherwise the interpreter would report the error again when it flushes stdout at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_options(
@@ -80,16 +124,58 @@ def parse_options(
         raise UsageError(str(error)) from None
 
 
-def check_files(*files: tuple[str, Path | None]) -> None:
-    """Raise UsageError for an output file that cannot be created, before time is spent on its contents.
+def check_files(*files: tuple[str, Path | None], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raise UsageError for an output file that cannot be written, before time is spent on its contents.
 
-    Each file is a pair of its flag and its path; None is skipped.
+    Args:
+        files: pairs of a flag and its path; None is skipped. No two may be the same file, also through links.
+        inputs: what the command reads. No file may be one of them, nor replace a file in one that is a folder.
     """
+    flags: dict[Path, str] = {}
     for flag, path in files:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{flag} {path}: folder {path.parent} does not exist; create it first")
-        if path is not None and path.is_dir():
+        if path is None:
+            continue
+        check_file(flag, path)
+        name = Path("/dev/stdout") if goes_to_stdout(path) else target_of(path)
+        if name in flags:
+            raise UsageError(f"{flags[name]} and {flag} are both {path}; choose two files")
+        flags[name] = flag
+        for source in () if is_stream(path) else inputs:
+            if name == target_of(Path(source)) or (target_of(Path(source)) in name.parents and name.exists()):
+                raise UsageError(f"{flag} {path} would replace a file that is read, in {source}; choose another file")
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Raise UsageError for an output file that cannot be written; `check_files` checks several."""
+    try:
+        if is_stream(path):
+            check_stream(path)
+            return
+        folder = target_of(path).parent
+        if not folder.is_dir():
+            folder = folder if path.parent.is_dir() else path.parent
+            raise UsageError(f"{flag} {path}: folder {folder} does not exist; create it first")
+        if path.is_dir():
             raise UsageError(f"{flag} {path} is a folder; give a file name")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{flag} {path} is neither a file nor a pipe; give a file name")
+        check_writable(path)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {reason(error)}; choose another file") from None
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raise UsageError if an output folder and its parents neither exist nor can be created."""
+    if path.is_dir():
+        return
+    target = target_of(path)
+    parent = next(folder for folder in target.parents if folder.exists())
+    try:
+        scratch = scratch_of(parent / target.name)
+        scratch.mkdir()
+        scratch.rmdir()
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be created: {reason(error)}; choose another folder") from None
 
 
 def flag_of(name: str) -> str:

@@ -99,6 +99,16 @@ class SpectrumOptions(BaseModel):
         return self.source.endswith(".json")
 
     @property
+    def files(self) -> list[tuple[str, Path | None]]:
+        """The files to write, with their flags."""
+        return [
+            ("--json", self.json_file),
+            ("--csv", self.csv_file),
+            ("--plot", self.plot_file),
+            ("--plan", self.plan_file),
+        ]
+
+    @property
     def budget(self) -> dict[str, float]:
         """The plan's budget by its name; empty if no plan is requested."""
         return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
@@ -118,27 +128,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
-    """Measure or read spectra, plan, print tables and write the files; returns the exit status.
+    """Measure or read spectra, plan, write the files and print tables; returns the exit status.
 
     `command` is recorded in the results. Raises UsageError if a file could not be written, and ValueError if model,
     weights, images and options do not fit together.
     """
     from linvit.measure.provenance import provenance
     from linvit.output.files import write_json, write_text
+    from linvit.runs.folder import source_files
     from linvit.settings.yaml import write_settings
     from linvit.spectrum.plan import make_plan, model_kwargs
     from linvit.spectrum.result import read_spectra
     from linvit.spectrum.show import save_plot, to_csv
 
-    check_files(("--json", options.json_file), ("--csv", options.csv_file))
-    check_files(("--plot", options.plot_file), ("--plan", options.plan_file))
+    check_files(
+        *options.files, inputs=[*source_files(options.source), *filter(None, [options.images, options.weights])]
+    )
     origin = provenance(command, seed=options.seed, n=options.num_images)
     spectra = read_spectra(Path(options.source)) if options.reads_results else _measure(options, origin)
     largest = max(spectra, key=lambda spectrum: spectrum.num_tokens)
     settings: dict[str, Any] = {"projection": options.projection, "share": options.share}
     plan = make_plan(largest, options.budget, **settings, min_k=options.min_k) if options.budget else None
     keywords = model_kwargs(largest, plan, **settings) if plan else None
-    _show(spectra, options.index, plan, keywords)
     planned = {"budget": options.budget, "model_kwargs": keywords, **plan.to_dict()} if plan else None
     _write_json(options.json_file, {**origin, "plan": planned}, spectra)
     if options.csv_file is not None:
@@ -150,6 +161,7 @@ def spectrum_command(options: SpectrumOptions, *, command: str) -> int:
             write_json(options.plan_file, keywords, indent=None)
         else:
             write_settings(options.plan_file, keywords)
+    _show(options, spectra, plan, keywords)
     return 0
 
 
@@ -157,6 +169,7 @@ def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]
     """A spectrum for each size, on the same images; the JSON file is written after each."""
     from linvit.data.sources.loose import sample_paths
     from linvit.device import choose_device
+    from linvit.output.streams import is_stream
     from linvit.output.terminal import progress_bar
 
     assert options.images is not None
@@ -171,7 +184,8 @@ def _measure(options: SpectrumOptions, origin: dict[str, Any]) -> list[Spectrum]
         for size in sizes or [None]:
             spectra.append(_measure_at(size, paths, options, bar))
             # Minutes of work must survive an interruption, and a budget that cannot be reached.
-            _write_json(options.json_file, {**origin, "plan": None}, spectra)
+            if options.json_file is not None and not is_stream(options.json_file):
+                _write_json(options.json_file, {**origin, "plan": None}, spectra)
     return spectra
 
 
@@ -203,13 +217,15 @@ def _measure_at(size: HeightWidth | None, paths: list[str], options: SpectrumOpt
     )
 
 
-def _show(spectra: list[Spectrum], index: int | None, plan: Plan | None, keywords: dict[str, Any] | None) -> None:
+def _show(
+    options: SpectrumOptions, spectra: list[Spectrum], plan: Plan | None, keywords: dict[str, Any] | None
+) -> None:
     from linvit.output.terminal import page
     from linvit.spectrum.show import show_growth, show_plan, show_spectrum
 
-    console = page()
+    console = page(outputs=(path for _, path in options.files))
     for spectrum in spectra:
-        show_spectrum(console, spectrum, index)
+        show_spectrum(console, spectrum, options.index)
     if len(spectra) > 1:
         show_growth(console, spectra)
     if plan is not None and keywords is not None:

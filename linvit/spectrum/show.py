@@ -1,6 +1,5 @@
 """Present spectra and plans: tables on the terminal, CSV, and a plot of six panels."""
 
-import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from matplotlib.ticker import NullLocator
 from rich.console import Console
 
 from linvit.model.sharing import Share
+from linvit.output.cells import CsvWriter
 from linvit.output.plots import BLUE, GREY, ORANGE, RED, save_figure
-from linvit.output.terminal import table
+from linvit.output.terminal import show_line, table
 from linvit.spectrum.plan import Plan, make_plan, uniform_plans
 from linvit.spectrum.result import Spectrum, growth_exponent
 
@@ -88,18 +88,19 @@ def show_plan(console: Console, plan: Plan, keywords: dict[str, Any]) -> None:
     console.print(layers)
     operations = f"{plan.flops / 1e9:.4g} of {plan.ordinary_flops / 1e9:.4g} GFLOPs"
     least = min(layer.energy for layer in plan.layers)
-    console.print(f"{plan.speedup:.2f} times fewer operations, {operations}", soft_wrap=True)
-    console.print(
-        f"energy kept: {plan.energy:.2%} on average, {least:.1%} in the layer that keeps least", soft_wrap=True
+    show_line(console, f"{plan.speedup:.2f} times fewer operations, {operations}")
+    show_line(
+        console,
+        f"energy kept: {plan.energy:.2%} on average, {least:.1%} in the layer that keeps least",
     )
-    console.print("--model-kwargs " + " ".join(f'"{name}={value}"' for name, value in keywords.items()), soft_wrap=True)
+    show_line(console, "--model-kwargs " + " ".join(f'"{name}={value}"' for name, value in keywords.items()))
 
 
 def to_csv(spectra: Sequence[Spectrum], index: int | None) -> str:
     """CSV with a row per size, layer and head: effective ranks, and shares of the first `index` singular values."""
     out = io.StringIO()
     columns = [f"rank_{energy:.0%}".removesuffix("%") for energy in ENERGIES]
-    writer = csv.writer(out, lineterminator="\n")
+    writer = CsvWriter(out)
     writer.writerow(
         ["model", "height", "width", "tokens", "layer", "head", *columns, "index", "share", "energy", "missing_energy"]
     )

@@ -15,18 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from linvit.output.files import reason
-from linvit.output.terminal import format_duration
+from linvit.output.terminal import format_duration, print_line
 from linvit.training.config import TrainConfig
 
 Item = TypeVar("Item")
 # Logs numbers by name; the second argument is the number of batches that the run has trained on.
 Track = Callable[[Mapping[str, float], int], None]
 SECONDS_BETWEEN_REFRESHES = 0.25
-
-
-def print_line(text: str) -> None:
-    """Print a line on stdout at once, even into a pipe."""
-    print(text, flush=True)
 
 
 class EpochLog:

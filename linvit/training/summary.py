@@ -1,6 +1,5 @@
 """The result of an epoch, and the two summaries of a run: summary.csv and README.md, a short model card."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,9 @@ import timm
 import torch
 
 from linvit.evaluation.metrics import Metrics
+from linvit.output.cells import CsvWriter, markdown_cell
 from linvit.output.files import write_text
-from linvit.output.terminal import format_duration
+from linvit.output.terminal import format_duration, printable
 from linvit.training.config import TrainConfig
 from linvit.version import __version__
 
@@ -69,9 +69,9 @@ def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     # The longest row has the columns in order.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = CsvWriter(text)
+    writer.writerow(columns)
+    writer.writerows([row.get(name, "") for name in columns] for row in rows)
     write_text(path, text.getvalue())
 
 
@@ -93,8 +93,8 @@ def write_card(
         metrics: their metrics.
     """
     assert config.data_dir is not None
-    data = config.data_dir.resolve().name
-    shown = ", ".join(class_names[:_MAX_CLASSES])
+    data = printable(config.data_dir.resolve().name)
+    shown = ", ".join(map(markdown_cell, class_names[:_MAX_CLASSES]))
     more = f" and {len(class_names) - _MAX_CLASSES} more" if len(class_names) > _MAX_CLASSES else ""
     averaged = " (moving average)" if weights == "ema" else ""
     text = f"""\
@@ -102,7 +102,7 @@ def write_card(
 library_name: timm
 pipeline_tag: image-classification
 ---
-# {config.model}, trained on {data}
+# {config.model}, trained on {markdown_cell(data)}
 
 | | |
 |---|---|

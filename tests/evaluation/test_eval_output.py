@@ -9,6 +9,7 @@ import pytest
 from linvit.evaluation.report import Report
 from linvit.evaluation.show import short_names, show
 from linvit.evaluation.write import write_markdown, write_size_plot
+from linvit.output.terminal import page, printable
 
 
 def report(source: str = "runs/a", *, size: Any = 224, top1: float = 60.0, label: str = "cat", **more: Any) -> Report:
@@ -43,7 +44,7 @@ def report(source: str = "runs/a", *, size: Any = 224, top1: float = 60.0, label
 
 
 def test_a_name_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    show([report(label="[red]"), report("runs/[b]", label="[red]", against_first=AGAINST)])
+    show(page(), [report(label="[red]"), report("runs/[b]", label="[red]", against_first=AGAINST)])
     shown = capsys.readouterr().out
     assert "[red]" in shown
     assert "[b]" in shown
@@ -52,8 +53,27 @@ def test_a_name_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_path_that_is_not_utf8_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    show([report(label="caf\udce9")])
+    show(page(), [report(label="caf\udce9")])
     assert "caf�" in capsys.readouterr().out
+
+
+NAMES = ["[/nope]", "a|b\nc<i>", "\x1b[31m=1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_awkward_name_is_shown_on_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = [report(label=name), report(f"runs/{name}", label=name, against_first=AGAINST)]
+    show(page(), reports)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert f"most frequent confusions: {printable(name)} as dog (1)" in shown
+    write_markdown(reports, tmp_path / "table.md")
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").split("\n")
+    assert "\x1b" not in "".join(lines)
+    assert "<" not in "".join(lines)
+    for line in lines:
+        cells = line.replace(r"\|", "").count("|")
+        assert cells in (0, 4, 8, 11), line
 
 
 AGAINST = {
@@ -68,7 +88,7 @@ AGAINST = {
 
 def test_comparisons_are_a_table_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports = [report(), report("runs/b", size=[224, 384], against_first=AGAINST)]
-    show(reports)
+    show(page(), reports)
     shown = capsys.readouterr().out
     assert "Compared with a at 224, top-1 in percentage points:" in shown
     assert "+1.0 to +3.0" in shown

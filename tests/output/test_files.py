@@ -13,6 +13,7 @@ from linvit.output.files import (
     delete_folder,
     remove_leftovers,
     replace_files,
+    scratch_of,
     write_file,
     write_json,
     write_text,
@@ -147,6 +148,39 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
         (tmp_path / name / "file").touch()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "b.part", "c", "f"]
+
+
+def process_that_ended() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_a_process_has_its_own_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = scratch_of(tmp_path / "a.csv")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert scratch_of(tmp_path / "a.csv") != own
+    assert scratch_of(tmp_path / ("é" * 127)).name != scratch_of(tmp_path / ("é" * 126)).name
+    scratch_of(tmp_path / ("é" * 127)).touch()
+
+
+def test_leftovers_of_a_living_process_are_kept(tmp_path: Path) -> None:
+    own = scratch_of(tmp_path / "a.csv").name
+    machine = own.split(".")[-2].split("-")[0]
+    dead = f".a.csv.{machine}-{process_that_ended()}.part"
+    kept = [own, f".a.csv.{machine}-1.part", ".a.csv.00000000-5.part", "a.csv"]
+    old = ".a.csv.00000000-6.part"
+    for name in (dead, ".a.csv.part", old, *kept):
+        (tmp_path / name).touch()
+    (tmp_path / ".b.part").mkdir()
+    os.utime(tmp_path / old, (0, 0))
+    # Another file's leftovers are not touched when one is written.
+    assert scratch_of(tmp_path / "a.csv").name == own
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".b.part"])
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_json_has_null_for_numbers_that_are_not_finite(tmp_path: Path) -> None:

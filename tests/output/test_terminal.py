@@ -1,6 +1,7 @@
 """Numbers and names as commands print them."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,11 @@ from linvit.output.terminal import (
     format_duration,
     format_lengths,
     format_size,
+    note,
+    page,
+    print_line,
     printable,
+    show_line,
     table,
 )
 
@@ -35,7 +40,34 @@ def test_durations_sizes_and_lengths() -> None:
 
 
 def test_names_are_printed_on_one_line_without_control_characters() -> None:
-    assert printable("a\nb\x1b[31m\udcff") == "a�b�[31m�"
+    assert printable("a\nb\x1b[31m\udcff\u202e") == "a�b�[31m��"
+    assert printable("9.41\u202fPM é 裂纹") == "9.41\u202fPM é 裂纹"
+
+
+def test_lines_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    note("a\x1b]0;b")
+    print_line("c\nd")
+    show_line(page(), "[/nope] :warning: \x1b[2J" + "x" * 200)
+    out, err = capsys.readouterr()
+    assert err == "a�]0;b\n"
+    assert out == "c�d\n[/nope] :warning: �[2J" + "x" * 200 + "\n"
+
+
+def test_cells_headings_and_titles_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    made = table(["[/a]", "[bold]b"], text=["[/a]"], title="[/nope] :warning:")
+    made.add_row("[/nope] :warning:\x1b", "[red]1")
+    for console in (page(), Console()):
+        console.print(made)
+        shown = capsys.readouterr().out
+        for text in ("[/a]", "[bold]b", "[/nope] :warning:�", "[red]1"):
+            assert text in shown
+
+
+def test_tables_are_on_stderr_where_an_output_is_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    show_line(page(outputs=[None, Path("a.json")]), "a")
+    show_line(page(outputs=[None, Path("-")]), "b")
+    show_line(page(outputs=[Path("/dev/stdout")]), "c")
+    assert capsys.readouterr() == ("a\n", "b\nc\n")
 
 
 def test_numbers_are_to_the_right_and_text_is_not_cut() -> None:

@@ -40,17 +40,60 @@ def test_a_table_of_a_folder_in_natural_order(
     assert capsys.readouterr().out == f"{tmp_path / 'p.csv'}: predictions on 6 of 6 images\n"
 
 
-def test_lines_on_stdout_and_a_count_of_unreadable_images(
-    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_lines_on_a_terminal_and_a_count_of_unreadable_images(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     (tmp_path / "empty.png").touch()
-    assert predict(run, data / "val/red/0.png", tmp_path / "empty.png", "--topk", "1") == 0
-    first, second = capsys.readouterr().out.splitlines()
+    (tmp_path / "a\x1b[2J\nb.png").touch()
+    assert predict(run, data / "val/red/0.png", tmp_path / "empty.png", tmp_path / "a*.png", "--topk", "1") == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert third == f"{tmp_path / 'a�[2J�b.png'}: is empty; restore or remove the file"
     assert first.startswith(f"{data / 'val/red/0.png'}: ")
     assert first.endswith(" %")
     assert second == f"{tmp_path / 'empty.png'}: is empty; restore or remove the file"
     assert predict(run, tmp_path / "empty.png") == 1
     assert capsys.readouterr().err == "1 of 1 images have no prediction; their rows give the reasons\n"
+
+
+def test_a_pipe_gets_the_columns_of_a_table_between_tabs(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tab\tin name.png").touch()
+    images = [data / "val/red/0.png", tmp_path / "tab\tin name.png"]
+    assert predict(run, *images, "--topk", "2") == 0
+    good, bad = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert bad == [str(tmp_path / "tab�in name.png"), "", "", "", "", "is empty; restore or remove the file"]
+    (expected,) = Predictor(run)(images[0])
+    assert good == [str(images[0]), *expected.labels[:2], *map(str, expected.probabilities[:2]), ""]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1"])
+def test_csv_on_stdout_has_no_other_lines(
+    name: str, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(run, data / "val/red", "-o", tmp_path / "p.csv") == 0
+    capsys.readouterr()
+    assert predict(run, data / "val/red", "-o", name) == 0
+    out, err = capsys.readouterr()
+    assert out == (tmp_path / "p.csv").read_text()
+    assert err == f"{name}: predictions on 5 of 5 images\n"
+
+
+def test_outputs_that_are_one_file_or_an_input_are_refused(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "p.csv")
+    (tmp_path / "runs").symlink_to(run)
+    tiles = ["--tile", "32", "--tile-output"]
+    for output, more, words in (
+        ("p.csv", [*tiles, tmp_path / "." / "p.csv"], "are both"),
+        ("p.csv", [*tiles, tmp_path / "link.csv"], "are both"),
+        ("runs/summary.csv", [], "would replace a file that is read"),
+    ):
+        assert predict(run, data / "val/red", "-o", tmp_path / output, *more) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
 
 
 def test_stdin_gives_image_files_and_their_order(

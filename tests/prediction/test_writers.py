@@ -32,6 +32,11 @@ def test_csv_spreads_lists_over_columns(tmp_path: Path) -> None:
     assert second == ["b.png", "", "", "", "", "is empty"]
 
 
+def test_csv_holds_no_formulas(tmp_path: Path) -> None:
+    write(tmp_path / "p.csv", [{**ROWS[0], "path": "-a.png", "labels": ("=cmd|x", "-1"), "error": "@b"}])
+    assert (tmp_path / "p.csv").read_text(encoding="utf-8").splitlines()[1] == "'-a.png,'=cmd|x,-1,0.9,1e-09,'@b"
+
+
 def test_json_lines_have_every_column(tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -77,6 +82,27 @@ def test_a_failure_leaves_the_old_table(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]
 
 
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl"])
+def test_two_processes_do_not_mix_their_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with open_rows(path, IMAGE_COLUMNS, topk=2) as write_row:
+        write_row(ROWS[0])
+        child = os.fork()
+        if child == 0:
+            try:
+                write(path, [ROWS[1]])
+            except OSError as error:
+                os._exit(2 if "another process is writing it" in str(error) else 3)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == (2 if name == "p.jsonl" else 0)
+        write_row(ROWS[0])
+    lines = path.read_text(encoding="utf-8").replace("\n.png", "").splitlines()
+    assert lines[-1] == lines[-2]
+    assert len(lines) == (2 if name == "p.jsonl" else 3)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_json_lines_keep_finished_rows(tmp_path: Path) -> None:
     with open_rows(tmp_path / "p.jsonl", IMAGE_COLUMNS, topk=2) as write_row:
         write_row(ROWS[0])
@@ -99,7 +125,7 @@ def test_a_full_disk_names_the_file(name: str, moment: str, tmp_path: Path, monk
     monkeypatch.setattr(f"linvit.prediction.writers.{moment}", fill_the_disk)
     with pytest.raises(OSError, match=rf"^cannot write {tmp_path / name}: no space left on device; make room"):
         write(tmp_path / name)
-    assert not (tmp_path / ".p.csv.part").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"p.jsonl"}
 
 
 def test_a_missing_package_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from linvit.data.sources.base import NoSuchSplit, split_names
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, number_labels, quoted
 from linvit.data.sources.folder import ImageFolder
+from linvit.output.cells import text_of_cell
 
 _COLUMNS = ("path", "label", "split")
 
@@ -94,7 +95,8 @@ def _find_columns(file: Path, header: Sequence[str]) -> dict[str, int]:
 def _read_row(file: Path, line: int, fields: Sequence[str], columns: dict[str, int]) -> _Row:
     if len(fields) <= max(columns.values()):
         raise ValueError(f"{file}: line {line}: has too few fields ({len(fields)}); write {','.join(columns)}")
-    values = {name: fields[index].strip() for name, index in columns.items()}
+    # The list may come from `linvit eval --csv`.
+    values = {name: text_of_cell(fields[index].strip()) for name, index in columns.items()}
     for name, value in values.items():
         if not value:
             raise ValueError(f"{file}: line {line}: has no {name}; fill it in or remove the line")
