@@ -41,6 +41,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
-# The commands register the models when they need them, because `--help` must not wait for torch.
-if "linvit_command" not in sys.modules:
+# The commands register the models when they need them, because `--help` must not wait for torch. While Python looks for
+# the module of `python -m linvit`, the name of the script is "-m".
+_IS_COMMAND = "linvit_command" in sys.modules or (sys.argv[:1] == ["-m"] and "linvit" in sys.orig_argv)
+if not _IS_COMMAND:
     from linvit.model import registry  # noqa: F401

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linvit.check.faults import FAULTS
 from linvit.settings.fields import unknown
-from linvit.settings.flags import check_files, parse_options
+from linvit.settings.flags import UsageError, check_files, parse_options
 
 if TYPE_CHECKING:
     from linvit.check.listing import Listing
@@ -62,16 +62,26 @@ def main(argv: Sequence[str]) -> int:
         positionals={"data_dir": "DATA"},
         spellings={"json_file": ["--json"], "html_file": ["--html"], "workers": ["-j", "--workers"]},
     )
-    return check_command(options)
+    try:
+        return check_command(options)
+    except (UsageError, BrokenPipeError):
+        raise
+    except (ValueError, OSError) as error:
+        raise CheckError(str(error)) from error
+
+
+class CheckError(ValueError):
+    """The images could not be checked: exit status 3, since 1 stands for faults."""
+
+    exit_status = 3
 
 
 def check_command(options: CheckOptions) -> int:
-    """Check the images, and print and write the report. Returns 1 if there are faults, otherwise 0.
+    """Check the images, and write and print the report. Returns 1 if there are faults, otherwise 0.
 
-    Raises ValueError if there are no images.
+    Raises UsageError for a file that cannot be written, and ValueError if there are no images.
     """
     from linvit.check.listing import open_source
-    from linvit.check.page import render_page
     from linvit.check.report import show_report
     from linvit.output.files import write_json, write_text
     from linvit.output.terminal import page
@@ -82,6 +92,8 @@ def check_command(options: CheckOptions) -> int:
     if options.json_file is not None:
         write_json(options.json_file, report)
     if options.html_file is not None:
+        from linvit.check.page import render_page
+
         write_text(options.html_file, render_page(report, listing, source))
     show_report(page(PAGE_WIDTH, outputs=(options.json_file, options.html_file)), report)
     return 1 if report["num_faults"] else 0

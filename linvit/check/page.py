@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from linvit.check.inspect import DecoderMessages
 from linvit.check.listing import ImageEntry, Listing
 from linvit.check.reader import Source
-from linvit.check.report import describe_images, describe_splits, describe_training
+from linvit.check.report import describe_images, describe_splits, describe_verdict
 from linvit.data.decode import UnreadableImage, decode_image
 from linvit.output.terminal import printable
 
@@ -40,7 +40,8 @@ def render_page(report: dict[str, Any], listing: Listing, source: Source) -> str
         findings = [_finding(code, entry, thumbnails) for code, entry in report["findings"].items()]
     return templates.get_template("page.html.j2").render(
         report=report,
-        summary=[describe_splits(report), *describe_images(report), *describe_training(report)],
+        verdict=describe_verdict(report),
+        summary=[describe_splits(report), *describe_images(report)],
         findings=findings,
         charts=_charts(report),
     )

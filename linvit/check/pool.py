@@ -17,7 +17,7 @@ import cv2
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from linvit.data.worker import ignore_outside_signals
+from linvit.data.signals import ignore_outside_signals
 from linvit.output.terminal import progress_bar
 
 # Tasks submitted ahead, per process.

@@ -23,6 +23,12 @@ from linvit.version import __version__
 # Cases of each finding in the table.
 _EXAMPLES = 2
 _WOULD_START = "would start"
+# Consequences of faults, in the order and words of the verdict.
+_CONSEQUENCES = {
+    "stops_training": "stops training",
+    "leaks": "leaks into evaluation",
+    "distorts": "distorts training or evaluation",
+}
 
 
 def try_training(data: str | os.PathLike[str]) -> str:
@@ -73,6 +79,7 @@ def build_report(
         "num_images": num_images,
         "num_bytes": int(measurements.num_bytes.sum()),
         "num_faults": sum(entry["count"] for entry in described.values() if entry["severity"] == "fault"),
+        "verdict": _verdict(described),
         "training": training_error or _WOULD_START,
         "splits": splits,
         "colours": {"split": training_split(listing), **mean_and_std(measurements, colour_sample)},
@@ -109,14 +116,28 @@ def _entry(code: str, cases: list[dict[str, Any]], allow: Sequence[str]) -> dict
     }
 
 
+def _verdict(findings: dict[str, Any]) -> dict[str, list[str]]:
+    """The codes of the faults by their consequence."""
+    verdict: dict[str, list[str]] = {name: [] for name in _CONSEQUENCES}
+    for code, entry in findings.items():
+        if entry["severity"] == "fault":
+            verdict[_consequence(code, entry["effect"])].append(code)
+    return verdict
+
+
+def _consequence(code: str, effect: str) -> str:
+    if effect in ("unread", "refused"):
+        return "stops_training"
+    return "leaks" if code.endswith("across_splits") else "distorts"
+
+
 def show_report(console: Console, report: dict[str, Any]) -> None:
-    """Print the contents of DATA, a table of findings, and the sizes and colours of the images."""
-    show_line(console, f"{printable(report['data'])}: {describe_splits(report)}")
+    """Print the verdict, then the contents of DATA, a table of findings, and sizes and colours of the images."""
+    for line in describe_verdict(report):
+        show_line(console, line)
+    show_line(console, f"{report['data']}: {describe_splits(report)}")
     if report["findings"]:
         console.print(_findings_table(report["findings"]))
-    if report["training"] != _WOULD_START:
-        for line in describe_training(report):
-            show_line(console, line)
     near = report["near_duplicates"]
     if near and near["compared_pairs"] < near["candidate_pairs"]:
         show_line(
@@ -126,15 +147,35 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
         )
     for line in describe_images(report):
         show_line(console, line)
-    faults, notes = (
-        _num_kinds(severity, sum(entry["severity"] == severity for entry in report["findings"].values()))
-        for severity in ("fault", "note")
-    )
     show_line(
         console,
-        f"found {faults} and {notes} in {report['num_images']:,} images ({report['seconds']:.1f} s, "
-        f"{report['images_per_second']:,.0f} images/s)",
+        f"checked {report['num_images']:,} images in {report['seconds']:.1f} s, "
+        f"{report['images_per_second']:,.0f} images/s",
     )
+
+
+def describe_verdict(report: dict[str, Any]) -> list[str]:
+    """The number of faults and notes, then a line for each consequence of the faults: what stops training comes first.
+
+    A fault's cases are counted behind its name, and kinds apart from cases.
+    """
+    findings = report["findings"]
+    lines = [f"{_count(findings, 'fault')}, {_count(findings, 'note')}"]
+    if report["layout"] in ("splits", "lists") and report["training"] != _WOULD_START:
+        lines.append(f"training would not start: {report['training']}")
+    for name, words in _CONSEQUENCES.items():
+        codes = [f"{code} ({findings[code]['count']:,})" for code in report["verdict"][name]]
+        if codes:
+            lines.append(f"{words}: {', '.join(codes)}")
+    return lines
+
+
+def _count(findings: dict[str, Any], severity: str) -> str:
+    counts = [entry["count"] for entry in findings.values() if entry["severity"] == severity]
+    if not counts:
+        return f"no {severity}s"
+    kinds, cases = ("s" if number != 1 else "" for number in (len(counts), sum(counts)))
+    return f"{len(counts)} kind{kinds} of {severity} ({sum(counts):,} case{cases})"
 
 
 def describe_splits(report: dict[str, Any]) -> str:
@@ -146,15 +187,6 @@ def describe_splits(report: dict[str, Any]) -> str:
         in_classes = f" in {classes:,} class{'es' if classes != 1 else ''}" if classes else ""
         parts.append(f"{printable(split)} {images}{in_classes}".strip())
     return ", ".join(parts)
-
-
-def describe_training(report: dict[str, Any]) -> list[str]:
-    """Whether training would start, if DATA has the splits that it needs, as at most one line."""
-    if report["layout"] not in ("splits", "lists"):
-        return []
-    if report["training"] == _WOULD_START:
-        return ["training would start"]
-    return [f"training would not start: {printable(report['training'])}"]
 
 
 def describe_images(report: dict[str, Any]) -> list[str]:
@@ -174,10 +206,6 @@ def describe_images(report: dict[str, Any]) -> list[str]:
         mean, std = (" ".join(f"{value:g}" for value in colours[name]) for name in ("mean", "std"))
         lines.append(f"colours of {printable(colours['split']) or 'the images'}: --mean {mean} --std {std}")
     return lines
-
-
-def _num_kinds(severity: str, count: int) -> str:
-    return f"{count} kind{'s' if count != 1 else ''} of {severity}" if count else f"no {severity}s"
 
 
 def _findings_table(findings: dict[str, Any]) -> Table:

@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -159,6 +157,10 @@ def resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np
     """
     if image.shape[:2] == (height, width):
         return image.copy()
+    # `linvit check` decodes without torch, which takes seconds to load.
+    import torch
+    from torch.nn.functional import interpolate
+
     # torch warns about read-only memory, such as that of a cache, so such memory is copied.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     pixels = pixels[None].permute(0, 3, 1, 2)  # (1, 3, H, W), channels last

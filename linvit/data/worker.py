@@ -5,10 +5,7 @@ Batches are filled in reused shared memory, because every 4 KiB of fresh memory 
 
 import ctypes
 import math
-import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +21,7 @@ from linvit.data.cache import ImageCache
 from linvit.data.decode import UnreadableImage
 from linvit.data.geometry import Size
 from linvit.data.sampler import SampleKey, sample_generators
+from linvit.data.signals import ignore_outside_signals
 from linvit.data.sources.base import ImageSet
 
 # Whether an image that cannot be read ends the iteration or is left out of its batch.
@@ -178,26 +176,6 @@ def start_worker(worker: int) -> None:
     # The workers run in parallel; more threads in each would compete for the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def ignore_outside_signals() -> None:
-    """Ignore Ctrl-C and SIGUSR1 in this process, and SIGTERM unless its parent sends it.
-
-    Terminals and schedulers signal all processes. The main process decides how to react, and it needs more batches to
-    finish its step; without them it would fail before it saves a checkpoint.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.name == "posix":
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
-
-
-def _exit_on_parents_sigterm() -> None:
-    while sys.platform == "linux":
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
-            os._exit(0)
 
 
 def keep_freed_memory() -> None:

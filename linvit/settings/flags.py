@@ -25,6 +25,8 @@ from linvit.settings.yaml import parse_yaml
 class UsageError(ValueError):
     """The command line or the configuration is wrong: exit status 2 instead of 1."""
 
+    exit_status = 2
+
 
 # argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
@@ -43,7 +45,7 @@ def run(work: Callable[[], int | None]) -> int:
     """Run a command's `work` and return its exit status.
 
     ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
-    to the error; LINVIT_DEBUG=1 shows the traceback.
+    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`.
     """
     try:
         _check_streams()
@@ -65,7 +67,7 @@ def run(work: Callable[[], int | None]) -> int:
             raise
         for line in (f"error: {error}", *getattr(error, "__notes__", [])):
             print(printable(line), file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return getattr(error, "exit_status", 1)
 
 
 def _check_streams() -> None:

@@ -1,6 +1,9 @@
 """The command line of `linvit check`: exit statuses, errors, and DATA left unchanged."""
 
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,13 +27,16 @@ def state_of(folder: Path) -> list[tuple[object, ...]]:
 def test_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = build_clean(tmp_path / "data")
     assert main(["check", str(data), "-j", "0"]) == 0
-    assert "found no faults and no notes in 12 images" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("no faults, no notes\n")
+    assert "checked 12 images in" in shown
     build_fault(data, "alpha")
     assert main(["check", str(data), "-j", "0"]) == 0
+    capsys.readouterr()
     build_fault(data, "tiny")
     assert main(["check", str(data), "-j", "0"]) == 1
     shown = capsys.readouterr().out
-    assert "found 1 kind of fault and 1 kind of note in 14 images" in shown
+    assert shown.startswith("1 kind of fault (1 case), 1 kind of note (1 case)\n")
     assert "train/ant/tiny.png (40×5)" in shown
     assert main(["check", str(data), "-j", "0", "--allow", "tiny"]) == 0
 
@@ -38,8 +44,8 @@ def test_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["nowhere"], 1, "nowhere: no such folder"),
-        (["empty"], 1, "empty: contains no images (looked for .bmp"),
+        (["nowhere"], 3, "nowhere: no such folder"),
+        (["empty"], 3, "empty: contains no images (looked for .bmp"),
         (["data", "--allow", "tiney"], 2, "unknown fault 'tiney'; did you mean 'tiny'?"),
         (
             ["data", "--json", "none/check.json"],
@@ -65,6 +71,41 @@ def test_wrong_usage_is_reported_in_one_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_the_verdict_comes_first_and_counts_kinds_and_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = build_clean(tmp_path / "data")
+    codes = ("empty_class", "truncated", "duplicate_across_splits", "tiny", "alpha")
+    empty, cut, copies, tiny, alpha = (len(build_fault(data, code)) for code in codes)
+    assert main(["check", str(data), "-j", "0", "--json", "-"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["verdict"] == {
+        "stops_training": ["truncated", "empty_class"],
+        "leaks": ["duplicate_across_splits"],
+        "distorts": ["tiny"],
+    }
+    assert report["num_faults"] == empty + cut + copies + tiny
+    first, training, stops, leaks, distorts, contents, *_ = err.splitlines()
+    assert first == f"4 kinds of fault ({empty + cut + copies + tiny} cases), 1 kind of note (1 case)"
+    assert training.startswith("training would not start: ")
+    assert stops == f"stops training: truncated ({cut}), empty_class ({empty})"
+    assert leaks == f"leaks into evaluation: duplicate_across_splits ({copies})"
+    assert distorts == f"distorts training or evaluation: tiny ({tiny})"
+    assert contents.startswith(f"{data}: train ")
+
+
+def test_the_check_does_not_load_torch(tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    program = f"""
+import sys
+sys.argv = ["linvit", "check", {str(data)!r}, "-j", "0"]
+from linvit_command import main
+assert main() == 0
+sys.exit(str([name for name in ("torch", "timm", "albumentations", "matplotlib", "scipy") if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == "[]\n"
 
 
 def test_nothing_is_modified_and_the_report_does_not_depend_on_the_workers(tmp_path: Path) -> None:

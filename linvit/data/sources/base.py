@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from linvit.data.decode import decode_image
 
@@ -14,7 +13,7 @@ _TRAIN_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "validation", "valid", "test")
 
 
-class ImageSet(Dataset[tuple[np.ndarray, int]], ABC):
+class ImageSet(ABC):
     """Labelled images of one split in a fixed order, each of which can be read at any time.
 
     A set is created once and copied to every worker process, so it should stay small however many images there are.
