@@ -49,6 +49,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UnreadableImage(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    except ValueError as error:
+        raise UnreadableImage(f"{path}: is not a valid path ({error}); correct it") from error
 
 
 def decode_image(data: bytes, *, name: str | os.PathLike[str], reduction: Reduction = 1) -> np.ndarray:

@@ -56,6 +56,7 @@ def collect(
     flips: Flips = "none",
     present: Sequence[int] | None = None,
     num_logits: int | None = None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Collected:
     """Evaluate all images of a loader and of the loaders of the other processes.
 
@@ -70,6 +71,7 @@ def collect(
         flips: whether to average over each image and its mirror image.
         present: labels in ascending order; results restricted to these classes are collected too.
         num_logits: number of classes whose logits to keep, in 4 bytes per image and class; None keeps none.
+        advance: called with the number of this process's images that another batch has finished.
     """
     own = torch.tensor(loaders[0].num_images, device=device)
     num_images = int(sum_over_ranks(own).item())
@@ -86,6 +88,7 @@ def collect(
             forwards.append(BatchForward(model, device=device, amp_dtype=amp_dtype, log=log))
     with _evaluation_mode(models):
         for batch, logits in forward_views(forwards, loaders, flips=flips):
+            advance(len(batch.images) + len(batch.unreadable))
             records.add_unreadable(batch.unreadable)
             if masked is not None:
                 masked.add_unreadable(batch.unreadable)

@@ -21,7 +21,7 @@ from linvit.evaluation.inference import amp_precision, input_spec, override_sett
 from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.scores import MOST_CLASSES, calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
-from linvit.output.terminal import format_bytes, note
+from linvit.output.terminal import format_bytes, note, progress_bar
 from linvit.runs.folder import Classifier, load_classifier
 
 DEFAULT_BATCH_SIZE = 64
@@ -161,16 +161,20 @@ class _Evaluator:
                 f"--temperature keeps all logits in memory, {format_bytes(num_bytes)} for {len(images):,} images; "
                 "evaluate fewer images or omit --temperature"
             )
-        collected = collect(
-            [model for model, _ in self.views],
-            [self._loader(images, spec) for _, spec in self.views],
-            device=self.ranks.device,
-            amp_dtype=amp_precision(self.classifier),
-            log=note,
-            flips=self.options.tta,
-            present=self.match.present if self.match.is_subset else None,
-            num_logits=len(self.match.class_names) if keep_logits else None,
-        )
+        loaders = [self._loader(images, spec) for _, spec in self.views]
+        with progress_bar(is_shown=self.ranks.is_primary) as bar:
+            task = bar.add_task("evaluating", total=loaders[0].num_images)
+            collected = collect(
+                [model for model, _ in self.views],
+                loaders,
+                device=self.ranks.device,
+                amp_dtype=amp_precision(self.classifier),
+                log=note,
+                flips=self.options.tta,
+                present=self.match.present if self.match.is_subset else None,
+                num_logits=len(self.match.class_names) if keep_logits else None,
+                advance=lambda count: bar.advance(task, count),
+            )
         _check_finite(collected, self.classifier.weights)
         return collected
 

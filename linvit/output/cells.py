@@ -10,7 +10,8 @@ from linvit.output.files import encode, printable
 # Spreadsheets run a cell that begins with one of these as a formula (OWASP, "CSV injection").
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
+# An underscore within a word is not markup.
+_MARKDOWN = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 

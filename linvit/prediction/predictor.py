@@ -1,11 +1,12 @@
 """Predict the classes of images with `linvit.Predictor`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from linvit.data.decode import UnreadableImage
 from linvit.data.loader import create_eval_loader, normalize
-from linvit.data.sources.loose import Input, LooseImages, find_images
+from linvit.data.sources.loose import Input, LooseImages, find_images, iterate_images
 from linvit.device import choose_device
 from linvit.distributed import usable_workers
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
+from linvit.prediction.options import PredictorOptions
 from linvit.prediction.tiles import read_tiles
 from linvit.prediction.tiling import Box, create_tiling
 from linvit.runs.folder import Classifier, load_classifier
-from linvit.settings.fields import height_and_width
+from linvit.settings.fields import height_and_width, validate
 
 # Pixels per batch that keep a device busy: 32 or 256 images of 224 px.
 BATCH_PIXELS = {"cpu": 32 * 224**2, "cuda": 256 * 224**2}
@@ -93,12 +95,25 @@ class Predictor:
         amp: bool | None = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> None:
-        self.tiling = create_tiling(tile, overlap=overlap, merge=merge)
-        self.device = torch.device(choose_device(device))
-        size = None if img_size is None else height_and_width(img_size)
+        settings = {
+            "topk": topk,
+            "weights": weights,
+            "img_size": img_size,
+            "batch_size": batch_size,
+            "workers": workers,
+        }
+        tiles = {"tile": tile, "overlap": overlap, "merge": merge}
+        options = validate(PredictorOptions, {name: _plain(value) for name, value in (settings | tiles).items()})
+        if not isinstance(source, str | Path | Classifier):
+            raise ValueError(f"source takes a path, a model's name or a Classifier, not {type(source).__name__}")
+        if amp not in (None, True, False):
+            raise ValueError(f"amp takes True, False or None, not {amp!r}")
+        self.tiling = create_tiling(options.tile, overlap=options.overlap, merge=options.merge)
+        self.device = torch.device(choose_device(str(device)))
+        size = None if options.img_size is None else height_and_width(options.img_size)
         classifier = source
         if not isinstance(classifier, Classifier):
-            classifier = load_classifier(str(source), weights=weights, img_size=size)
+            classifier = load_classifier(str(source), weights=options.weights, img_size=size)
         if amp is not None:
             classifier = replace(classifier, settings={**classifier.settings, "amp": amp})
         model = classifier.model.to(self.device)
@@ -108,20 +123,32 @@ class Predictor:
                 f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names; give one "
                 "name per class"
             )
-        self.topk = min(topk, len(self.class_names))
+        self.topk = min(options.topk, len(self.class_names))
         self.spec = input_spec(classifier, img_size=size)
-        self.batch_size = batch_size or default_batch_size(self.device, self.spec.size)
-        self.workers = usable_workers(workers)
+        self.batch_size = options.batch_size or default_batch_size(self.device, self.spec.size)
+        self.workers = usable_workers(options.workers)
         self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), log=say)
 
     def __call__(self, images: Input | Iterable[Input]) -> Iterator[Prediction]:
         """A prediction for every image, in order; images of a folder are in natural order.
 
-        A path that does not exist counts as an image that cannot be read. Raises ValueError for a folder without images
-        and for an input that is not an image.
+        A path that does not exist counts as an image that cannot be read. Of a generator, or another iterable without a
+        length, only as many images as fill a batch (of each worker) are taken before their predictions are returned.
+
+        Raises ValueError for a folder without images and for an input that is not an image.
         """
-        is_one = isinstance(images, str | PathLike | np.ndarray | Image.Image)
-        return self.predict(find_images(cast(Iterable[Input], [images] if is_one else images)))
+        if isinstance(images, str | PathLike | np.ndarray | Image.Image):
+            return self.predict(find_images([images]))
+        if isinstance(images, bytes) or not isinstance(images, Iterable):
+            raise ValueError(f"{type(images).__name__} is not an image, nor a list of images")
+        if isinstance(images, Sized):
+            return self.predict(find_images(images))
+        return self._predict_in_portions(iterate_images(images))
+
+    def _predict_in_portions(self, images: Iterator[str | np.ndarray]) -> Iterator[Prediction]:
+        # Full batches, so that predictions are the same to the last bit as those of a list.
+        while portion := list(islice(images, self.batch_size * max(self.workers, 1))):
+            yield from self.predict(LooseImages(portion))
 
     def predict(self, images: LooseImages) -> Iterator[Prediction]:
         """A prediction for every image, in order, while further images are being read."""
@@ -181,6 +208,13 @@ class Predictor:
         for row, labels in zip(values.cpu().numpy(), indices.tolist()):
             # The shortest decimals that equal the float32 values.
             yield tuple(self.class_names[label] for label in labels), tuple(float(str(value)) for value in row)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and those in a list or tuple, as Python's; other values are returned unchanged."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def default_batch_size(device: torch.device, size: tuple[int, int]) -> int:

@@ -76,7 +76,7 @@ def test_wrong_usage_is_reported_in_one_sentence(
 def test_the_verdict_comes_first_and_counts_kinds_and_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = build_clean(tmp_path / "data")
     codes = ("empty_class", "truncated", "duplicate_across_splits", "tiny", "alpha")
-    empty, cut, copies, tiny, alpha = (len(build_fault(data, code)) for code in codes)
+    empty, cut, copies, tiny, _ = (len(build_fault(data, code)) for code in codes)
     assert main(["check", str(data), "-j", "0", "--json", "-"]) == 1
     out, err = capsys.readouterr()
     report = json.loads(out)

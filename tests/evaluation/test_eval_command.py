@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -16,13 +17,16 @@ import cv2
 import pytest
 import timm
 import torch
+from rich.console import Console
 from tiny_runs import make_images, train
 
 from linvit.cli import main
+from linvit.data.sources.open import open_images
 from linvit.evaluation.classes import real_labels, synsets
 from linvit.evaluation.collect import evaluate
 from linvit.evaluation.command import evaluate_command
 from linvit.evaluation.options import EvalOptions
+from linvit.output.terminal import progress_bar
 from linvit.runs.folder import load_classifier
 
 CLASSES = ["n01440764", "n02102040", "n03888257"]
@@ -219,6 +223,62 @@ def test_all_files_are_written(run: Path, data: Path, tmp_path: Path, capsys: py
     assert f"| {run} | 32 | 3 | " in markdown
     assert "n01440764 tench" in markdown
     assert "English springer" in capsys.readouterr().out
+
+
+def test_files_are_written_before_tables_are_shown_and_json_has_stdout_to_itself(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["eval", str(run), str(data), "--workers", "0", "--bootstrap", "0", "--json", "-"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["num_images"] == 15
+    assert "top-1 %" in err
+
+    def fail(*arguments: Any) -> None:
+        raise ValueError("not shown")
+
+    monkeypatch.setattr("linvit.evaluation.show.show", fail)
+    assert main([*arguments[:-1], str(tmp_path / "eval.json"), "--csv", str(tmp_path / "eval.csv")]) == 1
+    assert json.loads((tmp_path / "eval.json").read_text())["num_images"] == 15
+    # The rows name images and labels, so the file is also a list of images.
+    assert len(open_images(tmp_path / "eval.csv", split="eval.csv")) == 15
+
+
+def test_progress_is_shown_on_a_terminal(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr("linvit.evaluation.source.progress_bar", lambda **options: progress_bar(terminal, **options))
+    evaluated(run, data, tmp_path)
+    assert "evaluating" in shown.getvalue()
+    assert "15/15" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--json", "o", "--csv", "./o"], "--json and --csv are both o; choose two files"),
+        (["--json", "link", "--csv", "o"], "--json and --csv are both o; choose two files"),
+        (["--confusion", "a.csv", "a.csv"], "--confusion and --confusion are both a.csv; choose two files"),
+        (["--json", "run/best/config.json"], "would replace a file that is read, in run/best"),
+        (["--csv", "data/val/n01440764/0.png"], "would replace a file that is read, in data"),
+    ],
+)
+def test_an_output_is_neither_another_output_nor_an_input(
+    flags: list[str],
+    words: str,
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for link, target in (("link", "o"), ("run", run), ("data", data)):
+        (tmp_path / link).symlink_to(target)
+    assert main(["eval", "run", "data", *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_real_labels_go_by_the_number_in_the_file_name(tmp_path: Path) -> None:

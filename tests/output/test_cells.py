@@ -41,6 +41,7 @@ def test_every_cell_of_a_table_is_text_or_a_number() -> None:
         ("a|b\nc", r"a\|b�c"),
         ("<img src=x> & `x` [a](b)", r"&lt;img src=x&gt; &amp; \`x\` \[a\](b)"),
         ("*_~$\\", r"\*\_\~\$\\"),
+        ("vit_small _a_", r"vit_small \_a\_"),
     ],
 )
 def test_markdown_shows_text_as_it_is(text: str, cell: str) -> None:

@@ -108,6 +108,18 @@ def test_stdin_gives_image_files_and_their_order(
     assert [len(row["labels"]) for row in rows] == [3, 3, 0, 3]
 
 
+def test_a_list_with_nul_bytes_and_a_closed_stdin_are_one_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\nb.png\0c.png\0")))
+    assert predict(run, "-") == 2
+    words = "line 2 of the list contains a NUL byte: write one path per line (find -print)"
+    assert capsys.readouterr().err == f"error: {words}\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert predict(run, "-") == 2
+    assert capsys.readouterr().err == "error: - reads paths from stdin, which is closed; pipe a list into it\n"
+
+
 def test_an_empty_list_gives_an_empty_table(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert predict(run, "-", "-o", tmp_path / "p.csv") == 0
@@ -180,7 +192,7 @@ def test_descriptions_of_wordnet_ids(run: Path, data: Path, tmp_path: Path, caps
         (["empty"], "empty: holds no images"),
         (["here.png", "-o", "p.xlsx"], "--output p.xlsx: the name must end in .csv, .jsonl or .parquet"),
         (["here.png", "-o", "nowhere/p.csv"], "--output nowhere/p.csv: folder nowhere does not exist; create it first"),
-        (["here.png", "--tile-output", "t.csv"], "--overlap and --tile-output need --tile SIZE"),
+        (["here.png", "--tile-output", "t.csv"], "--tile-output needs --tile"),
         (["here.png", "--tile", "32", "--overlap", "32"], "an overlap of 32 px does not fit tiles of 32×32 px"),
         (["here.png", "-o", "a.csv", "--tile-output", "a.csv", "--tile", "9"], "are both a.csv; choose two files"),
         (["here.png", "--topk", "0"], "--topk takes a whole number of at least 1, not 0"),

@@ -1,6 +1,8 @@
 """Predictions equal those of evaluation, with or without tiles, from files or memory, at any batch size."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,92 @@ def test_hits_and_probabilities_equal_those_of_evaluation(run: Path, data: Path,
         found = by_label(prediction)
         # To the last bit of float32.
         assert np.array_equal(np.float32([found[name] for name in predictor.class_names]), np.float32(row))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}])
+def test_a_generator_is_taken_batch_by_batch(options: dict[str, Any], run: Path, data: Path) -> None:
+    image = cv2.imread(str(data / "val/red/0.png"))
+    taken = []
+
+    def camera() -> Iterator[np.ndarray]:
+        for frame in count():
+            taken.append(frame)
+            yield image
+
+    predictor = Predictor(run, batch_size=3, **options)
+    predictions = predictor(camera())
+    assert taken == []
+    first = next(predictions)
+    assert taken == [0, 1, 2]
+    assert [next(predictions) for _ in range(4)] == [first] * 4
+    assert taken == [0, 1, 2, 3, 4, 5]
+    folder = data / "val/red"
+    assert list(predictor(path for path in [folder, folder / "0.png"])) == list(predictor([folder, folder / "0.png"]))
+    assert list(predictor(iter([]))) == list(predictor([])) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"topk": 0}, "topk takes a whole number of at least 1, not 0"),
+        ({"topk": True}, "topk takes a whole number"),
+        ({"weights": "bset"}, "weights takes one of 'best', 'last', not 'bset' (did you mean 'best'?)"),
+        ({"merge": "median", "tile": 32}, "merge takes one of 'mean', 'max'"),
+        ({"img_size": 0}, "img_size takes a whole number greater than 0"),
+        ({"img_size": (32, -1)}, "img_size takes"),
+        ({"img_size": (32, 32, 3)}, "img_size takes"),
+        ({"tile": 0}, "tile takes"),
+        ({"tile": 32, "overlap": -1}, "overlap takes a whole number of at least 0"),
+        ({"tile": 32, "overlap": 32}, "an overlap of 32 px does not fit tiles of 32×32 px"),
+        ({"overlap": 4}, "overlap needs tile"),
+        ({"batch_size": 0}, "batch_size takes a whole number greater than 0"),
+        ({"workers": -1}, "workers takes a whole number of at least 0, not -1"),
+        ({"workers": 1.5}, "workers takes"),
+        ({"device": "cpuu"}, "cpuu: unknown device"),
+        ({"amp": "yes"}, "amp takes True, False or None, not 'yes'"),
+        ({"source": None}, "source takes a path, a model's name or a Classifier, not NoneType"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_loaded(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        Predictor(**{"source": "no/such/run", **options})
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(run: Path, photo: Path) -> None:
+    own = Predictor(run, topk=2, img_size=(32, 32), tile=32)
+    predictor = Predictor(run, topk=np.int64(2), img_size=(np.int32(32), np.int32(32)), tile=np.uint8(32))  # type: ignore[arg-type]
+    assert list(predictor(photo)) == list(own(photo))
+
+
+PIXELS = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (PIXELS.astype(np.float32), "an array of float32 (8, 8, 3) is not an image"),
+        (PIXELS.astype(np.int64), "an array of int64 (8, 8, 3) is not an image"),
+        (PIXELS[..., 0], "an array of uint8 (8, 8) is not an image"),
+        (PIXELS[None], "an array of uint8 (1, 8, 8, 3) is not an image"),
+        (PIXELS[:, :0], "an array of uint8 (8, 0, 3) is not an image"),
+        ([torch.zeros(3, 8, 8)], "Tensor is not an image"),
+        (None, "NoneType is not an image, nor a list of images"),
+        (b"a.jpg", "bytes is not an image, nor a list of images"),
+        ([None], "NoneType is not an image"),
+        ((each for each in [3]), "int is not an image"),
+    ],
+)
+def test_what_is_not_an_image_is_named(images: Any, words: str, run: Path) -> None:
+    predictor = Predictor(run)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        list(predictor(images))
+
+
+def test_a_path_that_cannot_exist_has_a_row(run: Path) -> None:
+    nul, empty = Predictor(run)(["a\0.png", "x" * 300])
+    assert nul.error == "is not a valid path (embedded null byte); correct it"
+    assert empty.error == "cannot be read (File name too long); restore or remove the file"
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": 32}, {"workers": 2}, {"tile": 32, "workers": 2}])

@@ -21,6 +21,7 @@ from linvit.data.decode import EXTENSIONS, read_file, read_image
 from linvit.data.loader import normalize
 from linvit.data.sources.base import ImageSet, PackedStrings
 from linvit.data.sources.folder import is_folder, list_folder
+from linvit.output.files import reason
 
 # A path or pattern, an image as (H, W, 3) uint8 RGB, or a Pillow image.
 Input: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image
@@ -57,17 +58,20 @@ class LooseImages(ImageSet):
 
 
 def find_images(inputs: Iterable[Input]) -> LooseImages:
-    """All images that the inputs name or contain, in order; a path that does not exist counts as an unreadable image.
+    """All images that the inputs name or contain, in order; see `iterate_images`."""
+    return LooseImages(list(iterate_images(inputs)))
+
+
+def iterate_images(inputs: Iterable[Input]) -> Iterator[str | np.ndarray]:
+    """The path or pixels of every image that the inputs name or contain, in order; a path that does not exist is kept.
 
     Raises ValueError for a folder without images and for an input that is not an image.
     """
-    images: list[str | np.ndarray] = []
     for image in inputs:
         if isinstance(image, str | os.PathLike):
-            images += expand(os.fspath(image), missing="keep")
+            yield from expand(os.fsdecode(image), missing="keep")
         else:
-            images.append(_pixels(image))
-    return LooseImages(images)
+            yield _pixels(image)
 
 
 def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
@@ -104,9 +108,14 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
 
 
 def read_list(lines: Iterable[bytes]) -> Iterator[str]:
-    """Paths of image files from a list with one path per line; empty lines are ignored."""
-    for line in lines:
+    """Paths of image files from a list with one path per line; empty lines are ignored.
+
+    Raises ValueError for a line with a NUL byte, which no path contains.
+    """
+    for number, line in enumerate(lines, 1):
         path = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        if b"\0" in path:
+            raise ValueError(f"line {number} of the list contains a NUL byte: write one path per line (find -print)")
         if path:
             yield os.fsdecode(path)
 
@@ -169,9 +178,13 @@ def _images_below(folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
 
 def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
     if isinstance(image, Image.Image):
-        # The same treatment as for files: upright, and the alpha channel dropped without blending.
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        try:
+            # The same treatment as for files: upright, and the alpha channel dropped without blending.
+            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"a Pillow image cannot be read: {reason(error)}; restore its file") from error
+    is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+    if not is_rgb or not image.size:
+        kind = f"an array of {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"{kind} is not an image: give a path, a PIL image or an array (height, width, 3) uint8 RGB")
     return image
