@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     import linvit_command  # noqa: F401  `import linvit` then leaves torch to `train`
 
-from linvit.settings.flags import run
+from linvit.settings.process import run
 from linvit.training.config import TrainConfig, parse
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ import linvit
 from linvit.measure.provenance import provenance, script_command
 from linvit.output.files import write_json
 from linvit.runs.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
-from linvit.settings.flags import run
+from linvit.settings.process import run
 from linvit.training.config import TrainConfig
 
 # train_imagenet.py is next to the package, not in it.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from linvit.settings.fields import unknown
-from linvit.settings.flags import UsageError, run
+from linvit.settings.process import UsageError, run
 from linvit.version import __version__
 
 # Module of each command, grouped under the headings of `linvit --help`.

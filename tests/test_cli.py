@@ -11,7 +11,7 @@ import pytest
 
 import linvit
 from linvit import cli
-from linvit.settings import flags
+from linvit.settings import process
 
 REPOSITORY = Path(__file__).parent.parent
 CONSOLE_SCRIPT = ["-c", "import sys, linvit_command; sys.argv[0] = 'linvit'; sys.exit(linvit_command.main())"]
@@ -153,16 +153,16 @@ def fail(error):
     ],
 )
 def test_errors_become_exit_statuses(error, status, words, capsys):
-    assert flags.run(lambda: fail(error)) == status
+    assert process.run(lambda: fail(error)) == status
     assert capsys.readouterr().err == words
 
 
 def test_bugs_and_debug_mode_keep_the_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
-        flags.run(lambda: 1 // 0)
+        process.run(lambda: 1 // 0)
     monkeypatch.setenv("LINVIT_DEBUG", "1")
     with pytest.raises(ValueError, match="broken"):
-        flags.run(lambda: fail(ValueError("broken")))
+        process.run(lambda: fail(ValueError("broken")))
 
 
 def test_a_closed_pipe_does_not_print_a_traceback():

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from linvit.check.listing import Listing
     from linvit.check.reader import Source
 
+# Exit status if the images could not be checked.
+NOT_CHECKED = 3
 SUMMARY = "find problems in a folder of images"
 # Width of the table in columns when stdout is a file or a pipe.
 PAGE_WIDTH = 120
@@ -67,13 +69,9 @@ def main(argv: Sequence[str]) -> int:
     except (UsageError, BrokenPipeError):
         raise
     except (ValueError, OSError) as error:
-        raise CheckError(str(error)) from error
-
-
-class CheckError(ValueError):
-    """The images could not be checked: exit status 3, since 1 stands for faults."""
-
-    exit_status = 3
+        # 1 stands for faults.
+        error.exit_status = NOT_CHECKED  # type: ignore[union-attr]
+        raise
 
 
 def check_command(options: CheckOptions) -> int:

@@ -21,7 +21,7 @@ from linvit.measure.timing import is_out_of_memory, make_step
 from linvit.model.build import build, parse_spec
 from linvit.output.files import reason
 from linvit.settings.fields import DType, Mode
-from linvit.settings.flags import run
+from linvit.settings.process import run
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")

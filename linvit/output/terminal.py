@@ -21,6 +21,12 @@ PAGE_WIDTH = 100
 EMPTY = "–"
 
 
+class _Page(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process.
+        raise BrokenPipeError
+
+
 def page(width: int = PAGE_WIDTH, *, outputs: Iterable[Path | None] = ()) -> Console:
     """The console that tables are printed on, as wide as the terminal, or `width` columns in a pipe.
 
@@ -29,7 +35,7 @@ def page(width: int = PAGE_WIDTH, *, outputs: Iterable[Path | None] = ()) -> Con
     stderr = any(map(goes_to_stdout, outputs))
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     # Names may contain rich's markup and :names: of emoji.
-    return Console(stderr=stderr, width=None if is_terminal else width, markup=False, emoji=False, highlight=False)
+    return _Page(stderr=stderr, width=None if is_terminal else width, markup=False, emoji=False, highlight=False)
 
 
 class _PlainTable(Table):

@@ -3,11 +3,9 @@
 import argparse
 import ast
 import inspect
-import io
 import os
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
@@ -16,17 +14,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from linvit.output.files import check_writable, printable, reason, scratch_of, target_of
+from linvit.output.files import check_writable, reason, scratch_of, target_of
 from linvit.output.streams import check_stream, goes_to_stdout, is_stream
 from linvit.settings.fields import Model, element_types, leaf_types, unknown, validate
+from linvit.settings.process import UsageError
 from linvit.settings.yaml import parse_yaml
-
-
-class UsageError(ValueError):
-    """The command line or the configuration is wrong: exit status 2 instead of 1."""
-
-    exit_status = 2
-
 
 # argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
@@ -39,68 +31,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-def run(work: Callable[[], int | None]) -> int:
-    """Run a command's `work` and return its exit status.
-
-    ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
-    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`.
-    """
-    try:
-        _check_streams()
-        try:
-            status = work() or 0
-        except SystemExit:
-            _flush()
-            raise
-        _flush()
-        return status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        _discard_stdout()
-        return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("LINVIT_DEBUG") == "1":
-            raise
-        for line in (f"error: {error}", *getattr(error, "__notes__", [])):
-            print(printable(line), file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-
-
-def _check_streams() -> None:
-    """Raise OSError if stdout is closed. A closed stdin or stderr is replaced, so that no file takes its descriptor."""
-    missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
-    if missing and os.name == "posix":
-        for descriptor in range(3):
-            try:
-                os.fstat(descriptor)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
-    if "stderr" in missing:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open
-    if "stdout" in missing:
-        raise OSError("stdout is closed; redirect it to a file or to /dev/null")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that is not UTF-8 lacks some characters of names and tables.
-        sys.stdout.reconfigure(errors="replace")
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard_stdout()
-        raise OSError(f"cannot write to stdout: {reason(error)}") from error
-
-
-def _discard_stdout() -> None:
-    # Otherwise the interpreter would report the error again when it flushes stdout at its end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_options(

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from linvit.settings.flags import UsageError, check_files, check_folder, run
+from linvit.output.terminal import page, show_line
+from linvit.settings.flags import UsageError, check_files, check_folder
+from linvit.settings.process import run
 
 
 def fail(error: Exception) -> int:
     raise error
+
+
+def show_help() -> int:
+    print("usage")
+    raise SystemExit(0)
 
 
 def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,16 +56,22 @@ def test_closed_descriptors_are_not_taken_by_files_and_messages_vanish() -> None
 def test_a_full_stdout_is_one_line_and_a_closed_pipe_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # rich flushes what it prints; print and argparse do not.
+    for work in (lambda: print("x"), lambda: show_line(page(), "x"), show_help):
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert run(work) == 1
+        assert capsys.readouterr().err == "error: cannot write to stdout: no space left on device\n"
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", encoding="utf-8") as closed:
+            monkeypatch.setattr(sys, "stdout", closed)
+            assert run(work) == 141
+        assert capsys.readouterr().err == ""
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run(lambda: print("x")) == 1
-    assert capsys.readouterr().err == "error: cannot write to stdout: no space left on device\n"
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w", encoding="utf-8") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        assert run(lambda: print("x")) == 1
-    assert capsys.readouterr().err == ""
+        assert run(lambda: print("x") or fail(UsageError("wrong"))) == 2  # type: ignore[func-returns-value]
+    assert capsys.readouterr().err == "error: wrong\nerror: cannot write to stdout: no space left on device\n"
 
 
 def test_a_file_is_refused_before_the_work_if_it_cannot_be_written(

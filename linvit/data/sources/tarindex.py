@@ -69,10 +69,10 @@ def index_shards(paths: Sequence[Path]) -> ShardIndex:
     """
     fingerprint = _fingerprint(paths)
     file = _cache_file(paths)
-    index = _read_cached(file, fingerprint)
+    index = None if file is None else _read_cached(file, fingerprint)
     if index is None:
         index = _scan(paths)
-        if len(index.names) >= _MIN_CACHED:
+        if file is not None and len(index.names) >= _MIN_CACHED:
             _write_cached(file, index, fingerprint)
     return index
 
@@ -232,8 +232,12 @@ def _fingerprint(paths: Sequence[Path]) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def _cache_file(paths: Sequence[Path]) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _cache_file(paths: Sequence[Path]) -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        # A user without a home, as in a container.
+        return None
     names = "\0".join(os.path.abspath(path) for path in paths)
     digest = hashlib.sha256(os.fsencode(names)).hexdigest()
     return folder / "linvit" / "shards" / f"{digest[:32]}.npz"

@@ -19,6 +19,16 @@ def labels_in(path: Path) -> dict[str, str | None]:
     return {member.name: member.label for member in scan_tar(path)}
 
 
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(tarindex, "_MIN_CACHED", 0)
+    assert len(index_shards([write_tar(tmp_path / "x.tar", {"n01/7.jpg": IMAGE})]).names) == 1
+
+
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_offsets_and_sizes_match_the_tar(kind: int, tmp_path: Path) -> None:
     long = f"{'folder/' * 20}n01/{'0' * 60}.JPEG" if kind == tarfile.USTAR_FORMAT else f"n01/{'ü' * 200}.JPEG"

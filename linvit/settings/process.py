@@ -1,0 +1,82 @@
+"""The process of a command: its exit status, its errors in one line, and its standard streams."""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from linvit.output.files import printable, reason
+
+
+class UsageError(ValueError):
+    """The command line or the configuration is wrong: exit status 2 instead of 1."""
+
+    exit_status = 2
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """Run a command's `work` and return its exit status.
+
+    ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
+    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`.
+    """
+    try:
+        _check_streams()
+        try:
+            status = work() or 0
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # As the shell reports a program that a closed pipe ended.
+        _discard_stdout()
+        return 141
+    except (ValueError, OSError) as error:
+        if os.environ.get("LINVIT_DEBUG") == "1":
+            raise
+        errors: list[object] = [error]
+        if (why := _stdout_error()) is not None:
+            # The error of a print names no file.
+            errors = [why] if isinstance(error, OSError) and error.errno and not error.filename else [error, why]
+        for line in (*(f"error: {each}" for each in errors), *getattr(error, "__notes__", [])):
+            print(printable(line), file=sys.stderr)
+        return getattr(error, "exit_status", 1)
+
+
+def _check_streams() -> None:
+    """Raise OSError if stdout is closed. A closed stdin or stderr is replaced, so that no file takes its descriptor."""
+    missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    if missing and os.name == "posix":
+        for descriptor in range(3):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+    if "stderr" in missing:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open
+    if "stdout" in missing:
+        raise OSError("stdout is closed; redirect it to a file or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8 lacks some characters of names and tables.
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _stdout_error() -> str | None:
+    """Why stdout cannot be written, if that is so; its buffer is then discarded."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _discard_stdout()
+        return None if isinstance(error, BrokenPipeError) else f"cannot write to stdout: {reason(error)}"
+    return None
+
+
+def _discard_stdout() -> None:
+    # Otherwise the interpreter would report the error again when it flushes stdout at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
