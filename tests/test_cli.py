@@ -148,7 +148,7 @@ def fail(error):
     [
         (ValueError("broken"), 1, "error: broken\n"),
         (OSError("no space"), 1, "error: no space\n"),
-        (flags.UsageError("wrong"), 2, "error: wrong\n"),
+        (process.UsageError("wrong"), 2, "error: wrong\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

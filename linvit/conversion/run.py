@@ -27,7 +27,7 @@ from linvit.model.sharing import ProjectedLength
 from linvit.model.vit import LinformerViT
 from linvit.output.files import sha256_of, write_json
 from linvit.output.terminal import page, progress_bar, show_line
-from linvit.runs.folder import Classifier, load_classifier
+from linvit.runs.folder import Classifier, load_classifier, source_files
 from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_files
 
@@ -81,7 +81,8 @@ def _check_paths(options: ConvertOptions) -> None:
         raise UsageError(
             f"--start-from {options.start_from}: there is no such folder; give the output folder of a conversion"
         )
-    check_files(("--output", options.output), ("--json", options.json_file))
+    inputs = [*source_files(options.source), *filter(None, [options.images, options.weights])]
+    check_files(("--output", options.output), ("--json", options.json_file), inputs=inputs)
 
 
 class _Conversion:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linvit.settings.flags import UsageError
+from linvit.settings.flags import UsageError, check_files
 from linvit.training.config import TrainConfig, parse_with, training_parser
 
 SUMMARY = "find a learning rate by raising it step by step on throw-away weights"
@@ -63,6 +63,7 @@ def find_lr(config: LrFindConfig) -> int:
     from linvit.training.log import print_line
     from linvit.training.sweep import plot_sweep, prepare_sweep, run_sweep
 
+    check_files(("--plot", config.plot_file), ("--json", config.json_file))
     with joined_ranks(config.device) as ranks:
         step, loader = prepare_sweep(config, ranks)
         found = run_sweep(
