@@ -43,6 +43,16 @@ class RankError(ValueError):
     """The error that ended one of several processes; its message begins with the rank."""
 
 
+class PrimaryError(RankError):
+    """The primary process's error, raised in the others too; only the primary reports it."""
+
+    is_reported = True
+
+    def __init__(self, error: ValueError | OSError) -> None:
+        super().__init__(str(error))
+        self.exit_status = getattr(error, "exit_status", 1)
+
+
 class LostRanksError(RankError):
     """The connection to the other processes is lost, because one of them failed."""
 
@@ -89,7 +99,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         except torch.OutOfMemoryError as error:
             raise ValueError(OUT_OF_MEMORY) from error
     except Exception as error:
-        if ranks.world_size == 1:
+        if ranks.world_size == 1 or isinstance(error, PrimaryError):
             raise
         if _is_lost_connection(error):
             time.sleep(SECONDS_BEFORE_LOST_RANKS)
@@ -124,7 +134,7 @@ class _ErrorFile(ErrorHandler):
     def record_exception(self, e: BaseException) -> None:
         """Write the file, unless another process failed first."""
         file = self._get_error_file_path()
-        if file is None or isinstance(e, LostRanksError):
+        if file is None or isinstance(e, LostRanksError | PrimaryError):
             return
         if not isinstance(e, ValueError | OSError):
             super().record_exception(e)
@@ -157,18 +167,21 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
 
 
 def on_primary(call: Callable[[], Value]) -> Value:
-    """Run `call` in the primary process and return its result in all; a ValueError is raised in all, too."""
+    """Run `call` in the primary process and return its result in all; a ValueError or OSError is raised in all.
+
+    In the others it is a PrimaryError, which they do not report.
+    """
     if not dist.is_initialized():
         return call()
-    result: list[Value | ValueError | None] = [None]
+    result: list[Value | ValueError | OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
             result = [call()]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             result = [error]
     dist.broadcast_object_list(result)
-    if isinstance(result[0], ValueError):
-        raise result[0]
+    if isinstance(result[0], ValueError | OSError):
+        raise result[0] if dist.get_rank() == 0 else PrimaryError(result[0])
     return cast(Value, result[0])
 
 

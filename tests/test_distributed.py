@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from linvit import distributed
 from linvit.distributed import (
     STOP_SIGNALS,
+    PrimaryError,
     joined_ranks,
     largest_over_ranks,
     on_primary,
@@ -21,6 +22,7 @@ from linvit.distributed import (
     sum_over_ranks,
     usable_workers,
 )
+from linvit.settings.process import UsageError, run
 
 
 def test_an_error_before_the_processes_join_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,6 +110,35 @@ def test_a_single_process_exchanges_nothing() -> None:
     assert sum_over_ranks(values) is values
     assert on_primary(lambda: 3) == 3
     assert largest_over_ranks(3, torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize("error", [UsageError("a\x1bb"), OSError("no space")])
+def test_only_the_primary_reports_its_error(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    sent: list[object] = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", sent.extend)
+    status = getattr(error, "exit_status", 1)
+    assert run(lambda: on_primary(fail)) == status
+    assert capsys.readouterr().err == f"error: {str(error).replace(chr(27), '�')}\n"
+
+    def receive(result: list[object]) -> None:
+        result[:] = sent
+
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", receive)
+    assert run(lambda: on_primary(fail)) == status
+    assert capsys.readouterr().err == ""
+    with pytest.raises(PrimaryError) as raised:
+        on_primary(fail)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    assert failure(raised.value, monkeypatch, tmp_path / "error.json") is raised.value
+    assert not (tmp_path / "error.json").exists()
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from linvit.output.files import write_json
-from linvit.settings.fields import unknown
+from linvit.settings.fields import nearest, unknown
 from linvit.settings.flags import check_files, parse_options
 
 SUMMARY = "list the registered models"
@@ -62,8 +62,18 @@ def list_entries(pattern: str) -> list[ModelEntry]:
     registered = timm.list_models("linvit_*")
     names = [name for name in registered if fnmatchcase(name, pattern)]
     if not names:
-        raise ValueError(unknown("model", pattern, registered))
+        raise ValueError(_no_match(pattern, registered))
     return sorted((_describe(name) for name in names), key=lambda entry: (entry.img_size, entry.num_parameters))
+
+
+def _no_match(pattern: str, registered: Sequence[str]) -> str:
+    for wider in (pattern.lower(), f"*{pattern.lower()}*"):
+        if any(fnmatchcase(name, wider) for name in registered):
+            return f"no model matches {pattern!r}; did you mean {wider!r}?"
+    suggestion = nearest(pattern, registered)
+    if suggestion is None:
+        return f"no model of linvit matches {pattern!r}: `linvit models` lists all of them"
+    return unknown("model", pattern, registered)
 
 
 def print_entries(entries: Sequence[ModelEntry], json_file: Path | None = None) -> None:

@@ -60,7 +60,7 @@ def length_per_layer(k: ProjectedLength, *, depth: int, share: Share) -> list[in
     if isinstance(lengths, int):
         return [lengths] * depth
     if len(lengths) != depth:
-        raise ValueError(f"k names {len(lengths)} layers, but the model has {depth}")
+        raise ValueError(f"k names {len(lengths)} layers, but the model has {depth}; give one k, or one per layer")
     if share != "none" and any(isinstance(length, list) for length in lengths):
         raise ValueError(f"one k per head needs share='none': with share={share!r} all heads use the same E")
     distinct = {length for length in lengths if isinstance(length, int)}

@@ -248,13 +248,14 @@ class LinformerViT(VisionTransformer):
     ) -> Any:
         """timm's `forward_intermediates`: tokens after the blocks `indices`, and after the last block that ran.
 
-        Image sizes, masks and gradient checkpointing work as in `forward_features`. Raises ValueError for an unknown
-        `output_fmt`, and for "NCHW" if patch dropout is active: the kept tokens do not fill a grid.
+        Image sizes, masks and gradient checkpointing work as in `forward_features`. Raises ValueError for
+        `indices` that are not blocks, for an unknown `output_fmt`, and for "NCHW" if patch dropout is active: the kept
+        tokens do not fill a grid.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}: choose 'NCHW' or 'NLC'")
         height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        taken, last = feature_take_indices(len(self.blocks), indices)
+        taken, last = _take_indices(len(self.blocks), indices)
         x, attn_mask, layout = self._embed(x, attn_mask)
         if output_fmt == "NCHW" and layout is not None and layout.kept is not None:
             raise ValueError(
@@ -326,3 +327,14 @@ class LinformerViT(VisionTransformer):
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _take_indices(depth: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """timm's `feature_take_indices`: the blocks to take, and the last of them; ValueError if there are none."""
+    try:
+        return feature_take_indices(depth, indices)
+    except (AssertionError, ValueError, TypeError):
+        raise ValueError(
+            f"indices={indices!r}: give a list of blocks, 0 to {depth - 1} (negative ones count from the end), or the "
+            f"number of last blocks, 1 to {depth}"
+        ) from None

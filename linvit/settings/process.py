@@ -18,7 +18,8 @@ def run(work: Callable[[], int | None]) -> int:
     """Run a command's `work` and return its exit status.
 
     ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
-    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`.
+    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`. An
+    error with `is_reported` is printed by another process.
     """
     try:
         _check_streams()
@@ -39,6 +40,8 @@ def run(work: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("LINVIT_DEBUG") == "1":
             raise
+        if getattr(error, "is_reported", False):
+            return getattr(error, "exit_status", 1)
         errors: list[object] = [error]
         if (why := _stdout_error()) is not None:
             # The error of a print names no file.

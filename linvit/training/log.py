@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -140,8 +141,9 @@ def _create_bar() -> Progress:
     )
 
 
-def open_trackers(config: TrainConfig, folder: Path, *, first_batch: int) -> Track:
-    """A function that logs numbers to the trackers that `config` requests.
+@contextmanager
+def open_trackers(config: TrainConfig, folder: Path, *, first_batch: int) -> Iterator[Track]:
+    """A function that logs numbers to the trackers that `config` requests; they are closed at the end.
 
     Args:
         folder: the run's folder.
@@ -149,36 +151,40 @@ def open_trackers(config: TrainConfig, folder: Path, *, first_batch: int) -> Tra
 
     Raises ValueError if a package is missing or wandb does not start.
     """
-    tracks = []
-    if config.log_tensorboard:
-        tracks.append(_open_tensorboard(folder / "tensorboard", first_batch))
-    if config.log_wandb:
-        tracks.append(_open_wandb(config, folder))
+    with ExitStack() as opened:
+        tracks = []
+        if config.log_tensorboard:
+            tracks.append(opened.enter_context(_open_tensorboard(folder / "tensorboard", first_batch)))
+        if config.log_wandb:
+            tracks.append(opened.enter_context(_open_wandb(config, folder)))
 
-    def track(numbers: Mapping[str, float], batch: int) -> None:
-        for each in tracks:
-            each(numbers, batch)
+        def track(numbers: Mapping[str, float], batch: int) -> None:
+            for each in tracks:
+                each(numbers, batch)
 
-    return track
+        yield track
 
 
-def _open_tensorboard(folder: Path, first_batch: int) -> Track:
+@contextmanager
+def _open_tensorboard(folder: Path, first_batch: int) -> Iterator[Track]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise _missing("--log-tensorboard", "tensorboard") from error
-    writer = SummaryWriter(str(folder), purge_step=first_batch or None)
+    # Closing ends the writer's thread.
+    with SummaryWriter(str(folder), purge_step=first_batch or None) as writer:
 
-    def track(numbers: Mapping[str, float], batch: int) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, batch)
-        # At once, since the run may be killed.
-        writer.flush()
+        def track(numbers: Mapping[str, float], batch: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, batch)
+            # At once, since the run may be killed.
+            writer.flush()
 
-    return track
+        yield track
 
 
-def _open_wandb(config: TrainConfig, folder: Path) -> Track:
+@contextmanager
+def _open_wandb(config: TrainConfig, folder: Path) -> Iterator[Track]:
     try:
         import wandb
     except ImportError as error:
@@ -197,7 +203,9 @@ def _open_wandb(config: TrainConfig, folder: Path) -> Track:
         raise ValueError(
             f"--log-wandb: wandb does not start ({reason(error)}); run `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    return lambda numbers, batch: run.log(dict(numbers), step=batch)
+    # An error within the statement marks wandb's run as failed.
+    with run:
+        yield lambda numbers, batch: run.log(dict(numbers), step=batch)
 
 
 def _missing(flag: str, package: str) -> ValueError:

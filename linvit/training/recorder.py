@@ -1,10 +1,10 @@
 """What a run writes to its folder and prints; only the first process does both, the others keep a log file each."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch, Loader
@@ -55,8 +55,12 @@ def recording(
     the folder, OSError if the folder cannot be written.
     """
     start = on_primary(lambda: choose_start(config, img_size=spec.size))
-    lock = lock_run(start.folder) if step.ranks.is_primary else None
-    with lock or nullcontext(), Saver() as saver:
+    locks: list[IO[bytes] | None] = []
+    on_primary(lambda: locks.append(lock_run(start.folder)))
+    with ExitStack() as stack:
+        for lock in filter(None, locks):
+            stack.enter_context(lock)
+        saver = stack.enter_context(Saver())
         recorder = Recorder(
             start.folder,
             config=config,
@@ -66,6 +70,7 @@ def recording(
             spec=spec,
             ranks=step.ranks,
             saver=saver,
+            opened=stack,
         )
         for loader in (train_loader, val_loader):
             if loader.cache is not None:
@@ -104,6 +109,7 @@ class Recorder:
         spec: how images are prepared.
         ranks: this process; the first prints and writes, the others write a log each to logs/.
         saver: writes in the background.
+        opened: closes what the recorder opens, at the end of the run.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class Recorder:
         spec: InputSpec,
         ranks: Ranks,
         saver: Saver,
+        opened: ExitStack,
     ) -> None:
         # args.yaml repeats the run from the start; it does not resume it.
         own = {"experiment": folder.name, "output": folder.parent, "resume": None, "no_resume_opt": False}
@@ -126,6 +133,7 @@ class Recorder:
         self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
         self.track: Track | None = None
+        self._opened = opened
         # Not a method: a cycle through it would keep the loaders, and their processes, alive after the run.
         self.log = partial(_log_line, run=self.run, rank=ranks.rank)
         self.bad_steps = BadSteps(config.max_bad_steps, path_of=train_set.path, log=self.log)
@@ -182,7 +190,7 @@ class Recorder:
         for path in retire_later(self.run.checkpoints, epoch=progress.epoch, batch=progress.batch):
             print_line(f"set aside a checkpoint that is later than the resumed one: {path}")
         first_batch = progress.epoch * len(self.loader) + progress.batch
-        self.track = open_trackers(self.config, self.run.path, first_batch=first_batch)
+        self.track = self._opened.enter_context(open_trackers(self.config, self.run.path, first_batch=first_batch))
         self.config.save(self.run.args)
         if progress.summary:
             write_summary(self.run.summary, progress.summary)

@@ -1,6 +1,7 @@
 """`linvit models`."""
 
 import json
+import re
 
 import pytest
 
@@ -34,3 +35,16 @@ def test_a_piped_table_has_one_line_per_model_in_100_columns(capsys):
 def test_an_unknown_pattern_is_refused():
     with pytest.raises(ValueError, match=r"unknown model 'linvit_smal_\*'; did you mean"):
         list_entries("linvit_smal_*")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("mini", "no model matches 'mini'; did you mean '*mini*'?"),
+        ("LINVIT_mini*", "no model matches 'LINVIT_mini*'; did you mean 'linvit_mini*'?"),
+        ("zzz", "no model of linvit matches 'zzz': `linvit models` lists all of them"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_answered_with_one_that_does(pattern, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list_entries(pattern)

@@ -1,6 +1,7 @@
 """forward_intermediates of LinformerViT, and the layout that blocks pass to attention."""
 
 import itertools
+import re
 import threading
 from functools import partial
 
@@ -171,3 +172,10 @@ def test_threads_share_a_model_at_several_sizes():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("wanted", [[], (), [9], [-9], 0, -1, 99, ["a"], "a"], ids=str)
+def test_indices_that_are_no_blocks_are_named(wanted):
+    model = make(depth=2)
+    with pytest.raises(ValueError, match=re.escape(f"indices={wanted!r}: give a list of blocks, 0 to 1 ")):
+        model.forward_intermediates(images(), indices=wanted)

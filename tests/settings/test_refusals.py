@@ -211,7 +211,7 @@ def test_integers_of_any_type_are_lengths(k, share, tmp_path):
     assert again(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize("wrong", [16.0, "16", True, np.True_, np.float32(4), torch.tensor(True), 4j, {}])
+@pytest.mark.parametrize("wrong", [16.0, "16", b"16", True, np.True_, np.float32(4), torch.tensor(True), 4j, {}])
 def test_other_types_of_lengths_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=r"k=.*: a projected length is a whole number"):
         create(wrong)
@@ -221,6 +221,11 @@ def test_other_types_of_lengths_are_refused_by_name(wrong):
     for each in (wrong, [4, wrong]):
         with pytest.raises(ValueError, match=r"k=.*: a projected length is a whole number"):
             build_projection("linear", k=each, grid_size=(4, 4), num_maps=2)
+
+
+def test_an_empty_list_of_lengths_is_refused():
+    with pytest.raises(ValueError, match=r"k names 0 layers, but the model has \d+; give one k, or one per layer"):
+        LinformerViT(img_size=64, **TINY, k=[])
 
 
 def test_a_missing_length_is_refused():

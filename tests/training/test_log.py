@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -111,12 +112,28 @@ class FakeWandb(ModuleType):
         super().__init__("wandb")
         self.started: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
+        # The class of the error that ended each run.
+        self.finished: list[type[BaseException] | None] = []
 
-    def init(self, **settings: Any) -> SimpleNamespace:
+    def init(self, **settings: Any) -> "FakeRun":
         if settings["project"] == "forbidden":
             raise self.Error("permission denied\nand more")
         self.started.append(settings)
-        return SimpleNamespace(log=lambda numbers, step: self.logged.append((step, numbers)))
+        return FakeRun(self)
+
+
+class FakeRun:
+    def __init__(self, owner: FakeWandb) -> None:
+        self.owner = owner
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.owner.logged.append((step, numbers))
+
+    def __enter__(self) -> "FakeRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.owner.finished.append(kind)
 
 
 @pytest.fixture
@@ -166,6 +183,24 @@ def test_lines_and_epochs_are_logged(data: Path, tmp_path: Path, wandb: FakeWand
 def test_a_wandb_run_can_be_resumed(data: Path, tmp_path: Path, wandb: FakeWandb) -> None:
     assert train(data, tmp_path, epochs=1, log_wandb=True, wandb_resume_id="1a2b") == 0
     assert (wandb.started[0]["id"], wandb.started[0]["resume"]) == ("1a2b", "must")
+    assert wandb.finished == [None]
+
+
+def test_trackers_are_closed_at_the_end_and_after_an_error(tmp_path: Path, wandb: FakeWandb) -> None:
+    pytest.importorskip("tensorboard")
+    config = TrainConfig(data_dir=Path("data"), log_tensorboard=True, log_wandb=True)
+    threads = set(threading.enumerate())
+
+    def fail() -> None:
+        with open_trackers(config, tmp_path, first_batch=0) as track:
+            track({"train/loss": 1.0}, 2)
+            assert set(threading.enumerate()) != threads
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert set(threading.enumerate()) <= threads
+    assert wandb.finished == [OSError]
 
 
 def test_a_wandb_error_is_one_sentence(data: Path, tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
@@ -178,11 +213,12 @@ def test_a_wandb_error_is_one_sentence(data: Path, tmp_path: Path, wandb: FakeWa
 def test_tensorboard_reads_the_logged_numbers(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = TrainConfig(data_dir=Path("data"), log_tensorboard=True)
-    track = open_trackers(config, tmp_path, first_batch=0)
-    for batch in (2, 4, 6):
-        track({"train/loss": batch / 2}, batch)
+    with open_trackers(config, tmp_path, first_batch=0) as track:
+        for batch in (2, 4, 6):
+            track({"train/loss": batch / 2}, batch)
     # A run that resumes after the fourth batch trains on the sixth again.
-    open_trackers(config, tmp_path, first_batch=5)({"train/loss": 7.0}, 6)
+    with open_trackers(config, tmp_path, first_batch=5) as track:
+        track({"train/loss": 7.0}, 6)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.0), (4, 2.0), (6, 7.0)]

@@ -86,7 +86,7 @@ def number_labels(
     name_of = {number: number for number in numbers}
     note = ""
     if class_file.is_file():
-        lines = read_class_map(class_file)
+        lines = read_class_map(class_file, flag="")
         name_of = _look_up(numbers, lines, source=source, names_from=str(class_file))
         class_names = lines if class_names is None else class_names
         note = f"{source}: labels are numbers; {class_file} names them"
@@ -102,23 +102,23 @@ def number_labels(
     return Classes(classes.names, {number: classes.label_of[name] for number, name in name_of.items()}, note)
 
 
-def read_class_map(path: str | os.PathLike[str]) -> list[str]:
-    """Read a text file with one class name per line, in label order.
+def read_class_map(path: str | os.PathLike[str], *, flag: str = "--class-map ") -> list[str]:
+    """Read a text file with one class name per line, in label order; messages begin with the flag that names it.
 
     Raises ValueError if the file cannot be read, is empty or repeats a name.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"class_map {path}: cannot be read ({error.strerror})") from error
+        raise ValueError(f"{flag}{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"class_map {path}: is not UTF-8 text; write one class name per line in UTF-8") from error
+        raise ValueError(f"{flag}{path}: is not UTF-8 text; write one class name per line in UTF-8") from error
     names = [line.strip() for line in lines if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"class_map {path}: lists {quoted(repeated)} more than once; give every class its own name")
+        raise ValueError(f"{flag}{path}: lists {quoted(repeated)} more than once; give every class its own name")
     if not names:
-        raise ValueError(f"class_map {path}: is empty; write one class name per line")
+        raise ValueError(f"{flag}{path}: is empty; write one class name per line")
     return names
 
 

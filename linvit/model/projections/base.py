@@ -153,7 +153,7 @@ def parse_length(k: object) -> int:
 
 def is_list_of_lengths(k: object) -> TypeGuard[Sequence[Any]]:
     """Whether `k` is a sequence or an array of lengths, rather than one length."""
-    return (isinstance(k, Sequence) and not isinstance(k, str)) or getattr(k, "ndim", 0) > 0
+    return (isinstance(k, Sequence) and not isinstance(k, str | bytes | bytearray)) or getattr(k, "ndim", 0) > 0
 
 
 def check_shortens(k: int, grid_size: GridSize) -> None:
