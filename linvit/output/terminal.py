@@ -1,7 +1,8 @@
 """What commands print: tables on stdout, progress on stderr, and numbers in one format."""
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from linvit.output.files import printable
+from linvit.output.files import printable, reason
 from linvit.output.streams import goes_to_stdout
 
 # Columns of a table that goes to a file or a pipe.
@@ -21,7 +22,22 @@ PAGE_WIDTH = 100
 EMPTY = "–"
 
 
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    """Turn an OSError of a print into one that says so; a closed pipe remains a BrokenPipeError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"cannot write to stdout: {reason(error)}") from error
+
+
 class _Page(Console):
+    def print(self, *objects: Any, **settings: Any) -> None:
+        with _naming_stdout():
+            super().print(*objects, **settings)
+
     def on_broken_pipe(self) -> None:
         # rich would end the process.
         raise BrokenPipeError
@@ -62,9 +78,10 @@ def show_line(console: Console, text: str) -> None:
     console.print(Text(printable(text)), soft_wrap=True)
 
 
-def print_line(text: str) -> None:
-    """Print a line of `printable` text on stdout at once, even into a pipe."""
-    print(printable(text), flush=True)
+def print_line(*texts: str) -> None:
+    """Print `printable` texts on stdout, on one line with tabs between them, at once, even into a pipe."""
+    with _naming_stdout():
+        print(*map(printable, texts), sep="\t", flush=True)
 
 
 def note(text: str) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
-from linvit.output.files import printable
 from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
@@ -227,8 +226,10 @@ def _show_row(row: Row) -> None:
 
 def _print_row(row: Row, *, topk: int) -> None:
     """Print a line for a program: the columns of a CSV file, separated by tabs."""
+    from linvit.output.terminal import print_line
+
     best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
-    print("\t".join(map(printable, [row["path"], *best, row["error"] or ""])), flush=True)
+    print_line(row["path"], *best, row["error"] or "")
 
 
 def _discard(row: Row) -> None:

@@ -18,17 +18,17 @@ def run(work: Callable[[], int | None]) -> int:
     """Run a command's `work` and return its exit status.
 
     ValueError and OSError, which the user can fix, become one line on stderr, and a line for each note that was added
-    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`. An
-    error with `is_reported` is printed by another process.
+    to the error; LINVIT_DEBUG=1 shows the traceback. The status is 1, or the error's `exit_status`.
+    An error with `is_reported` is printed by another process.
     """
     try:
         _check_streams()
         try:
             status = work() or 0
         except SystemExit:
-            sys.stdout.flush()
+            _flush()
             raise
-        sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,10 +42,8 @@ def run(work: Callable[[], int | None]) -> int:
             raise
         if getattr(error, "is_reported", False):
             return getattr(error, "exit_status", 1)
-        errors: list[object] = [error]
-        if (why := _stdout_error()) is not None:
-            # The error of a print names no file.
-            errors = [why] if isinstance(error, OSError) and error.errno and not error.filename else [error, why]
+        # A full disk may be found by the work and again by the flush.
+        errors = dict.fromkeys(filter(None, [str(error), _stdout_error()]))
         for line in (*(f"error: {each}" for each in errors), *getattr(error, "__notes__", [])):
             print(printable(line), file=sys.stderr)
         return getattr(error, "exit_status", 1)
@@ -69,14 +67,25 @@ def _check_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise OSError(f"cannot write to stdout: {reason(error)}") from error
+
+
 def _stdout_error() -> str | None:
     """Why stdout cannot be written, if that is so; its buffer is then discarded."""
     try:
         if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
+            _flush()
+    except BrokenPipeError:
         _discard_stdout()
-        return None if isinstance(error, BrokenPipeError) else f"cannot write to stdout: {reason(error)}"
+    except OSError as error:
+        return str(error)
     return None
 
 

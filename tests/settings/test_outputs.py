@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from linvit.output.terminal import page, show_line
+from linvit.output.terminal import page, print_line, show_line
 from linvit.settings.flags import UsageError, check_files, check_folder
 from linvit.settings.process import run
 
@@ -56,8 +56,8 @@ def test_closed_descriptors_are_not_taken_by_files_and_messages_vanish() -> None
 def test_a_full_stdout_is_one_line_and_a_closed_pipe_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # rich flushes what it prints; print and argparse do not.
-    for work in (lambda: print("x"), lambda: show_line(page(), "x"), show_help):
+    # rich and print_line flush what they print; print and argparse do not.
+    for work in (lambda: print("x"), lambda: show_line(page(), "x"), lambda: print_line("x"), show_help):
         with open("/dev/full", "w", encoding="utf-8") as full:
             monkeypatch.setattr(sys, "stdout", full)
             assert run(work) == 1
