@@ -82,8 +82,11 @@ def source_files(source: str) -> list[Path]:
     run = RunFolder(Path(source))
     if not run.path.is_dir():
         return [run.path]
-    weights = [run.path / "config.json", *run.path.glob("*.safetensors"), *run.path.glob("*.bin")]
-    return [run.args, run.summary, run.best, run.last, run.checkpoints, *weights]
+    folders = (run.path, run.best, run.last, *run.checkpoints.glob("*"))
+    weights = [
+        file for folder in folders for name in ("config.json", "*.safetensors", "*.bin") for file in folder.glob(name)
+    ]
+    return [run.args, run.summary, run.checkpoints, *weights]
 
 
 def lock_run(folder: Path) -> IO[bytes] | None:

@@ -20,6 +20,8 @@ from linvit.settings.fields import Model, element_types, leaf_types, unknown, va
 from linvit.settings.process import UsageError
 from linvit.settings.yaml import parse_yaml
 
+# Extensions of files that hold neither images nor lists of images.
+_REPORTS = (".html", ".json", ".jsonl", ".md")
 # argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
 
@@ -61,7 +63,8 @@ def check_files(*files: tuple[str, Path | None], inputs: Iterable[str | os.PathL
 
     Args:
         files: pairs of a flag and its path; None is skipped. No two may be the same file, also through links.
-        inputs: what the command reads. No file may be one of them, nor replace a file in one that is a folder.
+        inputs: what the command reads. No file may be one of them, nor replace a file in one that is a folder, unless
+            its name is that of a report.
     """
     flags: dict[Path, str] = {}
     for flag, path in files:
@@ -73,8 +76,13 @@ def check_files(*files: tuple[str, Path | None], inputs: Iterable[str | os.PathL
             raise UsageError(f"{flags[name]} and {flag} are both {path}; choose two files")
         flags[name] = flag
         for source in () if is_stream(path) else inputs:
-            if name == target_of(Path(source)) or (target_of(Path(source)) in name.parents and name.exists()):
-                raise UsageError(f"{flag} {path} would replace a file that is read, in {source}; choose another file")
+            if _is_read(name, target_of(Path(source))):
+                raise UsageError(f"{flag} {path} would replace a file that is read ({source}); choose another file")
+
+
+def _is_read(file: Path, source: Path) -> bool:
+    is_below = source in file.parents and file.exists()
+    return file == source or (is_below and file.suffix.lower() not in _REPORTS)
 
 
 def check_file(flag: str, path: Path) -> None:

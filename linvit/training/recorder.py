@@ -10,7 +10,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch, Loader
 from linvit.data.sources.base import ImageSet
 from linvit.distributed import Ranks, on_primary
-from linvit.output.files import remove_leftovers
+from linvit.output.files import printable, remove_leftovers
 from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, retire_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
 from linvit.runs.weights import compact
@@ -324,4 +324,4 @@ def _log_line(text: str, *, run: RunFolder, rank: int) -> None:
     else:
         run.logs.mkdir(exist_ok=True)
         with (run.logs / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+            file.write(f"{printable(text)}\n")

@@ -261,8 +261,8 @@ def test_progress_is_shown_on_a_terminal(
         (["--json", "o", "--csv", "./o"], "--json and --csv are both o; choose two files"),
         (["--json", "link", "--csv", "o"], "--json and --csv are both o; choose two files"),
         (["--confusion", "a.csv", "a.csv"], "--confusion and --confusion are both a.csv; choose two files"),
-        (["--json", "run/best/config.json"], "would replace a file that is read, in run/best"),
-        (["--csv", "data/val/n01440764/0.png"], "would replace a file that is read, in data"),
+        (["--json", "run/best/config.json"], "would replace a file that is read (run/best/config.json)"),
+        (["--csv", "data/val/n01440764/0.png"], "would replace a file that is read (data)"),
     ],
 )
 def test_an_output_is_neither_another_output_nor_an_input(

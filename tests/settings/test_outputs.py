@@ -123,7 +123,8 @@ def test_an_output_does_not_replace_an_input(tmp_path: Path) -> None:
     for path in (listed, data / "a.png", tmp_path / "link" / "a.png"):
         with pytest.raises(UsageError, match="would replace a file that is read"):
             check_files(("--plot", path), inputs=[str(listed), tmp_path / "link", "hf:name"])
-    check_files(("--plot", data / "new.png"), inputs=[listed, data])
+    (data / "check.json").touch()
+    check_files(("--plot", data / "new.png"), ("--json", data / "check.json"), inputs=[listed, data])
 
 
 def test_a_folder_is_refused_before_the_work_if_it_cannot_be_created(tmp_path: Path) -> None:

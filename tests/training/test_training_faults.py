@@ -31,6 +31,14 @@ def test_bad_images_are_logged_each_epoch_and_listed_once_and_sorted(tmp_path: P
     ]
 
 
+def test_a_name_that_is_not_utf8_is_listed_in_every_epoch(tmp_path: Path) -> None:
+    for name in ("caf\udce9.png", "a.png"):
+        bad_images = BadImages(tmp_path / "bad_images.txt", is_primary=True, log=lambda text: None)
+        bad_images.add([Path(name)])
+        bad_images.end_epoch()
+    assert (tmp_path / "bad_images.txt").read_bytes() == b"a.png\ncaf\xe9.png\n"
+
+
 def test_only_the_first_of_many_bad_images_are_logged(tmp_path: Path) -> None:
     lines: list[str] = []
     bad_images = BadImages(tmp_path / "bad_images.txt", is_primary=True, log=lines.append)
