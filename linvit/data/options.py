@@ -62,7 +62,8 @@ class DataOptions(_Options):
     )
     class_map: Path | None = Field(
         None,
-        description="text file with one class name per line, in the order of the labels (default: sorted names)",
+        description="class names in the order of the labels: a text file with one per line, a JSON file such as "
+        "class_to_idx.json, or 'timm' to number the classes as timm does (default: sorted names)",
     )
 
 

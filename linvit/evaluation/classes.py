@@ -11,6 +11,7 @@ from importlib.resources import files
 
 from timm.data import ImageNetInfo
 
+from linvit.data.sources.classes import order_conflict
 from linvit.settings.fields import listed, nearest
 
 # Data sets with some of ImageNet's 1,000 classes: their names and timm's files.
@@ -145,7 +146,13 @@ def _match_unnamed(
         match = ClassMatch(sorted(data_classes, key=int), numbers, "by index", note)
         _refuse_duplicates(data_classes, numbers, match.class_names, data)
         return match
-    note = f"{unnamed}: the folders, sorted by name, were used as labels 0, 1, ..."
+    if conflict := order_conflict(data_classes):
+        raise ValueError(
+            f"{model} has no class names, and the order of the classes of {data} is ambiguous: {conflict}; use "
+            "--class-map timm if timm trained the weights, --class-map torchvision for labels in sorted order, or "
+            "--class-map FILE with a class name per line"
+        )
+    note = f"{unnamed}: the data's classes, in their order, were used as labels 0, 1, ..."
     return ClassMatch(list(data_classes), tuple(range(num_classes)), "by order", note)
 
 

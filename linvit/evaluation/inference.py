@@ -29,6 +29,16 @@ def override_settings(classifier: Classifier, options: BaseModel) -> Classifier:
     return replace(classifier, settings={**classifier.settings, **given})
 
 
+def add_class_names(classifier: Classifier, names: Sequence[str], *, source: str) -> Classifier:
+    """The classifier with the class names of `--class-map`; ValueError if it has other names or another number."""
+    num_classes = classifier.model.num_classes
+    if len(names) != num_classes:
+        raise ValueError(f"--class-map names {len(names)} classes, but {source} has {num_classes}; name each class")
+    if classifier.class_names not in (None, list(names)):
+        raise ValueError(f"--class-map: {source} has class names of its own; remove the option")
+    return replace(classifier, class_names=list(names))
+
+
 def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = None) -> InputSpec:
     """How to prepare images: by the run's settings, else by the model's own.
 

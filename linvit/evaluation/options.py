@@ -21,6 +21,11 @@ class EvalOptions(BaseModel):
     split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
     compare: tuple[str, ...] = Field((), description="more sources to compare with the first, image by image")
 
+    class_map: Path | None = Field(
+        None,
+        description="classes of weights without class names, in label order: a text file with one name per line, a "
+        "JSON file, or 'timm' or 'torchvision' for the order in which these sort the folders of DATA",
+    )
     allow_subset: bool = Field(
         False, description="allow classes that only the model or only the data has; evaluate on the common ones"
     )

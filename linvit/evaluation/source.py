@@ -1,6 +1,7 @@
 """Evaluate one source (a run, a checkpoint or a timm model) at one image size."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader, create_eval_loader
 from linvit.data.sources.base import ImageSet
+from linvit.data.sources.classes import classes_in_order
 from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
 from linvit.evaluation.collect import Collected, collect
-from linvit.evaluation.inference import amp_precision, input_spec, override_settings, scaled_size
+from linvit.evaluation.inference import add_class_names, amp_precision, input_spec, override_settings, scaled_size
 from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.scores import MOST_CLASSES, calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
@@ -243,7 +245,7 @@ def _open_images(
     images = open_images(options.data_dir, split=split, missing_classes="allow")
     match = match_classes(
         images.class_names,
-        classifier.class_names,
+        _model_classes(source, classifier, images.class_names, options),
         num_classes=classifier.model.num_classes,
         model=source,
         data=str(images.root),
@@ -251,6 +253,15 @@ def _open_images(
     )
     has_same_classes = match.class_names == images.class_names
     return images if has_same_classes else MatchedImages(images, match), match
+
+
+def _model_classes(
+    source: str, classifier: Classifier, data_classes: Sequence[str], options: EvalOptions
+) -> list[str] | None:
+    """The classes that the weights name, or else --class-map; None if neither does."""
+    if options.class_map is None or (options.compare and classifier.class_names is not None):
+        return classifier.class_names
+    return add_class_names(classifier, classes_in_order(options.class_map, data_classes), source=source).class_names
 
 
 def _calibrate(collected: Collected, temperature: float | None, options: EvalOptions) -> dict[str, Any] | None:

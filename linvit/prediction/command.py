@@ -47,6 +47,11 @@ class PredictOptions(PredictorOptions):
         "on stdout, tab-separated in a pipe)",
     )
 
+    class_map: Path | None = Field(
+        None,
+        description="classes of weights without class names, in label order: a text file with one name per line, or a "
+        "JSON file such as class_to_idx.json",
+    )
     use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
     model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
@@ -156,7 +161,8 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
 
 
 def _create_predictor(options: PredictOptions) -> Predictor:
-    from linvit.evaluation.inference import override_settings
+    from linvit.data.sources.classes import read_class_map
+    from linvit.evaluation.inference import add_class_names, override_settings
     from linvit.output.terminal import note
     from linvit.prediction.predictor import Predictor
     from linvit.runs.folder import load_classifier
@@ -171,6 +177,8 @@ def _create_predictor(options: PredictOptions) -> Predictor:
         use_ema=options.use_ema,
     )
     classifier = override_settings(classifier, options)
+    if options.class_map is not None:
+        classifier = add_class_names(classifier, read_class_map(options.class_map), source=options.source)
     return Predictor(
         replace(classifier, class_names=_labels(classifier, options)),
         img_size=size,
@@ -191,7 +199,7 @@ def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None
 
     names = classifier.class_names
     if names is None:
-        note(f"{options.source} has no class names; predictions show class numbers")
+        note(f"{options.source} has no class names; predictions show class numbers; --class-map names them")
     if options.label_type == "name":
         return names
     descriptions = lemmas()

@@ -6,7 +6,7 @@ remapped by overlap area. So no parameter, gradient or optimizer state ever chan
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import cast
@@ -15,18 +15,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from linvit.data.sources.classes import order_conflict
 from linvit.distributed import Ranks
 from linvit.model.build import LOCAL, TimmModel, create_model
 from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
-from linvit.runs.weights import classifier_parameters, compact, fit_weights, load_exactly, read_weights
-from linvit.settings.fields import unknown
+from linvit.runs.weights import SavedWeights, classifier_parameters, compact, fit_weights, load_exactly, read_weights
+from linvit.settings.fields import listed, unknown
 from linvit.training.config import TrainConfig
+from linvit.training.log import print_line
 from linvit.training.options import DeviceOptions, ModelOptions, ScheduleOptions
 
 
-def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[TimmModel, list[str]]:
+def build_model(
+    config: TrainConfig, *, class_names: Sequence[str], log: Callable[[str], object] = print_line
+) -> tuple[TimmModel, list[str]]:
     """The model of a run on the CPU, and the names of its parameters that do not come from given weights.
+
+    `log` is called with a warning if a classifier is kept whose classes are unknown or others than `class_names`.
 
     Raises ValueError if the name, arguments, classes or weights do not fit together.
     """
@@ -55,15 +61,35 @@ def build_model(config: TrainConfig, *, class_names: Sequence[str]) -> tuple[Tim
     if config.initial_checkpoint is not None:
         saved = read_weights(config.initial_checkpoint)
         load_exactly(model, saved.state_dict, path=saved.path)
+        _report_classifier(saved, class_names, log)
         return model, []
     new = [name for name, _ in model.named_parameters()]
     if config.pretrained:
         other_classes = model.pretrained_cfg["num_classes"] != model.num_classes
         new = classifier_parameters(model) if other_classes else []
     if weights is not None:
-        new = fit_weights(model, read_weights(weights), class_names=class_names)
+        saved = read_weights(weights)
+        new = fit_weights(model, saved, class_names=class_names)
+        if not set(new) & set(classifier_parameters(model)):
+            _report_classifier(saved, class_names, log)
     _initialise_classifier(model, config)
     return model, new
+
+
+def _report_classifier(saved: SavedWeights, class_names: Sequence[str], log: Callable[[str], object]) -> None:
+    """Log that the classifier of these weights is kept, if its classes are unknown or others."""
+    if saved.class_names is None:
+        conflict = order_conflict(class_names)
+        advice = "" if conflict is None else f"; {conflict}: if timm trained the weights, use --class-map timm"
+        log(
+            f"{saved.path} has no class names; its classifier of {len(class_names)} classes is kept, with label 0 as "
+            f"{class_names[0]!r}{advice}"
+        )
+    elif list(saved.class_names) != list(class_names):
+        log(
+            f"{saved.path} was trained on other classes ({listed(saved.class_names, most=3)}); its classifier is kept, "
+            "because --initial-checkpoint keeps every weight; --pretrained-path starts a new classifier"
+        )
 
 
 def _initialise_classifier(model: TimmModel, options: ModelOptions) -> None:

@@ -16,7 +16,7 @@ import torch
 from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader, create_eval_loader, create_train_loader
 from linvit.data.sources.base import ImageSet
-from linvit.data.sources.classes import read_class_map
+from linvit.data.sources.classes import classes_in_order, is_class_order, read_class_map
 from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks, StopRequest, usable_workers
 from linvit.model.build import TimmModel, check_model_name
@@ -39,10 +39,15 @@ def prepare_process(config: TrainConfig) -> None:
 
 
 def open_train_set(config: TrainConfig) -> ImageSet:
-    """The training images. The folders of their split, or --class-map, name the classes."""
+    """The training images. The folders of their split, or --class-map, name and number the classes."""
     assert config.data_dir is not None
-    class_names = read_class_map(config.class_map) if config.class_map is not None else None
-    return open_images(config.data_dir, split=config.train_split, class_names=class_names)
+    class_map = config.class_map
+    if class_map is None or is_class_order(class_map):
+        images = open_images(config.data_dir, split=config.train_split)
+        if class_map is not None:
+            images.renumber(classes_in_order(class_map, images.class_names))
+        return images
+    return open_images(config.data_dir, split=config.train_split, class_names=read_class_map(class_map))
 
 
 def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
@@ -56,12 +61,16 @@ def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) 
 
     Raises ValueError if name, arguments, classes or weights do not fit together.
     """
-    model, new_parameters = build_model(config, class_names=class_names)
+    log = print_line if ranks.is_primary else _discard
+    model, new_parameters = build_model(config, class_names=class_names, log=log)
     for note in freeze(model, config.freeze):
-        if ranks.is_primary:
-            print_line(note)
+        log(note)
     place_model(model, config, ranks)
     return model, new_parameters
+
+
+def _discard(text: str) -> None:
+    pass
 
 
 def build_train_loader(config: TrainConfig, train_set: ImageSet, *, spec: InputSpec, ranks: Ranks) -> Loader:

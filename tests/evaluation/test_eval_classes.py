@@ -124,7 +124,10 @@ def _subsets() -> list[list[str]]:
 def test_the_order_of_the_folders_is_used_and_reported_if_the_model_has_no_names() -> None:
     made = match(["a", "b", "c"], None, num_classes=3)
     assert (made.labels, made.class_names, made.how) == ((0, 1, 2), ["a", "b", "c"], "by order")
-    assert made.note == "the weights contain no class names: the folders, sorted by name, were used as labels 0, 1, ..."
+    assert (
+        made.note
+        == "the weights contain no class names: the data's classes, in their order, were used as labels 0, 1, ..."
+    )
     with pytest.raises(ValueError, match="MODEL has 4 unnamed classes, but DATA has 3"):
         match(["a", "b", "c"], None, num_classes=4, allow_subset=True)
 
@@ -147,3 +150,11 @@ def test_a_thousand_unnamed_classes_are_imagenets_if_the_folders_are() -> None:
 def test_wordnet_ids_are_shown_with_their_lemma() -> None:
     assert with_lemma("n01440764") == "n01440764 tench"
     assert with_lemma("scratch") == "scratch"
+
+
+def test_an_ambiguous_order_of_the_folders_is_refused() -> None:
+    names = sorted(f"class{number}" for number in range(1, 13))
+    with pytest.raises(ValueError, match=r"label 1 is 'class10' in torchvision's .* and 'class2' in timm's; .* timm "):
+        match(names, None, num_classes=12)
+    # A list of classes in an order of its own is not ambiguous.
+    assert match(["Zebra", "apple", "Mango"], None, num_classes=3).how == "by order"

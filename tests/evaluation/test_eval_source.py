@@ -303,3 +303,34 @@ def test_options_read_sizes_as_people_write_them() -> None:
 def test_states_contain_only_plain_values(run: Path) -> None:
     # read_state loads with weights_only=True.
     assert read_state(run, "state-0002-000000")["class_names"] == ["red", "blue", "green"]
+
+
+def test_classes_of_unnamed_weights_come_from_a_map_or_an_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"class{number}" for number in range(1, 13)]
+    data = make_images(tmp_path / "data", classes=tuple(names), train=1, val=1)
+    model = timm.create_model(SETTINGS["model"], **SETTINGS["model_kwargs"], k=4, img_size=32, num_classes=12)
+    torch.nn.init.normal_(model.head.weight, std=3.0)
+    sources = {"timm": names, "torchvision": sorted(names), "unnamed": None}
+    for name, labels in sources.items():
+        arguments = {**SETTINGS["model_kwargs"], "k": 4, "img_size": 32}
+        about = {"model_args": arguments, "label_names": labels}
+        timm.models.save_for_hf(model, tmp_path / name, model_config=about, safe_serialization=True)
+    (tmp_path / "map.json").write_text(json.dumps({name: label for label, name in enumerate(names)}))
+    expected = {name: values(evaluated(tmp_path / name, data, tmp_path)) for name in ("timm", "torchvision")}
+    assert expected["timm"] != expected["torchvision"]
+    for class_map, order in {"timm": "timm", "torchvision": "torchvision", tmp_path / "map.json": "timm"}.items():
+        assert values(evaluated(tmp_path / "unnamed", data, tmp_path, class_map=class_map)) == expected[order]
+    assert main(["eval", str(tmp_path / "unnamed"), str(data), "-j", "0"]) == 1
+    assert "--class-map timm" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "timm"), str(data), "-j", "0", "--class-map", "torchvision"]) == 1
+    assert "has class names of its own" in capsys.readouterr().err
+    image = str(data / "val/class1/0.png")
+    assert (
+        main(["predict", str(tmp_path / "unnamed"), image, "-j", "0", "--class-map", str(tmp_path / "map.json")]) == 0
+    )
+    assert "class" in capsys.readouterr().out
+    (tmp_path / "short.txt").write_text("class1\n")
+    assert main(["predict", str(tmp_path / "unnamed"), image, "--class-map", str(tmp_path / "short.txt")]) == 1
+    assert "names 1 classes, but" in capsys.readouterr().err

@@ -1,11 +1,14 @@
-"""Every training step draws the same random numbers whenever it is run, and different ones from any other step."""
+"""Every training step draws the same random numbers whenever it is run; classes are numbered by --class-map."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_runs import make_images
 
-from linvit.training.setup import seed_run, seed_step
+from linvit.training.config import TrainConfig
+from linvit.training.setup import open_train_set, open_val_set, seed_run, seed_step
 
 
 def draws() -> tuple[float, float, float]:
@@ -36,3 +39,13 @@ def test_a_run_is_seeded() -> None:
         found.append(draws())
     assert found[0] == found[2]
     assert not set(found[0]) & set(found[1])
+
+
+def test_classes_are_numbered_as_by_timm_on_request(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=("Zebra", "apple", "apple10", "apple9"), train=2, val=1)
+    config = TrainConfig(data_dir=tmp_path, class_map=Path("timm"))
+    train_set = open_train_set(config)
+    val_set = open_val_set(config, class_names=train_set.class_names)
+    assert train_set.class_names == ["apple", "apple9", "apple10", "Zebra"]
+    for images in (train_set, val_set):
+        assert [images.class_names[label] for label in images.labels] == [path.parent.name for path in images.paths]

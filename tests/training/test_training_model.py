@@ -279,3 +279,20 @@ def test_a_finer_grid_of_the_same_patches_gives_the_same_keys() -> None:
     fine = coarse.view(1, 1, 4, 4, 8).repeat_interleave(2, 2).repeat_interleave(2, 3).reshape(1, 1, 64, 8)
     key, _ = attention.projections()
     torch.testing.assert_close(key(coarse, (4, 4)), key(fine, (8, 8)))
+
+
+def test_a_kept_classifier_of_unknown_or_other_classes_is_reported(tmp_path: Path) -> None:
+    source, _ = build_model(config(), class_names=CLASSES)
+    said: list[str] = []
+    for labels in (None, CLASSES, ["x", "y", "z"]):
+        folder = tmp_path / str(labels)
+        timm.models.save_for_hf(source, folder, safe_serialization=True, model_config={"label_names": labels})
+        for option in ("pretrained_path", "initial_checkpoint"):
+            build_model(config(**{option: folder}), class_names=CLASSES, log=said.append)
+    unnamed, also_unnamed, other = said
+    assert unnamed == also_unnamed
+    assert "has no class names; its classifier of 3 classes is kept, with label 0 as" in unnamed
+    assert "was trained on other classes (x, y, z); its classifier is kept" in other
+    said.clear()
+    build_model(config(pretrained_path=tmp_path / "None"), class_names=["class1", "class10", "class2"], log=said.append)
+    assert "label 1 is 'class10' in torchvision's order and 'class2' in timm's: if timm trained" in said[0]

@@ -63,6 +63,13 @@ class ImageSet(ABC):
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
+    def renumber(self, class_names: Sequence[str]) -> None:
+        """Number the labels by the position of their classes in `class_names`, the same names in another order."""
+        assert sorted(class_names) == sorted(self.class_names)
+        position = {name: label for label, name in enumerate(class_names)}
+        self._labels = np.array([position[name] for name in self.class_names], dtype=np.int64)[self._labels]
+        self.class_names = list(class_names)
+
     @property
     def paths(self) -> list[Path]:
         return [self.path(index) for index in range(len(self))]

@@ -1,12 +1,13 @@
 """Class names and labels: which classes a split has and which label each gets, by the same rules for every source."""
 
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from linvit.settings.fields import listed
 
@@ -102,24 +103,97 @@ def number_labels(
     return Classes(classes.names, {number: classes.label_of[name] for number, name in name_of.items()}, note)
 
 
-def read_class_map(path: str | os.PathLike[str], *, flag: str = "--class-map ") -> list[str]:
-    """Read a text file with one class name per line, in label order; messages begin with the flag that names it.
+def timm_order(names: Collection[str]) -> list[str]:
+    """Class names in the order of timm's labels: numbers in names by value, and upper case like lower case."""
+    from timm.utils.misc import natural_key
 
-    Raises ValueError if the file cannot be read, is empty or repeats a name.
+    try:
+        return sorted(sorted(names), key=natural_key)
+    except ValueError:
+        # timm fails at names such as "²", so it has never numbered them.
+        return sorted(names)
+
+
+# The words that `--class-map` takes in place of a file: whose order the labels have.
+CLASS_ORDERS: dict[str, Callable[[Collection[str]], list[str]]] = {"timm": timm_order, "torchvision": sorted}
+
+
+def is_class_order(class_map: Path) -> bool:
+    """Whether `--class-map` is one of the words in CLASS_ORDERS; a file of that name has precedence."""
+    return str(class_map) in CLASS_ORDERS and not class_map.is_file()
+
+
+def classes_in_order(class_map: Path, found: Collection[str]) -> list[str]:
+    """Class names in label order: those in the file `class_map`, or the classes `found`, if it names an order.
+
+    Raises ValueError as `read_class_map` does.
+    """
+    return CLASS_ORDERS[str(class_map)](found) if is_class_order(class_map) else read_class_map(class_map)
+
+
+def order_conflict(names: Sequence[str]) -> str | None:
+    """What differs if weights without class names were trained by timm; None if `names` are in timm's order as well.
+
+    Names in an order of their own, neither timm's nor sorted, come from a list of classes and are taken at its word.
+    """
+    by_timm = timm_order(names)
+    if list(names) != sorted(names) or by_timm == list(names):
+        return None
+    label = next(label for label, (own, other) in enumerate(zip(names, by_timm)) if own != other)
+    return f"label {label} is {names[label]!r} in torchvision's order and {by_timm[label]!r} in timm's"
+
+
+def read_class_map(path: str | os.PathLike[str], *, flag: str = "--class-map ") -> list[str]:
+    """Read class names in label order: a text file with one name per line, or JSON.
+
+    Messages begin with `flag`, which names the file.
+
+    JSON is a list of names, {"name": label} as `class_to_idx` has it, {"label": "name"}, or {"label": ["id", "name"]}.
+
+    Raises ValueError if the file cannot be read, is empty, repeats a name or leaves out a label.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ValueError(f"{flag}{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag}{path}: is not UTF-8 text; write one class name per line in UTF-8") from error
-    names = [line.strip() for line in lines if line.strip()]
+    if Path(path).suffix.lower() == ".json":
+        names = _names_in_json(text, source=f"{flag}{path}")
+    elif "\0" in text:
+        raise ValueError(f"{flag}{path}: is not text; write one class name per line")
+    else:
+        names = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"{flag}{path}: lists {quoted(repeated)} more than once; give every class its own name")
     if not names:
         raise ValueError(f"{flag}{path}: is empty; write one class name per line")
     return names
+
+
+def _names_in_json(text: str, *, source: str) -> list[str]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: is not valid JSON ({error})") from error
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return content
+    if isinstance(content, dict):
+        pairs = [_name_and_label(*pair) for pair in content.items()]
+        names = {label: name for name, label in pairs}
+        if names and sorted(names) == list(range(len(pairs))) and None not in names.values():
+            return [str(names[label]) for label in range(len(pairs))]
+    raise ValueError(
+        f'{source}: give each class a name and a label from 0 on, as in {{"cat": 0, "dog": 1}} or '
+        '["cat", "dog"]'
+    )
+
+
+def _name_and_label(key: str, value: Any) -> tuple[str | None, int]:
+    """A class name and its label, whichever of the two is the key; (None, -1) for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return key, value
+    name = value[0] if isinstance(value, list) and value else value
+    return (name, int(key)) if key.isdecimal() and isinstance(name, str) else (None, -1)
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -4,8 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from linvit.data.sources.classes import Classes, number_classes, number_labels, read_class_map
+from linvit.data.sources.classes import (
+    Classes,
+    number_classes,
+    number_labels,
+    order_conflict,
+    read_class_map,
+    timm_order,
+)
 
 
 def numbered(found: set[str], folder: Path, *, class_names: list[str] | None = None, **settings: Any) -> Classes:
@@ -83,7 +91,66 @@ def test_class_map(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty"):
         read_class_map(file)
     file.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ValueError, match="UTF-8"):
+    with pytest.raises(ValueError, match="is not text"):
         read_class_map(file)
+    file.write_bytes(b"caf\xe9\r\ncat\n")
+    assert read_class_map(file) == ["caf\udce9", "cat"]
     with pytest.raises(ValueError, match=r"^--class-map .*none.txt: cannot be read"):
         read_class_map(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '["dog", "cat"]',
+        '{"cat": 1, "dog": 0}',
+        '{"1": "cat", "0": "dog"}',
+        '{"0": ["dog", "a description"], "1": ["cat", "another"]}',
+    ],
+)
+def test_class_map_in_json(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "class_to_idx.json"
+    file.write_text(content)
+    assert read_class_map(file) == ["dog", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"cat": 1, "dog": 2}', "a label from 0 on"),
+        ('{"cat": 0, "dog": 0}', "a label from 0 on"),
+        ('{"cat": "feline"}', "a label from 0 on"),
+        ("[1, 2]", "a label from 0 on"),
+        ("{}", "a label from 0 on"),
+        ("[]", "is empty"),
+        ('{"cat"', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('["cat", "cat"]', "lists 'cat' more than once"),
+    ],
+)
+def test_faults_of_a_class_map_in_json(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_class_map(file)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"class{number}" for number in range(1, 13)],
+        ["apple", "Zebra", "mango"],
+        ["10", "9", "1"],
+        ["a1b10", "a1b9", "A1b2"],
+        ["n01440764", "n02012849", "n00000001"],
+        ["cat", "dog"],
+    ],
+)
+def test_order_of_timm_is_that_of_its_reader(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.png").touch()
+    _, class_to_idx = find_images_and_targets(str(tmp_path))
+    by_timm = sorted(class_to_idx, key=class_to_idx.__getitem__)
+    assert timm_order(names) == by_timm
+    assert (order_conflict(sorted(names)) is None) == (sorted(names) == by_timm)
