@@ -55,6 +55,7 @@ _REQUIRES = {
     "layer_decay_no_opt_scale": "layer_decay",
     "torchcompile_mode": "torchcompile",
     "no_resume_opt": "resume",
+    "allow_changed_data": "resume",
     "kd_distill_type": "kd_model_name",
     "kd_temperature": "kd_model_name",
     "distill_loss_weight": "kd_model_name",

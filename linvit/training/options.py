@@ -352,6 +352,9 @@ class RunOptions(_Options):
         description="resume from this run folder or checkpoint; 'auto' resumes the run --experiment if it exists",
     )
     no_resume_opt: bool = Field(False, description="resume only the weights, with a new optimizer")
+    allow_changed_data: bool = Field(
+        False, description="resume although images or labels changed since the training state was saved"
+    )
     seed: Seed = Field(42, description="random seed of the weights, the order of the images and their augmentation")
     deterministic: bool = Field(False, description="use only deterministic algorithms, which may be slower")
     dry_run: bool = Field(

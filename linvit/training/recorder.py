@@ -16,6 +16,7 @@ from linvit.runs.folder import RunFolder, lock_run, save_classifier
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
 from linvit.training.faults import BadImages, BadSteps
+from linvit.training.fingerprint import changed_data, fingerprint
 from linvit.training.log import Track, numbers_of, open_trackers, print_line
 from linvit.training.model import train_size
 from linvit.training.resume import changed_settings, choose_start
@@ -87,6 +88,7 @@ def recording(
                 num_batches=len(train_loader),
                 with_optimizer=not config.no_resume_opt,
             )
+            recorder.check_data(state, allow_changes=config.allow_changed_data)
         recorder.begin(step, progress, state=state, new_parameters=new_parameters)
         # The state would stay in memory for the whole run.
         del state
@@ -127,9 +129,10 @@ class Recorder:
     ) -> None:
         # args.yaml repeats the run from the start; it does not resume it.
         own = {"experiment": folder.name, "output": folder.parent, "resume": None, "no_resume_opt": False}
-        self.config = config.model_copy(update=own)
+        self.config = config.model_copy(update={**own, "allow_changed_data": False})
         self.run = RunFolder(folder)
         self.train_set, self.val_set, self.loader, self.spec = train_set, val_set, loader, spec
+        self.data = {"training": fingerprint(train_set), "validation": fingerprint(val_set)}
         self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
         self.track: Track | None = None
@@ -164,6 +167,17 @@ class Recorder:
             self._prepare_folder(progress)
         if state is None:
             self.save_state(step, progress)
+
+    def check_data(self, state: dict[str, Any], *, allow_changes: bool) -> None:
+        """Log how the images changed since a state was saved; ValueError unless that is allowed."""
+        changes = changed_data(state.get("data"), self.data, (self.train_set, self.val_set))
+        if changes and not allow_changes:
+            raise ValueError(
+                f"--resume: since the checkpoint was saved, {'; '.join(changes)}. Restore the data, or use "
+                "--allow-changed-data to continue with the new ones"
+            )
+        for change in changes:
+            self.log(f"changed data: {change}")
 
     def _print_overview(self, step: TrainStep, new_parameters: list[str]) -> None:
         config = self.config
@@ -283,6 +297,7 @@ class Recorder:
             class_names=self.loader.class_names,
             num_images=len(self.train_set),
             num_batches=len(self.loader),
+            data=self.data,
         )
         return take_snapshot(state, step.ranks.device) if self.is_primary else None
 

@@ -16,7 +16,7 @@ from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
 
 # These say where a run is or when it ends, not how it trains.
-_IGNORED = {"resume", "no_resume_opt", "output", "experiment", "stop_epoch", "dry_run"}
+_IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run"}
 # These may not change: always, with the optimizer's state, and within an epoch (where they order the images).
 _FIXED = ("model", "k", "projection", "share", "local", "gp", "model_kwargs", "eval_metric")
 _FIXED_WITH_OPTIMIZER = ("opt", "opt_kwargs", "freeze")

@@ -72,6 +72,7 @@ def collect_state(
     class_names: Sequence[str],
     num_images: int,
     num_batches: int,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The state of a run between two updates; its tensors are those in use, not copies.
 
@@ -82,6 +83,7 @@ def collect_state(
         class_names: the name of each label.
         num_images: number of training images.
         num_batches: number of batches per epoch in each process.
+        data: fingerprints of the training and validation images, by split name.
     """
     model = step.plain_model
     state = {
@@ -93,6 +95,7 @@ def collect_state(
         "world_size": step.ranks.world_size,
         "num_images": num_images,
         "num_batches": num_batches,
+        "data": data,
         "progress": asdict(progress),
         "num_updates": step.num_updates,
         "num_skipped": step.num_skipped,

@@ -135,6 +135,7 @@ EVERYTHING = {
     "experiment": "everything",
     "resume": "auto",
     "no_resume_opt": True,
+    "allow_changed_data": True,
     "seed": 1,
     "deterministic": True,
     "dry_run": True,

@@ -63,6 +63,15 @@ class ImageSet(ABC):
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
+    def num_bytes(self, index: int) -> int:
+        """Size of the encoded image. Raises UnreadableImage if it cannot be read."""
+        return len(self.read_bytes(index))
+
+    def relative_names(self) -> Iterator[bytes]:
+        """What identifies each image wherever the data are: its path relative to the root, as the system encodes it."""
+        for index in range(len(self)):
+            yield os.fsencode(os.path.relpath(self.path(index), self.root))
+
     def renumber(self, class_names: Sequence[str]) -> None:
         """Number the labels by the position of their classes in `class_names`, the same names in another order."""
         assert sorted(class_names) == sorted(self.class_names)
@@ -116,6 +125,13 @@ class PackedStrings:
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index > 0 else 0
         return os.fsdecode(self.block[start : self.ends[index]])
+
+    def encoded(self) -> Iterator[bytes]:
+        """The strings as the system encodes paths."""
+        start = 0
+        for end in self.ends.tolist():
+            yield self.block[start:end]
+            start = end
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))

@@ -1,10 +1,10 @@
 """ImageNet-style folders: SPLIT/CLASS/IMAGE, with images at any depth below their class folder."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from linvit.data.decode import EXTENSIONS, read_file
+from linvit.data.decode import EXTENSIONS, UnreadableImage, read_file
 from linvit.data.sources.base import ImageSet, NoSuchSplit, PackedStrings, split_names
 from linvit.data.sources.classes import MissingClasses, number_classes, quoted
 
@@ -41,6 +41,15 @@ class ImageFolder(ImageSet):
 
     def read_bytes(self, index: int) -> bytes:
         return read_file(self.path(index))
+
+    def num_bytes(self, index: int) -> int:
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError as error:
+            raise UnreadableImage(f"{self.path(index)}: cannot be read ({error.strerror})") from error
+
+    def relative_names(self) -> Iterator[bytes]:
+        return self._paths.encoded()
 
 
 def open_folder(

@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -62,6 +62,14 @@ class ImageShards(ImageSet):
         if len(data) < size:
             raise UnreadableImage(f"{self.path(index)}: the tar is now shorter than when it was indexed; restore it")
         return data
+
+    def num_bytes(self, index: int) -> int:
+        return int(self._index.sizes[index])
+
+    def relative_names(self) -> Iterator[bytes]:
+        shards = [os.fsencode(name) for name in self._shards]
+        for shard, name in zip(self._index.shards.tolist(), self._index.names.encoded()):
+            yield shards[shard] + b"/" + name
 
     def _shard(self, index: int) -> Path:
         return self.root / self._shards[self._index.shards[index]]
