@@ -153,6 +153,7 @@ def train_one_epoch(
                 return None
             recorder.end_update(step, progress)
 
+    recorder.check_epoch(step, progress)
     lr = current_lr(step.optimizer)
     step.end_epoch(epoch)
     return EpochResult(

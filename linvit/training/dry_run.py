@@ -42,7 +42,9 @@ def show_plan(config: TrainConfig, model: TimmModel, loader: Loader, spec: Input
     console = page()
     if isinstance(model, VisionTransformer):
         console.print(layer_table(model))
-    batch = next(iter(loader))
+    batch = next((batch for batch in loader if len(batch.images)), None)
+    if batch is None:
+        raise ValueError(f"{config.data_dir}: no image of an epoch can be read; restore the images")
     console.print(cost_table(config, model, batch, num_batches=len(loader)))
     path = config.output / "dry-run.png"
     try:

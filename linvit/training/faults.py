@@ -109,6 +109,16 @@ class BadSteps:
                 "not change the weights. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
             )
 
+    def end_epoch(self, progress: Progress, *, save: Callable[[Progress], None]) -> None:
+        """Raise NonFiniteLossError, as `check` does, if all updates of the epoch were refused."""
+        if progress.bad_in_row and not progress.num_losses:
+            if self._row_start is not None:
+                save(self._row_start)
+            raise NonFiniteLossError(
+                f"loss or gradients were not finite in any update of epoch {progress.epoch}, so the weights did not "
+                "change. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
+            )
+
 
 def _describe(update: Update) -> str:
     if not math.isfinite(update.loss):

@@ -229,6 +229,17 @@ class Recorder:
             update, progress, group_start=group_start, save=lambda before: self.save_state(step, before)
         )
 
+    def check_epoch(self, step: TrainStep, progress: Progress) -> None:
+        """Raise ValueError at the end of an epoch without a single loss: there is nothing to evaluate and save."""
+        if progress.num_losses:
+            return
+        self.bad_steps.end_epoch(progress, save=lambda before: self.save_state(step, before))
+        self.bad_images.end_epoch()
+        raise ValueError(
+            f"{self.config.data_dir}: none of the training images of epoch {progress.epoch} can be read "
+            f"({self.run.bad_images} lists them); restore them"
+        )
+
     def end_epoch(self, result: EpochResult, step: TrainStep, progress: Progress, *, best: str | None) -> None:
         """Write the epoch's row of summary.csv, last/ (raw weights), best/ (those called `best`) and the state."""
         if result.metrics:

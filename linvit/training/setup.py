@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from linvit.data.augment.build import InputSpec
+from linvit.data.decode import UnreadableImage
 from linvit.data.loader import Loader, create_eval_loader, create_train_loader
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.classes import classes_in_order, is_class_order, read_class_map
@@ -42,18 +43,35 @@ def open_train_set(config: TrainConfig) -> ImageSet:
     """The training images. The folders of their split, or --class-map, name and number the classes."""
     assert config.data_dir is not None
     class_map = config.class_map
-    if class_map is None or is_class_order(class_map):
-        images = open_images(config.data_dir, split=config.train_split)
-        if class_map is not None:
-            images.renumber(classes_in_order(class_map, images.class_names))
-        return images
-    return open_images(config.data_dir, split=config.train_split, class_names=read_class_map(class_map))
+    is_order = class_map is not None and is_class_order(class_map)
+    names = None if class_map is None or is_order else read_class_map(class_map)
+    images = open_images(config.data_dir, split=config.train_split, class_names=names)
+    if class_map is not None and is_order:
+        images.renumber(classes_in_order(class_map, images.class_names))
+    check_readable(images, config)
+    return images
 
 
 def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
     """The validation images, labelled by the training classes."""
     assert config.data_dir is not None
-    return open_images(config.data_dir, split=config.val_split, class_names=class_names)
+    images = open_images(config.data_dir, split=config.val_split, class_names=class_names)
+    check_readable(images, config)
+    return images
+
+
+def check_readable(images: ImageSet, config: TrainConfig) -> None:
+    """Raise ValueError if bad images are to be skipped, but none can be read. Reads up to the first good image."""
+    if config.on_bad_image == "stop":
+        return
+    errors = []
+    for index in range(len(images)):
+        try:
+            images.read(index)
+            return
+        except UnreadableImage as error:
+            errors.append(str(error))
+    raise ValueError(f"{images.root}: none of the {len(images):,} images can be read; the first is {errors[0]}")
 
 
 def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) -> tuple[TimmModel, list[str]]:

@@ -92,9 +92,12 @@ def run_sweep(
     end_lr: float,
     num_steps: int,
 ) -> Sweep:
-    """Train with a rising learning rate until the last step, or until the loss diverges."""
+    """Train with a rising learning rate until the last step, or until the loss diverges.
+
+    Steps without any readable image are left out. Raises ValueError if an epoch has no others.
+    """
     found = Sweep([], [], [])
-    mean, group_size = 0.0, config.grad_accum_steps
+    mean, group_size, num_empty = 0.0, config.grad_accum_steps, 0
     batches = _endless(loader)
     step.start_epoch(0)
     for number, lr in enumerate(np.geomspace(start_lr, end_lr, num_steps).tolist()):
@@ -105,6 +108,11 @@ def run_sweep(
             batch = next(batches)
             step.backward(batch.images, batch.labels, group_size=group_size, closes_group=part == group_size - 1)
         update = step.update()
+        num_empty = num_empty + 1 if update.outcome == "empty" else 0
+        if num_empty * group_size >= len(loader):
+            raise ValueError(f"{config.data_dir}: no image of an epoch can be read; restore the images")
+        if num_empty:
+            continue
         if not math.isfinite(update.loss):
             break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * update.loss

@@ -5,11 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_runs import SETTINGS, make_images
 
 from linvit.cli import main
-from linvit.training.sweep import Sweep
+from linvit.distributed import Ranks
+from linvit.training.config import TrainConfig
+from linvit.training.sweep import Sweep, prepare_sweep, run_sweep
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +82,21 @@ def test_mistakes_are_reported(
 ) -> None:
     assert find(data, tmp_path, *flags) == status
     assert words in capsys.readouterr().err
+
+
+def test_steps_without_a_readable_image_are_left_out(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "data", classes=("blue", "red"), train=4)
+    for path in data.glob("train/*/[123].png"):
+        path.write_bytes(b"")
+    config = TrainConfig.model_validate(
+        {**SETTINGS, "img_size": (32, 32), "data_dir": data, "batch_size": 1, "on_bad_image": "skip"}
+    )
+    ranks = Ranks(torch.device("cpu"))
+    step, loader = prepare_sweep(config, ranks)
+    found = run_sweep(step, loader, config, ranks, start_lr=1e-6, end_lr=1e-5, num_steps=8)
+    assert len(found.loss) == 2
+    assert min(found.loss) > 0
+    for path in data.glob("train/*/0.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image of an epoch can be read"):
+        run_sweep(step, loader, config, ranks, start_lr=1e-6, end_lr=1e-5, num_steps=9)

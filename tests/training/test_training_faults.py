@@ -10,6 +10,7 @@ import torch
 from tiny_runs import assert_same, make_images, read_state, read_summary, train
 
 from linvit.training.faults import BadImages, BadSteps, NonFiniteLossError
+from linvit.training.recorder import Recorder
 from linvit.training.state import Progress
 from linvit.training.step import TrainStep, Update
 
@@ -71,6 +72,7 @@ def test_a_batch_without_any_image_is_skipped(tmp_path: Path) -> None:
     for path in data.glob("train/*/[123].png"):
         path.write_bytes(b"")
     # An epoch has eight batches of one image, and two of these images can be read.
+    assert train(data, tmp_path, "dry", on_bad_image="skip", batch_size=1, dry_run=True) == 0
     assert train(data, tmp_path, on_bad_image="skip", batch_size=1) == 0
     state = read_state(tmp_path / "run", "state-0002-000000")
     assert state["num_updates"] == 4
@@ -190,3 +192,42 @@ def test_a_row_of_refused_updates_may_span_epochs_and_a_resume(
     with monkeypatch.context() as patch:
         poison(patch, 0)
         assert train(data, tmp_path, max_bad_steps=3, resume="auto") == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_split_without_a_readable_image_is_refused_at_the_start(
+    split: str, dry_run: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data", train=3)
+    for path in data.glob(f"{split}/*/*.png"):
+        path.write_bytes(b"")
+    assert train(data, tmp_path, on_bad_image="skip", dry_run=dry_run) == 1
+    assert f"{data / split}: none of the 9 images can be read; the first is " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epoch_without_a_readable_image_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_images(tmp_path / "data")
+
+    def break_images(self: Recorder, epoch: int) -> None:
+        for path in data.glob("train/*/*.png") if epoch == 1 else []:
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(Recorder, "begin_epoch", break_images)
+    assert train(data, tmp_path, on_bad_image="skip") == 1
+    assert "none of the training images of epoch 1 can be read" in capsys.readouterr().err
+    assert len((tmp_path / "run/bad_images.txt").read_text().splitlines()) == 24
+    assert len(read_summary(tmp_path / "run")) == 1
+
+
+def test_an_epoch_of_refused_updates_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainStep, "_loss_of", lambda self, outputs, images, labels: outputs.mean() * math.nan)
+    assert train(make_images(tmp_path / "data"), tmp_path) == 1
+    assert "not finite in any update of epoch 0" in capsys.readouterr().err
+    assert not (tmp_path / "run/best").exists()
+    assert read_state(tmp_path / "run", "state-0000-000000")["progress"]["num_bad"] == 0
