@@ -55,6 +55,7 @@ class MatchedImages(ImageSet):
             split=images.split,
             class_names=match.class_names,
             labels=labels[self.original_indices],
+            note=images.note,
         )
 
     def path(self, index: int) -> Path:

@@ -8,7 +8,7 @@ import difflib
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,8 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
     """The input of a timm model, with overrides from the options.
 
     Raises:
-        ValueError: if the model does not take RGB, or its interpolation is not supported.
+        ValueError: if the model does not take RGB, its interpolation is not supported, or it would cut off the edge of
+            images of the requested size.
     """
     from timm.data import resolve_model_data_config
     from timm.models import get_model_input_config
@@ -76,6 +77,7 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
         raise ValueError(f"the model takes {channels} channels, but images are read as RGB; build it with in_chans 3")
     config |= {"size": size} | {name: value for name in _OVERRIDES if (value := getattr(options, name)) is not None}
     if options.img_size is not None:
+        _check_patches(model, options.img_size, published=config["input_size"][1:])
         config["size"] = options.img_size
     if config["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         raise ValueError(f"the model's interpolation '{config['interpolation']}' is not supported; set bicubic")
@@ -87,6 +89,29 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
+
+
+def _check_patches(model: torch.nn.Module, size: Sequence[int], *, published: Sequence[int]) -> None:
+    """Raise ValueError for a size that is not a multiple of the patch size, unless the model pads.
+
+    A few published models, such as vit_so400m_patch14_siglip_384, were trained with the edge cut off.
+    """
+    from timm.layers import PatchEmbed
+
+    embedding = getattr(model, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad or tuple(size) == tuple(published):
+        return
+    patch = embedding.patch_size
+    lower, upper = (
+        "×".join(str(max(-(-side // each) if up else side // each, 1) * each) for side, each in zip(size, patch))
+        for up in (False, True)
+    )
+    if any(side % each for side, each in zip(size, patch)):
+        choices = upper if lower == upper else f"{lower} or {upper}"
+        raise ValueError(
+            f"image size {size[0]}×{size[1]} is not a multiple of the patch size {patch[0]}×{patch[1]}, so the model "
+            f"would not see the right and lower edge: use {choices}"
+        )
 
 
 class Pipeline:

@@ -102,6 +102,18 @@ def split_names(split: str) -> tuple[str, ...]:
     return (split,)
 
 
+def split_note(source: str | os.PathLike[str], requested: str, found: str) -> str:
+    """A remark for the user if the test split stands in for validation images; empty otherwise."""
+    if found != "test" or requested == "test":
+        return ""
+    return f"{source}: no validation split; 'test' is used in its place"
+
+
+def join_notes(*notes: str) -> str:
+    """The notes that are not empty, as one."""
+    return "; ".join(filter(None, notes))
+
+
 class PackedStrings:
     """A fixed list of strings in one block of bytes, so millions take little memory and copy fast to worker processes.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from linvit.data.sources.base import NoSuchSplit, split_names
+from linvit.data.sources.base import NoSuchSplit, join_notes, split_names, split_note
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, number_labels, quoted
 from linvit.data.sources.folder import ImageFolder
 from linvit.output.cells import text_of_cell
@@ -46,7 +46,7 @@ def open_list(
         ValueError: naming the line, for an incomplete line and for an image that is listed twice or does not exist; for
             a list that is not UTF-8 text or lacks a column or the split; and as `number_labels` does.
     """
-    rows = _select_split(file, _read_rows(file), split)
+    found, rows = _select_split(file, _read_rows(file), split)
     _refuse_repeats(file, rows)
     _refuse_missing(file, rows)
     classes = number_labels(
@@ -62,7 +62,7 @@ def open_list(
         class_names=classes.names,
         relative_paths=[row.path for row in rows],
         labels=[classes.label_of[row.label] for row in rows],
-        note=classes.note,
+        note=join_notes(split_note(file, split, found), classes.note),
     )
 
 
@@ -103,16 +103,19 @@ def _read_row(file: Path, line: int, fields: Sequence[str], columns: dict[str, i
     return _Row(line, values["path"], values["label"], values.get("split", ""))
 
 
-def _select_split(file: Path, rows: list[_Row], split: str) -> list[_Row]:
+def _select_split(file: Path, rows: list[_Row], split: str) -> tuple[str, list[_Row]]:
+    """The name of the split in the list or of the list, and its rows."""
     if not rows:
         raise ValueError(f"{file}: lists no images; write one line per image below the column names")
     names = split_names(split)
-    if split == file.name or (not rows[0].split and file.stem in names):
-        return rows
+    if split == file.name:
+        return split, rows
+    if not rows[0].split and file.stem in names:
+        return file.stem, rows
     splits = sorted({row.split for row in rows if row.split})
     for name in names:
         if name in splits:
-            return [row for row in rows if row.split == name]
+            return name, [row for row in rows if row.split == name]
     hint = f"found {quoted(splits)}" if splits else "give the folder of the list, or add a column 'split' to it"
     raise NoSuchSplit(f"{file}: no split '{split}' (looked for {', '.join(names)}); {hint}")
 

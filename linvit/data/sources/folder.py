@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from linvit.data.decode import EXTENSIONS, UnreadableImage, read_file
-from linvit.data.sources.base import ImageSet, NoSuchSplit, PackedStrings, split_names
+from linvit.data.sources.base import ImageSet, NoSuchSplit, PackedStrings, join_notes, split_names, split_note
 from linvit.data.sources.classes import MissingClasses, number_classes, quoted
 
 
@@ -86,12 +86,26 @@ def open_folder(
     if empty:
         raise ValueError(f"{root}: no images of {quoted(empty)}; add images or remove the folder")
     classes = number_classes(folders, source=root, class_names=class_names, missing_classes=missing_classes)
+    paths = [path for name in folders for path in images[name]]
     return ImageFolder(
         root,
         split=split,
         class_names=classes.names,
-        relative_paths=[path for name in folders for path in images[name]],
+        relative_paths=paths,
         labels=[classes.label_of[name] for name in folders for _ in images[name]],
+        note=join_notes(split_note(data_dir, split, root.name), _nesting_note(root, paths)),
+    )
+
+
+def _nesting_note(root: Path, paths: Sequence[str]) -> str:
+    """A remark for the user if folders in class folders hold images; timm takes the innermost folder as the class."""
+    nested = [path for path in paths if path.count("/") > 1]
+    if not nested:
+        return ""
+    name, *_, inner, _ = nested[0].split("/")
+    return (
+        f"{root}: {len(nested):,} images in folders inside class folders have the class of the outer one, such "
+        f"as {os.path.dirname(nested[0])}: class '{name}' (timm: '{inner}')"
     )
 
 

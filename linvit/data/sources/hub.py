@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linvit.data.decode import UnreadableImage, read_file
-from linvit.data.sources.base import ImageSet, NoSuchSplit, split_names
+from linvit.data.sources.base import ImageSet, NoSuchSplit, join_notes, split_names, split_note
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, number_classes, number_labels, quoted
 from linvit.output.files import reason
 
@@ -114,7 +114,7 @@ def open_hub(
         column=images,
         class_names=classes.names,
         labels=[classes.label_of[name] for name in names],
-        note=classes.note,
+        note=join_notes(split_note(data, split, name), classes.note),
     )
 
 

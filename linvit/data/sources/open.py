@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from linvit.data.sources.base import ImageSet, NoSuchSplit, split_names
+from linvit.data.sources.base import ImageSet, NoSuchSplit, join_notes, split_names, split_note
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, quoted
 from linvit.data.sources.csv import open_list
 from linvit.data.sources.folder import class_folders, open_folder
@@ -49,33 +49,35 @@ def open_images(
         return open_list(root, split=split, class_names=class_names, missing_classes=missing_classes)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; give the folder that contains the splits (train, val)")
-    found = _find_split(root, split)
+    name, found = _find_split(root, split)
     if isinstance(found, list):
-        return open_shards(
+        shards = open_shards(
             found,
             split=split,
             class_file=root / CLASS_FILE,
             class_names=class_names,
             missing_classes=missing_classes,
         )
+        shards.note = join_notes(split_note(root, split, name), shards.note)
+        return shards
     if found.is_file():
         return open_list(found, split=split, class_names=class_names, missing_classes=missing_classes)
     return open_folder(root, split=split, class_names=class_names, missing_classes=missing_classes)
 
 
-def _find_split(root: Path, split: str) -> Path | list[Path]:
-    """The folder or list of a split, or its tars sorted by name."""
+def _find_split(root: Path, split: str) -> tuple[str, Path | list[Path]]:
+    """The name of a split in the folder, and its folder, its list or its tars sorted by name."""
     if split.lower().endswith((".csv", ".tar")):
-        return _find_files(root, split)
+        return split, _find_files(root, split)
     tars = _tars_in(root)
     for name in split_names(split):
         folder, listing = root / name, root / f"{name}.csv"
         if folder.is_dir():
-            return _tars_in_split(folder) or folder
+            return name, _tars_in_split(folder) or folder
         if listing.is_file():
-            return listing
+            return name, listing
         if shards := [tar for tar in tars if _is_shard_of(name, tar)]:
-            return shards
+            return name, shards
     entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     found = f"found {quoted(entries)}" if entries else "the folder is empty"
     raise NoSuchSplit(f"{root}: no split '{split}' (looked for {', '.join(split_names(split))}); {found}")

@@ -272,3 +272,23 @@ class TestResolveInput:
         with pytest.raises(ValueError, match="interpolation 'lanczos' is not supported; set bicubic"):
             resolve_input(model, InputOptions())
         assert resolve_input(model, InputOptions(interpolation="bicubic")).interpolation == "bicubic"
+
+    @pytest.mark.parametrize(
+        ("size", "words"),
+        [
+            ((66, 64), r"image size 66×64 is not a multiple of the patch size 4×4, .* use 64×64 or 68×64"),
+            ((3, 64), "use 4×64$"),
+        ],
+    )
+    def test_sizes_whose_edge_would_be_lost_are_refused(self, size: tuple[int, int], words: str) -> None:
+        model = timm.create_model("linvit_mini_patch4_64", k=4, depth=1)
+        with pytest.raises(ValueError, match=words):
+            resolve_input(model, InputOptions(img_size=size))
+
+    def test_padding_models_and_published_sizes_take_any_size(self) -> None:
+        padding = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        model = timm.create_model("linvit_mini_patch4_64", k=4, depth=1, **padding)
+        assert resolve_input(model, InputOptions(img_size=(66, 64))).size == (66, 64)
+        with torch.device("meta"):
+            model = timm.create_model("vit_so400m_patch14_siglip_384", depth=1)
+        assert resolve_input(model, InputOptions(img_size=(384, 384))).size == (384, 384)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tars import write_tar
+from tiny_runs import make_images
 
 from linvit.data.augment.build import InputSpec
 from linvit.data.decode import UnreadableImage
@@ -222,3 +223,33 @@ def test_faults_are_named(name: str, split: str, words: str, tmp_path: Path) -> 
     (tmp_path / "bare" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=words):
         open_images(tmp_path / name, split=split)
+
+
+@pytest.mark.parametrize("form", ["folder", "list", "column", "tar"])
+def test_the_test_split_is_reported_where_it_serves_as_validation(form: str, tmp_path: Path) -> None:
+    data = tmp_path
+    if form == "folder":
+        make_images(tmp_path, train=1, val=1)
+        (tmp_path / "val").rename(tmp_path / "test")
+    elif form == "tar":
+        write_tar(tmp_path / "test-000.tar", {"a/0.png": b"", "b/0.png": b""})
+    else:
+        (tmp_path / "0.png").touch()
+        (tmp_path / "test.csv").write_text("path,label\n0.png,a\n")
+        if form == "column":
+            data = tmp_path / "list.csv"
+            data.write_text("path,label,split\n0.png,a,test\n")
+    assert open_images(data, split="validation").note.endswith(": no validation split; 'test' is used in its place")
+    assert open_images(data, split="test").note == ""
+
+
+def test_images_in_nested_folders_are_reported(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=("blue", "red"), train=2, val=1)
+    (tmp_path / "train/red/dark").mkdir()
+    (tmp_path / "train/red/1.png").rename(tmp_path / "train/red/dark/1.png")
+    images = open_images(tmp_path, split="train")
+    assert images.class_names == ["blue", "red"]
+    assert images.note == (
+        f"{tmp_path}/train: 1 images in folders inside class folders have the class of the outer one, such as "
+        "red/dark: class 'red' (timm: 'dark')"
+    )
