@@ -38,7 +38,8 @@ def show_plan(config: TrainConfig, model: TimmModel, loader: Loader, spec: Input
 
     The PNG in `output` is the only file that is written. The model does not change.
     """
-    print_line(yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True).rstrip())
+    for line in yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True).splitlines():
+        print_line(line)
     console = page()
     if isinstance(model, VisionTransformer):
         console.print(layer_table(model))

@@ -43,12 +43,13 @@ class BadImages:
         images = "1 image" if len(names) == 1 else f"{len(names):,} images"
         self.log(f"skipped {images} that cannot be read: {listed(names)} ({self.file})")
         if self.is_primary:
-            before = (
-                self.file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-                if self.file.is_file()
-                else []
-            )
+            before = _read_lines(self.file) if self.file.is_file() else []
             write_text(self.file, "".join(f"{name}\n" for name in sorted({*before, *names})))
+
+
+def _read_lines(file: Path) -> list[str]:
+    # `splitlines` would also split at separators that file names may contain.
+    return file.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 class NonFiniteLossError(ValueError):
