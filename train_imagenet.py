@@ -51,10 +51,14 @@ def train(config: TrainConfig) -> int:
     from linvit.training import setup
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
+    from linvit.training.log import lasting_output
     from linvit.training.recorder import recording
+    from linvit.training.resume import check_output
 
-    with joined_ranks(config.device) as ranks, stop_on_signals() as stop:
+    with joined_ranks(config.device) as ranks, stop_on_signals() as stop, lasting_output():
         setup.prepare_process(config)
+        if ranks.is_primary:
+            check_output(config)
 
         train_set = setup.open_train_set(config)
         val_set = setup.open_val_set(config, class_names=train_set.class_names)

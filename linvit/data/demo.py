@@ -6,9 +6,11 @@ classes: monocrystalline or polycrystalline, functional or defective.
 
 import hashlib
 import importlib.util
+import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -125,10 +127,19 @@ def write_demo_set(demo_set: DemoSet, folder: Path) -> bool:
         ValueError: if the folder contains anything else, which is then left unchanged.
         OSError: if the folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _check_files(demo_set, folder)
-        return False
     target = folder.resolve()
+    try:
+        with _one_at_a_time(target.parent):
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                _check_files(demo_set, folder)
+                return False
+            _build(demo_set, target)
+            return True
+    except OSError as error:
+        raise OSError(f"{folder} cannot be built: {error.strerror or error}; nothing was left behind") from error
+
+
+def _build(demo_set: DemoSet, target: Path) -> None:
     scratch = scratch_of(target)
     # Remove what a killed build left.
     shutil.rmtree(scratch, ignore_errors=True)
@@ -140,11 +151,27 @@ def write_demo_set(demo_set: DemoSet, folder: Path) -> bool:
         if target.exists():
             target.rmdir()
         scratch.rename(target)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be built: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return True
+
+
+@contextmanager
+def _one_at_a_time(parent: Path) -> Iterator[None]:
+    """Wait until no other build in this folder is running, and make later ones wait."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        # Some network file systems have no such locks.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_files(demo_set: DemoSet, folder: Path) -> None:

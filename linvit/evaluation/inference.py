@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,6 +20,7 @@ from linvit.settings.fields import validate
 # Options of a command that override the run's settings of the same names.
 OVERRIDES = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}
 
+Settings = TypeVar("Settings", bound=BaseModel)
 Flips = Literal["none", "hflip"]
 
 
@@ -47,14 +48,36 @@ def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = Non
 
     Raises ValueError for an invalid setting and for a model that does not take RGB.
     """
-    settings = {name: classifier.settings.get(name) for name in InputOptions.model_fields}
-    return resolve_input(classifier.model, validate(InputOptions, {**settings, "img_size": img_size}))
+    settings = _settings(classifier, InputOptions)
+    return resolve_input(classifier.model, settings.model_copy(update={"img_size": img_size}))
 
 
 def amp_precision(classifier: Classifier) -> torch.dtype | None:
     """The precision of automatic mixed precision in the run's settings; None disables it."""
-    settings = {"amp": False, "amp_dtype": "bfloat16", **classifier.settings}
-    return autocast_dtype(settings["amp"], settings["amp_dtype"])
+    settings = _settings(classifier, _RunSettings)
+    return autocast_dtype(settings.amp, settings.amp_dtype)
+
+
+def run_batch_size(classifier: Classifier) -> int | None:
+    """The batch size that the run evaluated with; None if unknown."""
+    settings = _settings(classifier, _RunSettings)
+    size = settings.validation_batch_size or settings.batch_size
+    return size if isinstance(size, int) else None
+
+
+class _RunSettings(BaseModel):
+    """Settings of a run that matter to evaluation, besides those of the input."""
+
+    amp: bool = False
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    validation_batch_size: Annotated[int, Field(gt=0)] | None = None
+
+
+def _settings(classifier: Classifier, kind: type[Settings]) -> Settings:
+    """The run's settings that `kind` has; ValueError, naming the setting, if a file contains a wrong value."""
+    given = {name: classifier.settings[name] for name in kind.model_fields if name in classifier.settings}
+    return validate(kind, given, source=lambda name: f"settings of the run that saved {classifier.weights}: ")
 
 
 class BatchForward:

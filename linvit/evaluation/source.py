@@ -19,7 +19,14 @@ from linvit.data.sources.open import open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
 from linvit.evaluation.collect import Collected, collect
-from linvit.evaluation.inference import add_class_names, amp_precision, input_spec, override_settings, scaled_size
+from linvit.evaluation.inference import (
+    add_class_names,
+    amp_precision,
+    input_spec,
+    override_settings,
+    run_batch_size,
+    scaled_size,
+)
 from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.scores import MOST_CLASSES, calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
@@ -187,13 +194,10 @@ class _Evaluator:
         return fit_temperature(collected.logits, collected.results.labels)
 
     def _loader(self, images: ImageSet, spec: InputSpec) -> Loader:
-        settings = self.classifier.settings
-        own_batch_size = settings.get("validation_batch_size") or settings.get("batch_size")
         return create_eval_loader(
             images,
             spec,
-            batch_size=self.options.batch_size
-            or (own_batch_size if isinstance(own_batch_size, int) else DEFAULT_BATCH_SIZE),
+            batch_size=self.options.batch_size or run_batch_size(self.classifier) or DEFAULT_BATCH_SIZE,
             workers=usable_workers(self.options.workers),
             device=self.ranks.device,
             rank=self.ranks.rank,

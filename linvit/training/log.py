@@ -3,6 +3,7 @@
 The packages of the two trackers are imported only if they are requested.
 """
 
+import os
 import sys
 import time
 from collections import deque
@@ -10,19 +11,60 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from linvit.output.files import reason
-from linvit.output.terminal import format_duration, print_line
+from linvit.output.terminal import format_duration, note, print_line
 from linvit.training.config import TrainConfig
 
 Item = TypeVar("Item")
 # Logs numbers by name; the second argument is the number of batches that the run has trained on.
 Track = Callable[[Mapping[str, float], int], None]
 SECONDS_BETWEEN_REFRESHES = 0.25
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Continue if stdout or stderr is lost: the reader of a pipe or the terminal is gone, or a disk is full."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _LastingStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _LastingStream:
+    """A text stream that discards what is written to it after its first error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        if self._is_lost:
+            return
+        try:
+            work()
+        except OSError as error:
+            self._is_lost = True
+            # What is buffered would fail again at the end of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._stream is not sys.__stderr__:
+                note(f"warning: cannot write to stdout: {reason(error)}; training continues without its output")
 
 
 class EpochLog:

@@ -47,6 +47,7 @@ def parse_lr_find(argv: Sequence[str]) -> LrFindConfig:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     config = parse_lr_find(argv)
+    check_files(("--plot", config.plot_file), ("--json", config.json_file))
     from linvit.distributed import record_errors
 
     return record_errors(find_lr)(config)

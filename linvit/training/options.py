@@ -3,6 +3,7 @@
 This module imports nothing heavy, so that a command line is checked before torch is loaded.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -347,6 +348,14 @@ class RunOptions(_Options):
 
     output: Path = Field(Path("output"), description="folder that contains the run folders")
     experiment: str | None = Field(None, description="name of the run folder (default: date, model and image size)")
+
+    @field_validator("experiment")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and (value in (".", "..") or re.search(r"[/\\]", value) or not value.isprintable()):
+            raise ValueError(f"takes the name of a folder, not {value!r}: set `output` to the folder that contains it")
+        return value
+
     resume: str | None = Field(
         None,
         description="resume from this run folder or checkpoint; 'auto' resumes the run --experiment if it exists",

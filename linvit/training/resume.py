@@ -3,6 +3,7 @@
 A run never overwrites an existing one.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,6 +50,20 @@ def choose_start(config: TrainConfig, *, img_size: tuple[int, int]) -> StartingP
     if is_in_run and (config.experiment is None or folder.absolute() == own_folder):
         return StartingPoint(state.parent.parent, state)
     return StartingPoint(_make_new_folder(folder), state)
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raise ValueError if the run's folder cannot be created or, if it exists, not be written."""
+    folder = config.output / (config.experiment or "")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output {config.output}: {existing} is not a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {config.output}: {existing} cannot be written; choose another folder")
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--output {folder}: the name is not UTF-8, which safetensors needs; choose another") from None
 
 
 def _default_name(config: TrainConfig, img_size: tuple[int, int]) -> str:

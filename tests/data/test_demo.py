@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -198,3 +200,17 @@ def test_the_real_data_set_has_the_published_counts():
         "poly_defective": {"train": 366, "val": 86},
         "poly_functional": {"train": 862, "val": 236},
     }
+
+
+def test_two_builds_at_once_both_succeed(source, tmp_path, monkeypatch):
+    images, copy = demo.read_elpv(source), demo.shutil.copyfile
+
+    def slow_copy(source, target):
+        time.sleep(0.01)
+        copy(source, target)
+
+    monkeypatch.setattr(demo.shutil, "copyfile", slow_copy)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: demo.write_demo_set(images, tmp_path / "sub/elpv"), range(3)))
+    assert sorted(found) == [False, False, True]
+    assert set(files_in(tmp_path / "sub/elpv")) == {*images.files, "README.txt"}

@@ -1,5 +1,7 @@
 """A classifier keeps its run's settings, batches that do not fit in memory are halved, views are averaged."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from linvit.evaluation.inference import (
     input_spec,
     mean_log_probability,
     override_settings,
+    run_batch_size,
     scaled_size,
 )
 from linvit.evaluation.options import EvalOptions
@@ -101,6 +104,37 @@ def test_scaled_sizes_are_whole_patches() -> None:
 
 def test_an_invalid_setting_is_one_sentence() -> None:
     model = timm.create_model("linvit_mini_patch4_64", num_classes=2)
-    with pytest.raises(ValueError, match=r"^mean takes one number or three \(R G B\), not 2") as refused:
+    with pytest.raises(ValueError, match=r": mean takes one number or three \(R G B\), not 2") as refused:
         input_spec(Classifier(model, None, weights="", settings={"mean": (0.5, 0.4)}))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "use"),
+    [
+        ("batch_size", "x", run_batch_size),
+        ("batch_size", 0, run_batch_size),
+        ("validation_batch_size", -3, run_batch_size),
+        ("amp", "maybe", amp_precision),
+        ("amp_dtype", "int8", amp_precision),
+        ("mean", {"a": 1}, input_spec),
+        ("crop_pct", [], input_spec),
+    ],
+)
+def test_wrong_values_in_a_runs_settings_are_named(
+    name: str, value: object, use: Callable[[Classifier], object]
+) -> None:
+    classifier = Classifier(timm.create_model("test_vit"), None, weights="run/best", settings={name: value})
+    with pytest.raises(ValueError, match=rf"^settings of the run that saved run/best: {name} takes ") as caught:
+        use(classifier)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_batch_size_of_a_run() -> None:
+    for settings, size in (
+        ({}, None),
+        ({"batch_size": 8}, 8),
+        ({"batch_size": "auto"}, None),
+        ({"batch_size": 8, "validation_batch_size": 4}, 4),
+    ):
+        assert run_batch_size(Classifier(nn.Identity(), None, weights="", settings=settings)) == size

@@ -84,3 +84,14 @@ def test_possible_combinations_are_accepted():
     TrainConfig(train_img_sizes=(160, 192), img_size=(192,))
     TrainConfig(model="local-dir:run/best", k=8)
     TrainConfig(amp=True, amp_dtype="float16", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "..", ".", "a\\b", "a\0b", "a\nb", "caf\udce9"])
+def test_an_experiment_is_the_name_of_a_folder_in_output(name):
+    with pytest.raises(ValueError, match="experiment takes the name of a folder, not '"):
+        validate(TrainConfig, {"experiment": name})
+
+
+def test_usual_names_of_experiments_are_accepted():
+    for name in ("run", "2024-01-01 lr=1e-3", "...", "über", "run.1"):
+        assert validate(TrainConfig, {"experiment": name}).experiment == name

@@ -1,5 +1,6 @@
 """Progress output, and the trackers, whose packages are imported only if they are requested."""
 
+import os
 import re
 import sys
 import threading
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from tiny_runs import make_images, train
 
+from linvit.output.terminal import note
 from linvit.training.config import TrainConfig
-from linvit.training.log import EpochLog, numbers_of, open_trackers
+from linvit.training.log import EpochLog, lasting_output, numbers_of, open_trackers, print_line
 
 
 def log(**arguments: Any) -> EpochLog:
@@ -227,3 +229,31 @@ def test_tensorboard_reads_the_logged_numbers(tmp_path: Path) -> None:
 def test_only_numbers_are_logged() -> None:
     row = {"epoch": 3, "train_loss": 0.5, "eval_top1": 40.0, "note": "text", "empty": None}
     assert numbers_of(row) == {"epoch/train_loss": 0.5, "epoch/eval_top1": 40.0}
+
+
+def test_training_continues_without_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data")
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Unbuffered, as `print_line` flushes anyway.
+    with open(writer, "w", encoding="utf-8") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert train(data, tmp_path, epochs=1) == 0
+        assert sys.stdout is broken
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: cannot write to stdout: ")
+    assert warning.count("\n") == 1
+    assert (tmp_path / "run/best/model.safetensors").is_file()
+
+
+def test_a_run_may_lose_both_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as out, open(os.dup(writer), "w", encoding="utf-8") as errors:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", errors)
+        with lasting_output():
+            print_line("progress")
+            note("a warning")

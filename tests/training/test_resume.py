@@ -1,11 +1,14 @@
 """Where a run starts, and which changed settings a resumed run allows."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs  # noqa: F401  it adds the folder of train_imagenet.py to the path
 import torch
 
+import train_imagenet
 from linvit.runs.checkpoint import write_checkpoint
 from linvit.training.config import TrainConfig
 from linvit.training.resume import StartingPoint, changed_settings, check_settings, choose_start
@@ -167,3 +170,16 @@ def test_within_an_epoch_the_order_of_images_may_not_change() -> None:
 def test_a_new_setting_does_not_count_as_a_change() -> None:
     before = {name: value for name, value in SETTINGS.items() if name != "share"}
     check_settings(before, SETTINGS | {"share": "kv"}, within_epoch=True, with_optimizer=True)
+
+
+def test_an_output_that_cannot_be_written_is_found_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = [str(tmp_path / "no data"), "--output"]
+    assert train_imagenet.main([*arguments, str(tmp_path / "file/sub")]) == 1
+    assert f"--output {tmp_path}/file/sub: {tmp_path}/file is not a folder" in capsys.readouterr().err
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert train_imagenet.main([*arguments, str(tmp_path / "a/b")]) == 1
+    assert f"{tmp_path} cannot be written; choose another folder" in capsys.readouterr().err

@@ -245,7 +245,11 @@ def load_pipeline(path: Path, *, size: Size, interpolation: str) -> A.Compose:
     document = read_settings(path)
     if not isinstance(document.get("transform"), dict):
         raise ValueError(f"aug_file {path}: has no 'transform'; write it with albumentations.save(pipeline, file)")
-    for name in _class_names(document["transform"]):
+    try:
+        names = list(_class_names(document["transform"]))
+    except ValueError as error:
+        raise ValueError(f"aug_file {path}: {error}") from error
+    for name in names:
         if shorten_class_name(name) not in SERIALIZABLE_REGISTRY:
             near = difflib.get_close_matches(name, SERIALIZABLE_REGISTRY, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -255,7 +259,8 @@ def load_pipeline(path: Path, *, size: Size, interpolation: str) -> A.Compose:
             # albumentations only warns about unknown arguments.
             warnings.simplefilter("error", UserWarning)
             pipeline = A.from_dict(document)
-    except (ValueError, TypeError, KeyError, UserWarning) as error:
+    except Exception as error:
+        # albumentations fails with any error at a document that it has not written.
         raise ValueError(f"aug_file {path}: {_one_line(error)}") from error
     if not isinstance(pipeline, A.Compose):
         raise ValueError(f"aug_file {path}: contains {type(pipeline).__name__}; save an albumentations.Compose")
@@ -281,10 +286,13 @@ def check_image(image: Any) -> None:
         )
 
 
-def _class_names(transform: dict[str, Any]) -> Iterator[str]:
+def _class_names(transform: Any) -> Iterator[str]:
+    inner = transform.get("transforms") or [] if isinstance(transform, dict) else None
+    if not isinstance(inner, list):
+        raise ValueError(f"{str(transform)[:50]!r} is not a transform; write the file with albumentations.save")
     yield str(transform.get("__class_fullname__"))
-    for inner in transform.get("transforms") or ():
-        yield from _class_names(inner)
+    for each in inner:
+        yield from _class_names(each)
 
 
 def _one_line(error: BaseException) -> str:

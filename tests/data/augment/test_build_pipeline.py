@@ -235,7 +235,7 @@ def test_pipelines_saved_before_the_classes_moved_still_load(tmp_path: Path) -> 
     assert names == ["RandomResizedCrop", "HorizontalFlip", "PolicyAugment", "RandomErasing"]
 
 
-def document(transform: dict[str, Any]) -> dict[str, Any]:
+def document(transform: Any) -> dict[str, Any]:
     flip = {"__class_fullname__": "HorizontalFlip", "p": 0.5}
     return {
         "__version__": "2.0.8",
@@ -262,9 +262,15 @@ def document(transform: dict[str, Any]) -> dict[str, Any]:
             "no transform 'Flip'",
         ),
         ({"p": 1.0}, "has no transform 'None'"),
+        (1, "'1' is not a transform"),
+        ("HorizontalFlip", "'HorizontalFlip' is not a transform"),
+        ({"__class_fullname__": "OneOf", "p": 1.0, "transforms": {"a": "b"}}, "is not a transform"),
+        ({"__class_fullname__": "OneOf", "p": 1.0, "transforms": 7}, "is not a transform"),
+        ({"__class_fullname__": "OneOf", "p": 1.0}, "own.yaml"),
+        ({"__class_fullname__": "HorizontalFlip", "p": [1]}, "own.yaml"),
     ],
 )
-def test_faulty_pipelines_are_refused(transform: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_faulty_pipelines_are_refused(transform: Any, words: str, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(yaml.safe_dump(document(transform)))
     with pytest.raises(ValueError, match=words) as caught:
