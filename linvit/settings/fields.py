@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -117,9 +118,11 @@ def validate(
     try:
         return model.model_validate(typed, strict=True)
     except ValidationError as error:
-        field, reason = _explain(error, fields, given)
-        reason = re.sub(r"`(\w+)`", lambda match: spell(match[1]) if match[1] in fields else match[0], reason)
-        raise ValueError(source(field) + (f"{spell(field)} {reason}" if field else reason)) from None
+        sentences: dict[str, list[str]] = {}
+        for field, reason in _explain(error, fields, given).items():
+            reason = re.sub(r"`(\w+)`", lambda match: spell(match[1]) if match[1] in fields else match[0], reason)
+            sentences.setdefault(source(field), []).append(f"{spell(field)} {reason}" if field else reason)
+        raise ValueError("; ".join(prefix + "; ".join(each) for prefix, each in sentences.items())) from None
 
 
 def leaf_types(annotation: Any) -> list[Any]:
@@ -158,17 +161,27 @@ def _strictly(leaves: Collection[Any], value: Any) -> Any:
 
 def _explain(
     error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]
-) -> tuple[str | None, str]:
-    """The field with the first error (None if it concerns several fields), and what is wrong with it."""
-    problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else None
+) -> dict[str | None, str]:
+    """What is wrong with each field that has an error; None stands for several fields together."""
+    explained: dict[str | None, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else None
+        # A union has an error for each of its members; the first is as good as the others.
+        if name not in explained:
+            explained[name] = _explain_one(name, problem, fields, given)
+    return explained
+
+
+def _explain_one(
+    name: str | None, problem: ErrorDetails, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]
+) -> str:
     if problem["type"] == "value_error":
-        return name, str(problem["ctx"]["error"]).removeprefix(f"{name} ")
+        return str(problem["ctx"]["error"]).removeprefix(f"{name} ")
     assert name is not None
     if name not in given:
-        return name, f"is missing: {fields[name].description}"
+        return f"is missing: {fields[name].description}"
     choices = [leaf for leaf in leaf_types(fields[name].annotation) if isinstance(leaf, str)]
-    return name, f"takes {_accepted(fields[name])}, not {_show(given[name])}{_suggestion(given[name], choices)}"
+    return f"takes {_accepted(fields[name])}, not {_show(given[name])}{_suggestion(given[name], choices)}"
 
 
 def _show(value: Any) -> str:

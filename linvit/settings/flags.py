@@ -183,9 +183,12 @@ def read_flags(
     given, rest = parser.parse_known_args(argv)
     flags = [part.partition("=")[0] for part in rest if part.startswith("-")]
     if flags:
-        if reason := (unsupported or {}).get(flags[0]):
-            raise UsageError(f"linvit does not support timm's option {flags[0]}: {reason}")
-        raise UsageError(unknown("option", flags[0], parser._option_string_actions))
+        reasons = unsupported or {}
+        faults = [unknown("option", flag, parser._option_string_actions) for flag in flags if flag not in reasons]
+        faults += [
+            f"linvit does not support timm's option {flag}: {reasons[flag]}" for flag in flags if flag in reasons
+        ]
+        raise UsageError("; ".join(dict.fromkeys(faults)))
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}")
     values = vars(given)

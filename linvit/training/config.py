@@ -27,7 +27,7 @@ from linvit.training.options import (
     ScheduleOptions,
     TrackerOptions,
 )
-from linvit.training.timm_flags import UNSUPPORTED, split_timm_settings
+from linvit.training.timm_flags import EARLIER, UNSUPPORTED, split_timm_settings
 
 _POSITIONALS = {"data_dir": "DATA"}
 # Options whose flags have further spellings in timm.
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str], prog: str = "train_imagenet.py") -> TrainConfig:
 
 def parse_with(parser: argparse.ArgumentParser, argv: Sequence[str], kind: type[Config]) -> Config:
     """`parse` for a subclass of TrainConfig, with the `training_parser` for it."""
-    unsupported = {flag_of(name): option.reason for name, option in UNSUPPORTED.items()}
+    unsupported = {flag_of(name): option.reason for name, option in (UNSUPPORTED | EARLIER).items()}
     unsupported["--local_rank"] = unsupported["--local-rank"]
     flags = read_flags(parser, kind, argv, positionals=_POSITIONALS, unsupported=unsupported)
     path = flags.pop("config", None)
@@ -195,12 +195,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         settings, refused = split_timm_settings(read_settings(path))
     except ValueError as error:
         raise UsageError(str(error)) from None
+    faults = [
+        unknown("option", name, TrainConfig.model_fields) for name in settings if name not in TrainConfig.model_fields
+    ]
     if refused:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
-        raise UsageError(f"{path}: linvit does not support these options of timm, remove them: {reasons}")
-    for name in settings:
-        if name not in TrainConfig.model_fields:
-            raise UsageError(f"{path}: {unknown('option', name, TrainConfig.model_fields)}")
+        faults.append(f"linvit does not support these options of timm, remove them: {reasons}")
+    if faults:
+        raise UsageError(f"{path}: {'; '.join(faults)}")
     return settings
 
 

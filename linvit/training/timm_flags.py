@@ -1,7 +1,7 @@
-"""Options of timm's train.py (1.0.29) that linvit does not support, each with the reason.
+"""Options of timm's train.py (1.0.29, and earlier ones) that linvit does not support, each with the reason.
 
-An args.yaml written by timm contains every option. These are ignored there at timm's default, which has no effect, and
-refused with any other value. On the command line they are always refused.
+An args.yaml written by timm contains every option. These are ignored there at timm's default or without a value (false,
+null, 0, ''), which has no effect, and refused with any other value. On the command line they are always refused.
 """
 
 from typing import Any, NamedTuple
@@ -81,16 +81,42 @@ UNSUPPORTED: dict[str, Unsupported] = {
 }
 
 
+_AMP = "use --amp, and --amp-dtype float16 for what timm did"
+
+# Options that timm has removed or renamed since 2020.
+EARLIER: dict[str, Unsupported] = {
+    "apex_amp": Unsupported(False, _AMP),
+    "native_amp": Unsupported(False, _AMP),
+    "bn_tf": Unsupported(False, _BATCH_NORM),
+    "jsd": Unsupported(False, _SPLITS),
+    "num_gpu": Unsupported(1, "torchrun starts a process for each GPU"),
+    "prefetcher": Unsupported(True, "there is only one loader, which normalises images on the device"),
+    "validation_batch_size_multiplier": Unsupported(1, "use --validation-batch-size"),
+    "dynamo": Unsupported(False, _TORCHSCRIPT),
+    "dynamo_backend": Unsupported(None, _TORCHSCRIPT),
+    "aot_autograd": Unsupported(False, _TORCHSCRIPT),
+}
+# timm's defaults of earlier years that differ from today's.
+_EARLIER_DEFAULTS = {"dist_bn": "broadcast"}
+
+
+def _has_effect(name: str, value: Any) -> bool:
+    """Whether the value of an unsupported option requests something."""
+    option = UNSUPPORTED.get(name) or EARLIER[name]
+    return bool(value) and value != option.default and value != _EARLIER_DEFAULTS.get(name)
+
+
 def split_timm_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Split settings as timm writes them into supported ones, and the reason by name for those that are refused.
 
-    Unsupported options at timm's default are in neither.
+    Unsupported options without effect are in neither.
     """
-    supported = {name: value for name, value in settings.items() if name not in UNSUPPORTED}
+    unsupported = UNSUPPORTED | EARLIER
+    supported = {name: value for name, value in settings.items() if name not in unsupported}
     refused = {
-        name: UNSUPPORTED[name].reason
+        name: unsupported[name].reason
         for name, value in settings.items()
-        if name in UNSUPPORTED and value != UNSUPPORTED[name].default
+        if name in unsupported and _has_effect(name, value)
     }
     # timm's args.yaml contains its positional argument as `data`, next to `data_dir`.
     if "data" in supported and supported.get("data_dir") in (None, ""):

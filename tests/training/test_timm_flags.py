@@ -144,6 +144,51 @@ def test_an_args_yaml_of_timm_is_refused_with_the_reason_for_each_unsupported_op
     assert "tta" not in str(error.value)
 
 
+# The args.yaml that timm 0.4.12 (2021) writes: the options that have gone since, with their defaults then.
+OF_2021 = {
+    "apex_amp": False,
+    "native_amp": False,
+    "bn_tf": False,
+    "jsd": False,
+    "num_gpu": 1,
+    "validation_batch_size_multiplier": 1,
+    "dist_bn": "broadcast",
+    "split_bn": False,
+    "start_epoch": None,
+    "drop_connect": None,
+    "epoch_repeats": 0.0,
+    "no_prefetcher": False,
+    "remode": "const",
+    "train_interpolation": "random",
+    "output": "",
+    "experiment": "",
+}
+
+
+def test_an_args_yaml_of_2021_is_accepted(tmp_path):
+    settings = {name: value for name, value in timm_args().items() if name not in ("kd_loss_type", "model_dtype")}
+    settings |= {"data_dir": "/imagenet", "data": None} | OF_2021
+    config = TrainConfig.load(write(tmp_path, settings))
+    assert (config.remode, config.data_dir, config.output) == ("const", Path("/imagenet"), Path("output"))
+    # Without a value nothing is requested, whatever timm's default.
+    TrainConfig.load(write(tmp_path, settings | {"dist_bn": "", "patience_epochs": 0, "naflex_max_seq_len": None}))
+
+
+def test_all_refusals_come_at_once(tmp_path):
+    with pytest.raises(UsageError) as error:
+        TrainConfig.load(write(tmp_path, OF_2021 | {"apex_amp": True, "split_bn": True, "epoch": 3, "modell": "a"}))
+    for words in ("apex_amp (use --amp", "split_bn (", "unknown option 'epoch'", "unknown option 'modell'"):
+        assert words in str(error.value)
+    with pytest.raises(UsageError) as error:
+        TrainConfig.load(write(tmp_path, {"sched": "plateau", "lr": "high", "epochs": 0, "k": "x"}))
+    for name in ("sched takes", "lr takes", "epochs takes", "k takes"):
+        assert str(error.value).count(name) == 1
+    assert str(error.value).count("args.yaml: ") == 1
+    found = refusal(["D", "--native-amp", "--tta", "3", "--modle", "x"])
+    for words in ("--native-amp: use --amp", "--tta: each image", "unknown option '--modle'"):
+        assert words in found
+
+
 def test_a_command_line_of_timm_is_accepted(tmp_path):
     from_yaml = TrainConfig.load(write(tmp_path, timm_args(**DEIT_SMALL)))
     from_flags = parse(DEIT_SMALL_COMMAND.split())
