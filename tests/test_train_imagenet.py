@@ -12,6 +12,7 @@ from tiny_runs import assert_same, make_images, read_state, read_summary, train
 from torch import nn
 
 import train_imagenet
+from linvit.cli import main
 from linvit.training.step import TrainStep
 
 # Everything that draws random numbers, keeps state between steps or ends an epoch with a short group.
@@ -308,3 +309,18 @@ def test_resuming_with_other_classes_or_another_model_is_refused(
     deeper = {"model_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}}
     assert train(data, tmp_path, resume="auto", **deeper) == 1
     assert "--resume: model_kwargs was {'depth': 2," in capsys.readouterr().err
+
+
+def test_a_run_and_its_evaluation_share_the_fraction_for_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "data", train=12)
+    data = (tmp_path / "data/train").rename(tmp_path / "photos")
+    assert train(data, tmp_path, epochs=1) == 1
+    assert "--val-fraction 0.2" in capsys.readouterr().err
+    assert train(data, tmp_path, epochs=1, val_fraction=0.4) == 0
+    flags = ["-j", "0", "--val-fraction", "0.4", "--json", str(tmp_path / "eval.json")]
+    assert main(["eval", str(tmp_path / "run"), str(data), *flags]) == 0
+    found, row = json.loads((tmp_path / "eval.json").read_text()), read_summary(tmp_path / "run")[-1]
+    assert (found["top1"], found["loss"]) == (float(row["eval_top1"]), float(row["eval_loss"]))
+    assert f"{36 - found['num_images']} training images, {found['num_images']} val" in capsys.readouterr().out

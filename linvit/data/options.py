@@ -60,6 +60,13 @@ class DataOptions(_Options):
         "validation",
         description="validation split; 'val' and 'validation' also find each other, 'valid' and 'test'",
     )
+    val_fraction: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="use this share of the training images for validation, chosen by a hash of their paths, where "
+        "there is no validation split; data_dir may then also be a folder of class folders",
+    )
     class_map: Path | None = Field(
         None,
         description="class names in the order of the labels: a text file with one per line, a JSON file such as "

@@ -19,6 +19,13 @@ class EvalOptions(BaseModel):
     source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
     data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
     split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
+    val_fraction: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="evaluate on the images that training with this --val-fraction validates on; --split names the "
+        "divided split (default: train, else DATA itself)",
+    )
     compare: tuple[str, ...] = Field((), description="more sources to compare with the first, image by image")
 
     class_map: Path | None = Field(

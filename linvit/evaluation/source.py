@@ -15,7 +15,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Loader, create_eval_loader
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.classes import classes_in_order
-from linvit.data.sources.open import open_images
+from linvit.data.sources.open import open_fraction, open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
 from linvit.evaluation.collect import Collected, collect
@@ -247,7 +247,11 @@ def _views(
 def _open_images(
     source: str, classifier: Classifier, options: EvalOptions, *, split: str
 ) -> tuple[ImageSet, ClassMatch]:
-    images = open_images(options.data_dir, split=split, missing_classes="allow")
+    if options.val_fraction is None:
+        images = open_images(options.data_dir, split=split, missing_classes="allow")
+    else:
+        split = split if "split" in options.model_fields_set else "train"
+        images = open_fraction(options.data_dir, split=split, fraction=options.val_fraction, part="val")
     match = match_classes(
         images.class_names,
         _model_classes(source, classifier, images.class_names, options),

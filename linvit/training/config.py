@@ -300,6 +300,8 @@ def _check_loss(config: TrainConfig) -> None:
 
 
 def _check_sampling(config: TrainConfig) -> None:
+    if config.val_fraction is not None and config.val_split != type(config).model_fields["val_split"].default:
+        raise ValueError("`val_fraction` and `val_split` both select the validation images: keep one")
     if config.aug_repeats > 1 and config.sampler == "balanced":
         raise ValueError("`aug_repeats` and `sampler` balanced both set how often an image is shown: keep one")
     if config.class_weights is not None and config.bce_loss:

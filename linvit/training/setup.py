@@ -8,7 +8,7 @@ timm's Mixup uses numpy's global generator, dropout and stochastic depth use tor
 
 import os
 import random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ import torch
 from linvit.data.augment.build import InputSpec
 from linvit.data.decode import UnreadableImage
 from linvit.data.loader import Loader, create_eval_loader, create_train_loader
-from linvit.data.sources.base import ImageSet
+from linvit.data.sources.base import ImageSet, NoSuchSplit
 from linvit.data.sources.classes import classes_in_order, is_class_order, read_class_map
-from linvit.data.sources.open import open_images
+from linvit.data.sources.open import open_fraction, open_images
 from linvit.distributed import Ranks, StopRequest, usable_workers
 from linvit.model.build import TimmModel, check_model_name
 from linvit.training.config import TrainConfig
@@ -41,11 +41,10 @@ def prepare_process(config: TrainConfig) -> None:
 
 def open_train_set(config: TrainConfig) -> ImageSet:
     """The training images. The folders of their split, or --class-map, name and number the classes."""
-    assert config.data_dir is not None
     class_map = config.class_map
     is_order = class_map is not None and is_class_order(class_map)
     names = None if class_map is None or is_order else read_class_map(class_map)
-    images = open_images(config.data_dir, split=config.train_split, class_names=names)
+    images = _open_part(config, "train", class_names=names)
     if class_map is not None and is_order:
         images.renumber(classes_in_order(class_map, images.class_names))
     check_readable(images, config)
@@ -54,10 +53,22 @@ def open_train_set(config: TrainConfig) -> ImageSet:
 
 def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
     """The validation images, labelled by the training classes."""
-    assert config.data_dir is not None
-    images = open_images(config.data_dir, split=config.val_split, class_names=class_names)
+    images = _open_part(config, "val", class_names=class_names)
     check_readable(images, config)
     return images
+
+
+def _open_part(config: TrainConfig, part: Literal["train", "val"], *, class_names: list[str] | None) -> ImageSet:
+    assert config.data_dir is not None
+    if config.val_fraction is not None:
+        return open_fraction(
+            config.data_dir, split=config.train_split, fraction=config.val_fraction, part=part, class_names=class_names
+        )
+    split = {"train": config.train_split, "val": config.val_split}[part]
+    try:
+        return open_images(config.data_dir, split=split, class_names=class_names)
+    except NoSuchSplit as error:
+        raise NoSuchSplit(f"{error}; or set --val-fraction 0.2 to take validation images from the others") from None
 
 
 def check_readable(images: ImageSet, config: TrainConfig) -> None:

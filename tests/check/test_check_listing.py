@@ -83,6 +83,6 @@ def test_lists_and_tar_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_an_invalid_list_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "train.csv").write_text("file,class\na,b\n")
+    (tmp_path / "train.csv").write_text("photos,kinds\na,b\n")
     assert main(["check", str(tmp_path)]) == 3
     assert "no column 'path', 'label'" in capsys.readouterr().err

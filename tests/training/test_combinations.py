@@ -15,6 +15,7 @@ from linvit.training.config import TrainConfig, parse
         ({"bce_target_thresh": 0.0}, "bce_target_thresh does nothing without bce_loss: set bce_loss or remove"),
         ({"model_ema_warmup": True}, "model_ema_warmup does nothing without model_ema"),
         ({"torchcompile_mode": "default"}, "torchcompile_mode does nothing without torchcompile"),
+        ({"val_fraction": 0.2, "val_split": "valid"}, "val_fraction and val_split both select the validation images"),
         ({"no_resume_opt": True}, "no_resume_opt does nothing without resume"),
         ({"layer_decay_min_scale": 0.1}, "layer_decay_min_scale does nothing without layer_decay"),
         ({"clip_mode": "agc"}, "clip_mode agc does nothing without clip_grad"),

@@ -154,6 +154,7 @@ EVERYTHING = {
     "wandb_resume_id": "1a2b3c",
 }
 EXCLUSIVE = {
+    "val_fraction": 0.2,
     "initial_checkpoint": "start.pth",
     "aug_file": "pipeline.yaml",
     "sampler": "balanced",

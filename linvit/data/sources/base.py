@@ -89,6 +89,30 @@ class ImageSet(ABC):
         return labels
 
 
+class ImageSubset(ImageSet):
+    """Some of the images of a set, with their labels.
+
+    Args:
+        images: the set.
+        indices: the images to keep, (N,).
+        split: name of the subset.
+    """
+
+    def __init__(self, images: ImageSet, indices: np.ndarray, *, split: str) -> None:
+        labels = np.asarray(images.labels, dtype=np.int64)[indices]
+        super().__init__(images.root, split=split, class_names=images.class_names, labels=labels, note=images.note)
+        self._images, self._indices = images, indices
+
+    def path(self, index: int) -> Path:
+        return self._images.path(int(self._indices[index]))
+
+    def read_bytes(self, index: int) -> bytes:
+        return self._images.read_bytes(int(self._indices[index]))
+
+    def num_bytes(self, index: int) -> int:
+        return self._images.num_bytes(int(self._indices[index]))
+
+
 class NoSuchSplit(ValueError):
     """The data does not have the requested split; the message lists the splits that it has."""
 

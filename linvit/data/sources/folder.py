@@ -77,7 +77,10 @@ def open_folder(
     root = _find_split(Path(data_dir), split)
     folders = class_folders(root)
     if not folders:
-        raise ValueError(f"{root}: holds no class folders; put the images of each class into a folder named after it")
+        raise ValueError(
+            f"{root}: holds no class folders; put the images of each class into a folder named after it, or write a "
+            f"list {root.name}.csv beside it, with the columns path,label"
+        )
     images = {name: sorted(_images_below(root, name)) for name in folders}
     empty = [name for name in folders if not images[name]]
     if len(empty) == len(folders):

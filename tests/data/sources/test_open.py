@@ -17,7 +17,7 @@ from linvit.data.loader import create_eval_loader, create_train_loader
 from linvit.data.options import AugmentOptions
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.folder import open_folder
-from linvit.data.sources.open import open_images
+from linvit.data.sources.open import open_fraction, open_images
 
 MakeFolder = Callable[..., Path]
 
@@ -207,7 +207,7 @@ def test_a_split_may_name_a_file(folder: Path) -> None:
     ("name", "split", "words"),
     [
         ("nowhere", "train", "nowhere: no such folder"),
-        ("photo.jpg", "train", r"photo\.jpg: is not a CSV list"),
+        ("photo.jpg", "train", r"photo\.jpg: is not a list"),
         ("empty", "train", r"empty: no split 'train' .*; the folder is empty"),
         ("packed", "train", r"packed/train: compressed tars .*; decompress '0\.tar\.gz'"),
         ("packed", "part-{0..1}.tar", r"packed: no file 'part-0\.tar', 'part-1\.tar'"),
@@ -253,3 +253,51 @@ def test_images_in_nested_folders_are_reported(tmp_path: Path) -> None:
         f"{tmp_path}/train: 1 images in folders inside class folders have the class of the outer one, such as "
         "red/dark: class 'red' (timm: 'dark')"
     )
+
+
+def parts_of(data: Path, fraction: float = 0.25) -> dict[str, set[str]]:
+    parts: dict[str, set[str]] = {}
+    for part in ("train", "val"):
+        images = open_fraction(data, split="train", fraction=fraction, part=part)
+        assert images.class_names == ["blue", "red"]
+        assert all(images.class_names[label] == path.parent.name for path, label in zip(images.paths, images.labels))
+        parts[part] = {f"{path.parent.name}/{path.name}" for path in images.paths}
+    return parts
+
+
+def test_a_fraction_for_validation_is_stable(tmp_path: Path) -> None:
+    for name in ("blue", "red"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(100):
+            (tmp_path / "images" / name / f"{number}.png").touch()
+    before = parts_of(tmp_path)
+    assert len(before["train"] | before["val"]) == 200
+    assert not before["train"] & before["val"]
+    assert 30 <= len(before["val"]) <= 70
+    # The same parts from the folder itself, as a training split, moved, and with other images added.
+    assert parts_of(tmp_path / "images") == before
+    (tmp_path / "images").rename(tmp_path / "train")
+    assert parts_of(tmp_path) == before
+    for number in range(100, 150):
+        (tmp_path / "train/red" / f"{number}.png").touch()
+    after = parts_of(tmp_path)
+    assert all(before[part] < after[part] for part in before)
+    # A larger fraction keeps what a smaller one has chosen.
+    assert after["val"] < parts_of(tmp_path, 0.5)["val"]
+
+
+def test_a_fraction_of_a_list_and_of_too_few_images(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    lines = ["path,label\n"]
+    for number in range(20):
+        (tmp_path / f"photos/{number}.png").touch()
+        lines.append(f"photos/{number}.png,{number % 2}\n")
+    (tmp_path / "labels.csv").write_text("".join(lines))
+    parts = [
+        open_fraction(tmp_path / "labels.csv", split="train", fraction=0.3, part=part) for part in ("train", "val")
+    ]
+    assert sum(map(len, parts)) == 20
+    with pytest.raises(ValueError, match="val_fraction 1e-09 of 20 images is none; set it higher"):
+        open_fraction(tmp_path / "labels.csv", split="train", fraction=1e-9, part="val")
+    with pytest.raises(ValueError, match=r"val_fraction 0\.999999 leaves no training images of '0', '1'"):
+        open_fraction(tmp_path / "labels.csv", split="train", fraction=0.999999, part="train")
