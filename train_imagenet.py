@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> int:
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
     from linvit.training.log import lasting_output
-    from linvit.training.recorder import recording
+    from linvit.training.recorder import check_resume, recording
     from linvit.training.resume import check_output
 
     with joined_ranks(config.device) as ranks, stop_on_signals() as stop, lasting_output():
@@ -67,13 +67,14 @@ def train(config: TrainConfig) -> int:
         config = resolve_batch_size(config, model, train_set, spec=spec, ranks=ranks)
         train_loader = setup.build_train_loader(config, train_set, spec=spec, ranks=ranks)
         val_loader = setup.build_val_loader(config, val_set, spec=spec, ranks=ranks)
-        if config.dry_run:
-            if ranks.is_primary:
-                show_plan(config, model, train_loader, spec)
-            return 0
+        if config.dry_run and ranks.is_primary:
+            show_plan(config, model, train_loader, spec)
 
         step = setup.build_step(config, model, train_set, spec=spec, ranks=ranks, stop=stop)
         num_epochs = setup.set_schedule(step, config, num_batches=len(train_loader))
+        if config.dry_run:
+            check_resume(config, step, train_set, val_set, num_batches=len(train_loader))
+            return 0
         # From here on the run has a folder, and `progress` stands at its start or where it resumes.
         with recording(
             config,

@@ -282,9 +282,13 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
         ),
         ({"batch_size": 32}, 1, "batch_size 32 needs 32 training images, but there are 24"),
         ({"val_split": "holdout"}, 1, "no split 'holdout'"),
-        ({"k": 16}, 1, "k=16 does not shorten a sequence of 16 patches"),
-        ({"freeze": ["stem"]}, 1, "--freeze: unknown parameter or module 'stem'"),
-        ({"pretrained_path": "nothing.safetensors"}, 1, "nothing.safetensors: there is no such file or folder"),
+        ({"k": 16}, 2, "k=16 does not shorten a sequence of 16 patches"),
+        ({"k": [4]}, 2, "k"),
+        ({"img_size": [36, 32]}, 2, "image size 36×32 is not a multiple of the patch size 8×8"),
+        ({"projection": "foo"}, 2, "unknown projection 'foo'"),
+        ({"class_map": "nothing.txt"}, 2, "--class-map nothing.txt: there is no such file or folder"),
+        ({"freeze": ["stem"]}, 2, "--freeze: unknown parameter or module 'stem'"),
+        ({"pretrained_path": "nothing.safetensors"}, 2, "nothing.safetensors: there is no such file or folder"),
         ({"resume": "nowhere"}, 1, "--resume nowhere: there is no such file or folder"),
         ({"device": "cuda:99"}, 2, "--device cuda:99"),
     ],
@@ -324,3 +328,19 @@ def test_a_run_and_its_evaluation_share_the_fraction_for_validation(
     found, row = json.loads((tmp_path / "eval.json").read_text()), read_summary(tmp_path / "run")[-1]
     assert (found["top1"], found["loss"]) == (float(row["eval_top1"]), float(row["eval_loss"]))
     assert f"{36 - found['num_images']} training images, {found['num_images']} val" in capsys.readouterr().out
+
+
+def test_a_dry_run_checks_what_it_would_resume_and_the_optimizer(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linvit.training.dry_run.show_plan", lambda *arguments: None)
+    assert train(data, tmp_path, dry_run=True, resume="nowhere") == 1
+    assert "--resume nowhere: there is no such file or folder" in capsys.readouterr().err
+    assert train(data, tmp_path, dry_run=True, opt_kwargs={"nosuch": 1}) == 1
+    assert "nosuch" in capsys.readouterr().err
+    assert train(data, tmp_path, epochs=1) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert train(data, tmp_path, dry_run=True, resume="auto") == 0
+    assert train(data, tmp_path, dry_run=True, resume="auto", eval_metric="loss") == 1
+    assert "--resume: eval_metric was top1 and is now loss" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from linvit.data.sources.classes import is_class_order
 from linvit.evaluation.options import EvalOptions
 from linvit.settings.fields import height_and_width
-from linvit.settings.flags import check_files, parse_options
+from linvit.settings.flags import check_files, check_inputs, parse_options
 
 if TYPE_CHECKING:
     from linvit.evaluation.source import Evaluation
@@ -47,6 +48,8 @@ def evaluate_command(options: EvalOptions) -> int:
 
     sources = (options.source, *options.compare)
     check_files(*options.files, inputs=[options.data_dir, *(file for each in sources for file in source_files(each))])
+    if options.class_map is not None and not is_class_order(options.class_map):
+        check_inputs(("--class-map", options.class_map))
     sizes: list[tuple[int, int] | None] = [height_and_width(size) for size in options.img_size]
     with joined_ranks(options.device) as ranks:
         evaluations = [evaluate_source(source, size, options, ranks) for source in sources for size in sizes or [None]]

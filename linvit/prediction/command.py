@@ -21,7 +21,7 @@ from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
 from linvit.settings.fields import height_and_width
-from linvit.settings.flags import UsageError, check_files, parse_options
+from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
 
 if TYPE_CHECKING:
     from linvit.prediction.predictor import Prediction, Predictor
@@ -113,6 +113,7 @@ def predict_command(options: PredictOptions) -> int:
     from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
     from linvit.runs.folder import source_files
 
+    check_inputs(("--class-map", options.class_map))
     files = [("--output", options.output), ("--tile-output", options.tile_output)]
     check_files(*files, inputs=[*source_files(options.source), *options.images, *_list_on_stdin(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line

@@ -118,6 +118,16 @@ def check_folder(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path} cannot be created: {reason(error)}; choose another folder") from None
 
 
+def check_inputs(*inputs: tuple[str, Path | None]) -> None:
+    """Raise UsageError for an input file or folder that does not exist, before time is spent on others.
+
+    Each is a pair of its flag and its path; None is skipped.
+    """
+    for flag, path in inputs:
+        if path is not None and not path.exists():
+            raise UsageError(f"{flag} {path}: there is no such file or folder")
+
+
 def flag_of(name: str) -> str:
     """The default flag of a field: `batch_size` is `--batch-size`."""
     return "--" + name.replace("_", "-")

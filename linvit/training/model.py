@@ -9,12 +9,13 @@ import copy
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from linvit.data.augment.build import resolve_input
 from linvit.data.sources.classes import order_conflict
 from linvit.distributed import Ranks
 from linvit.model.build import LOCAL, TimmModel, create_model
@@ -22,6 +23,7 @@ from linvit.model.vit import LinformerViT
 from linvit.output.files import reason
 from linvit.runs.weights import SavedWeights, classifier_parameters, compact, fit_weights, load_exactly, read_weights
 from linvit.settings.fields import listed, unknown
+from linvit.settings.flags import UsageError
 from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
 from linvit.training.options import DeviceOptions, ModelOptions, ScheduleOptions
@@ -43,21 +45,7 @@ def build_model(
     weights = config.pretrained_path
     if config.pretrained and weights is None and config.model.startswith(LOCAL):
         weights = Path(config.model.removeprefix(LOCAL))
-    try:
-        model = create_model(
-            config.model,
-            num_classes=len(class_names),
-            pretrained=config.pretrained and weights is None,
-            **config.model_arguments(),
-        )
-    except ValueError as error:
-        if config.train_img_sizes is not None and "dynamic_img_size" in str(error):
-            raise ValueError(
-                f"--train-img-sizes: {config.model} supports images of one size only; remove it"
-            ) from error
-        raise
-    if config.train_img_sizes is not None:
-        check_sizes(model, config.train_img_sizes)
+    model = _create(config, num_classes=len(class_names), pretrained=config.pretrained and weights is None)
     if config.initial_checkpoint is not None:
         saved = read_weights(config.initial_checkpoint)
         load_exactly(model, saved.state_dict, path=saved.path)
@@ -74,6 +62,36 @@ def build_model(
             _report_classifier(saved, class_names, log)
     _initialise_classifier(model, config)
     return model, new
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise UsageError for options that do not fit the model, before images are read. Nothing is computed for it."""
+    try:
+        with torch.device("meta"):
+            # Initial weights take most of the time, even on the meta device.
+            fast = {"weight_init": "skip"} if config.model.startswith("linvit_") else {}
+            model = _create(config, num_classes=None, pretrained=False, **fast)
+        freeze(model, config.freeze)
+        resolve_input(model, config)
+    except ValueError as error:
+        # A few models cannot be built without computing; building the real one will show whether it fits.
+        if not isinstance(error.__cause__, RuntimeError):
+            raise UsageError(str(error)) from error
+
+
+def _create(config: TrainConfig, *, num_classes: int | None, pretrained: bool, **defaults: Any) -> TimmModel:
+    arguments = {**defaults, **config.model_arguments()}
+    try:
+        model = create_model(config.model, num_classes=num_classes, pretrained=pretrained, **arguments)
+    except ValueError as error:
+        if config.train_img_sizes is not None and "dynamic_img_size" in str(error):
+            raise ValueError(
+                f"--train-img-sizes: {config.model} supports images of one size only; remove it"
+            ) from error
+        raise
+    if config.train_img_sizes is not None:
+        check_sizes(model, config.train_img_sizes)
+    return model
 
 
 def _report_classifier(saved: SavedWeights, class_names: Sequence[str], log: Callable[[str], object]) -> None:

@@ -19,7 +19,7 @@ from linvit.training.faults import BadImages, BadSteps
 from linvit.training.fingerprint import changed_data, fingerprint
 from linvit.training.log import Track, numbers_of, open_trackers, print_line
 from linvit.training.model import train_size
-from linvit.training.resume import changed_settings, choose_start
+from linvit.training.resume import changed_settings, choose_start, find_state
 from linvit.training.saver import SaveClock, Saver, take_snapshot
 from linvit.training.state import Progress, collect_state, restore_state
 from linvit.training.step import TrainStep, Update
@@ -79,22 +79,57 @@ def recording(
         progress = Progress()
         state = read_checkpoint(start.state) if start.state is not None else None
         if state is not None:
-            progress = restore_state(
-                state,
-                step,
-                settings=config.model_dump(mode="json"),
-                class_names=train_set.class_names,
-                num_images=len(train_set),
-                num_batches=len(train_loader),
-                with_optimizer=not config.no_resume_opt,
-            )
-            recorder.check_data(state, allow_changes=config.allow_changed_data)
+            progress = _resume(state, config, step, (train_set, val_set), recorder.data, num_batches=len(train_loader))
+            for change in changed_data(state.get("data"), recorder.data, (train_set, val_set)):
+                recorder.log(f"changed data: {change}")
         recorder.begin(step, progress, state=state, new_parameters=new_parameters)
         # The state would stay in memory for the whole run.
         del state
         for note in filter(None, dict.fromkeys((train_set.note, val_set.note))):
             recorder.log(note)
         yield recorder, progress
+
+
+def check_resume(
+    config: TrainConfig, step: TrainStep, train_set: ImageSet, val_set: ImageSet, *, num_batches: int
+) -> None:
+    """Resume `step` without a run's folder, if `resume` is set; raises ValueError as `recording` does."""
+    path = find_state(config)
+    if path is not None:
+        sets = (train_set, val_set)
+        _resume(read_checkpoint(path), config, step, sets, _fingerprints(*sets), num_batches=num_batches)
+
+
+def _fingerprints(train_set: ImageSet, val_set: ImageSet) -> dict[str, Any]:
+    return {"training": fingerprint(train_set), "validation": fingerprint(val_set)}
+
+
+def _resume(
+    state: dict[str, Any],
+    config: TrainConfig,
+    step: TrainStep,
+    sets: tuple[ImageSet, ImageSet],
+    data: dict[str, Any],
+    *,
+    num_batches: int,
+) -> Progress:
+    """Restore a state; ValueError if it does not fit, or if the images changed and that is not allowed."""
+    progress = restore_state(
+        state,
+        step,
+        settings=config.model_dump(mode="json"),
+        class_names=sets[0].class_names,
+        num_images=len(sets[0]),
+        num_batches=num_batches,
+        with_optimizer=not config.no_resume_opt,
+    )
+    changes = changed_data(state.get("data"), data, sets)
+    if changes and not config.allow_changed_data:
+        raise ValueError(
+            f"--resume: since the checkpoint was saved, {'; '.join(changes)}. Restore the data, or use "
+            "--allow-changed-data to continue with the new ones"
+        )
+    return progress
 
 
 class Recorder:
@@ -132,7 +167,7 @@ class Recorder:
         self.config = config.model_copy(update={**own, "allow_changed_data": False})
         self.run = RunFolder(folder)
         self.train_set, self.val_set, self.loader, self.spec = train_set, val_set, loader, spec
-        self.data = {"training": fingerprint(train_set), "validation": fingerprint(val_set)}
+        self.data = _fingerprints(train_set, val_set)
         self.rank, self.is_primary, self.saver = ranks.rank, ranks.is_primary, saver
         self.clock = SaveClock(updates=config.checkpoint_interval, minutes=config.checkpoint_minutes)
         self.track: Track | None = None
@@ -167,17 +202,6 @@ class Recorder:
             self._prepare_folder(progress)
         if state is None:
             self.save_state(step, progress)
-
-    def check_data(self, state: dict[str, Any], *, allow_changes: bool) -> None:
-        """Log how the images changed since a state was saved; ValueError unless that is allowed."""
-        changes = changed_data(state.get("data"), self.data, (self.train_set, self.val_set))
-        if changes and not allow_changes:
-            raise ValueError(
-                f"--resume: since the checkpoint was saved, {'; '.join(changes)}. Restore the data, or use "
-                "--allow-changed-data to continue with the new ones"
-            )
-        for change in changes:
-            self.log(f"changed data: {change}")
 
     def _print_overview(self, step: TrainStep, new_parameters: list[str]) -> None:
         config = self.config

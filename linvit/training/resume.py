@@ -66,6 +66,16 @@ def check_output(config: TrainConfig) -> None:
         raise ValueError(f"--output {folder}: the name is not UTF-8, which safetensors needs; choose another") from None
 
 
+def find_state(config: TrainConfig) -> Path | None:
+    """The checkpoint that `resume` selects; None for a new run. Raises ValueError as `choose_start` does."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return _state_at(Path(config.resume))
+    folder = config.output / (config.experiment or "")
+    return _newest_state(folder) if folder.is_dir() else None
+
+
 def _default_name(config: TrainConfig, img_size: tuple[int, int]) -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{img_size[-1]}"
 

@@ -21,19 +21,31 @@ from linvit.data.sources.classes import classes_in_order, is_class_order, read_c
 from linvit.data.sources.open import open_fraction, open_images
 from linvit.distributed import Ranks, StopRequest, usable_workers
 from linvit.model.build import TimmModel, check_model_name
+from linvit.settings.flags import check_inputs
 from linvit.training.config import TrainConfig
 from linvit.training.distill import create_distillation
 from linvit.training.fsdp import shard
 from linvit.training.log import print_line
 from linvit.training.loss import create_loss, create_mixup, read_class_weights
-from linvit.training.model import build_model, epoch_sizes, freeze, place_model, wrap_model
+from linvit.training.model import build_model, check_options, epoch_sizes, freeze, place_model, wrap_model
 from linvit.training.optim import create_ema, create_optimizer, create_schedule, learning_rate
 from linvit.training.step import TrainStep
 
 
 def prepare_process(config: TrainConfig) -> None:
-    """Check the model's name and seed this process, before anything is built. Raises ValueError for an unknown name."""
+    """Check input files and the model's options and seed this process, before anything is read or built.
+
+    Raises UsageError for a file that does not exist, an unknown model and options that do not fit it.
+    """
+    is_file = config.class_map is not None and not is_class_order(config.class_map)
+    check_inputs(
+        ("--class-map", config.class_map if is_file else None),
+        ("--pretrained-path", config.pretrained_path),
+        ("--initial-checkpoint", config.initial_checkpoint),
+        ("--aug-file", config.aug_file),
+    )
     check_model_name(config.model)
+    check_options(config)
     if config.deterministic:
         use_deterministic_algorithms()
     seed_run(config.seed)

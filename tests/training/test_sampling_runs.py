@@ -93,7 +93,7 @@ def test_evaluation_uses_the_input_size_of_the_model(
 def test_unsupported_image_sizes_are_refused(
     settings: dict[str, Any], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(data, tmp_path, **{"train_img_sizes": [16, 32], **settings}) == 1
+    assert train(data, tmp_path, **{"train_img_sizes": [16, 32], **settings}) == 2
     assert words in capsys.readouterr().err
 
 
