@@ -183,8 +183,7 @@ def _names_in_json(text: str, *, source: str) -> list[str]:
         if names and sorted(names) == list(range(len(pairs))) and None not in names.values():
             return [str(names[label]) for label in range(len(pairs))]
     raise ValueError(
-        f'{source}: give each class a name and a label from 0 on, as in {{"cat": 0, "dog": 1}} or '
-        '["cat", "dog"]'
+        f'{source}: give each class a name and a label from 0 on, as in {{"cat": 0, "dog": 1}} or ["cat", "dog"]'
     )
 
 
