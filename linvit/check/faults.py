@@ -84,6 +84,10 @@ FAULTS: dict[str, Fault] = {
     "empty_file": _unread("a file of zero bytes", "restore or remove it"),
     "truncated": _unread("an image file whose end is missing", "restore or remove it"),
     "undecodable": _unread("an image file that cannot be decoded", "restore or remove it"),
+    "unsupported": _unread(
+        "an intact image of a kind that is not supported, such as one of floats",
+        "convert it to 8 or 16 bits per channel",
+    ),
     "not_an_image": _unread("not an image, despite its extension", "restore or remove it"),
     "unreadable_file": _unread("a file that cannot be opened", "grant read permission, or repair the link"),
     "damaged": _used(

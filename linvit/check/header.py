@@ -3,13 +3,11 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from linvit.data.decode import read_jpeg_header
+from linvit.data.decode import no_pixel_limit, read_jpeg_header
 
 # Bytes from the start of a file that `format_of` needs.
 HEAD_BYTES = 32
@@ -87,7 +85,7 @@ def read_header(data: bytes, format_name: str) -> Header | None:
         codes = [*["cmyk"] * (jpeg.channels == 4), *["exif_rotated"] * (jpeg.orientation != 1)]
         return Header(jpeg.width, jpeg.height, tuple(codes))
     try:
-        with warnings.catch_warnings(), _no_pixel_limit():
+        with warnings.catch_warnings(), no_pixel_limit():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 return Header(image.width, image.height, tuple(_conversions(image, data, format_name)))
@@ -113,27 +111,15 @@ def is_truncated(data: bytes, format_name: str) -> bool:
 
 
 def _pillow_messages(data: bytes) -> str:
-    """Pillow's warnings and error from decoding a file; empty if there are none."""
-    error = ""
-    with warnings.catch_warnings(record=True) as caught, _no_pixel_limit():
+    """Pillow's error from decoding a file and its warnings before; empty if it decodes the file."""
+    with warnings.catch_warnings(record=True) as caught, no_pixel_limit():
         warnings.simplefilter("always")
         try:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-        except Exception as raised:
-            error = str(raised)
-    return "\n".join([*(str(warning.message) for warning in caught), error])
-
-
-@contextmanager
-def _no_pixel_limit() -> Iterator[None]:
-    """Pillow opens images of any size: the caller has its own limit."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        except Exception as error:
+            return "\n".join([*(str(warning.message) for warning in caught), str(error)])
+    return ""
 
 
 def _conversions(image: Image.Image, data: bytes, format_name: str) -> list[str]:

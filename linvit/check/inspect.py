@@ -12,7 +12,7 @@ import numpy as np
 
 from linvit.check.faults import LARGEST_ASPECT, SMALLEST_SIDE
 from linvit.check.header import HEAD_BYTES, Header, format_named, format_of, is_truncated, read_header
-from linvit.data.decode import UnreadableImage, decode_image, reducible_size
+from linvit.data.decode import CostlyImage, UnreadableImage, UnsupportedImage, decode_image, reducible_size
 
 # Side in pixels of the thumbnail that perceptual hashes are computed from.
 THUMBNAIL = 32
@@ -103,8 +103,8 @@ def _decode(
     size = None if full_size else reducible_size(data)
     try:
         image = decode_image(data, name=path, reduction=1 if size is None else _reduction(*size))
-    except UnreadableImage:
-        return [_why_unreadable(data, format_name, header, messages)], None
+    except UnreadableImage as error:
+        return [_why_unreadable(data, format_name, header, messages, error, path)], None
     pixels = _measure(image, *(size or image.shape[:2]))
     findings = _header_findings(path, format_name, header) + _size_findings(pixels)
     if not pixels.deviations.any() and _is_blank(image if size is None else decode_image(data, name=path)):
@@ -121,15 +121,23 @@ def _reduction(height: int, width: int) -> Literal[1, 2, 4, 8]:
     return next((each for each in _REDUCTIONS if min(height, width) >= each * _SAMPLES), 1)
 
 
-def _why_unreadable(data: bytes, format_name: str, header: Header | None, messages: DecoderMessages) -> tuple[str, str]:
+def _why_unreadable(
+    data: bytes, format_name: str, header: Header | None, messages: DecoderMessages, error: UnreadableImage, path: str
+) -> tuple[str, str]:
     printed = messages.take()
-    if not format_name:
-        return "not_an_image", ""
-    truncated = is_truncated(data, format_name)
+    detail = str(error).removeprefix(f"{path}: ").partition(";")[0]
+    if isinstance(error, CostlyImage):
+        return "undecodable", detail
+    # A JPEG without its end is truncated, although Pillow may decode it.
+    truncated = is_truncated(data, format_name) if format_name else False
     # Pillow's decoders print messages too, which must not count for the next image.
     messages.take()
     if truncated:
         return "truncated", f"ends after {len(data):,} bytes"
+    if isinstance(error, UnsupportedImage):
+        return "unsupported", detail
+    if not format_name:
+        return "not_an_image", ""
     reason = printed.strip().splitlines()[-1:] or (["invalid header"] if header is None else [])
     return "undecodable", "".join(reason)
 

@@ -14,7 +14,7 @@ from linvit.check.faults import Finding
 from linvit.check.inspect import THUMBNAIL, DecoderMessages, inspect
 from linvit.check.perceptual import hash_thumbnails
 from linvit.check.pool import Pool
-from linvit.data.decode import UnreadableImage
+from linvit.data.decode import UnreadableImage, read_file
 
 # Images per task of a process.
 _CHUNK = 32
@@ -36,13 +36,7 @@ class FolderSource:
         self._root = os.fspath(root)
 
     def read(self, index: int, path: str) -> bytes:
-        file = os.path.join(self._root, path)
-        try:
-            # Does what `read_file` does, but without the time that a Path takes.
-            with open(file, "rb", buffering=0) as handle:
-                return handle.read()
-        except OSError as error:
-            raise UnreadableImage(f"{file}: cannot be read ({error.strerror})") from error
+        return read_file(os.path.join(self._root, path))
 
 
 class Reader:
@@ -154,7 +148,14 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             reason = cause.strerror.lower() if isinstance(cause, OSError) and cause.strerror else str(error)
             findings.append(Finding("unreadable_file", path, reason))
             continue
-        inspection = inspect(data, path, max_pixels=reader.max_pixels, full_size=full_size, messages=reader.messages)
+        try:
+            inspection = inspect(
+                data, path, max_pixels=reader.max_pixels, full_size=full_size, messages=reader.messages
+            )
+        except Exception as error:
+            # Decoders raise all sorts of errors on damaged files, which must not end the check.
+            findings.append(Finding("undecodable", path, " ".join(str(error).split())))
+            continue
         findings += [Finding(code, path, detail) for code, detail in inspection.findings]
         rows.num_bytes[row], rows.checksums[row] = inspection.num_bytes, inspection.checksum
         pixels = inspection.pixels

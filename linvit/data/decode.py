@@ -4,18 +4,30 @@ OpenCV decodes. The header of a JPEG is parsed here as well, because its size de
 Resizing is antialiased and equals Pillow's (and so timm's) within two grey levels.
 """
 
+import io
 import os
+import re
+import stat
 import struct
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # Factor by which a JPEG is shrunk while it is decoded.
 Reduction = Literal[1, 2, 4, 8]
+# The values of 16-bit images that are decoded as 0 and 255.
+InputRange = tuple[int, int]
+# OpenCV refuses larger images.
+MAX_PIXELS = 2**30
+_SIXTEEN_BITS = (np.uint16, np.int16)
 
 # OpenCV says "grayscale" in the names of the flags for the size; together with COLOR_RGB they give colour.
 _DECODE_FLAGS: dict[Reduction, int] = {
@@ -25,6 +37,23 @@ _DECODE_FLAGS: dict[Reduction, int] = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _EXIF_ORIENTATION = 0x0112
+# OpenCV takes no longer files.
+MAX_FILE_BYTES = 2**31 - 1
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# Encoders write at most a dozen scans. Every scan passes over all pixels, however few bytes it has.
+_MANY_SCANS = 20
+_START_OF_SCAN = b"\xff\xda"
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_MAX_SCANNED_PIXELS = 2**30
+# More segments than any program writes before the first pixels.
+_MAX_SEGMENTS = 10_000
+_FILL_BYTES = re.compile(rb"\xff*")
 
 # A file that cannot be decoded raises an error with its name, which OpenCV's own log does not know.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -34,62 +63,143 @@ class UnreadableImage(ValueError):
     """An image file cannot be read; the message names the file and the remedy."""
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+class CostlyImage(UnreadableImage):
+    """Decoding an image takes too much time or memory."""
+
+
+class UnsupportedImage(UnreadableImage):
+    """An intact image file is of a kind that OpenCV does not decode."""
+
+
+def read_image(path: str | os.PathLike[str], *, input_range: InputRange | None = None) -> np.ndarray:
     """Read an image file as RGB, (H, W, 3) uint8; see `decode_image`."""
-    return decode_image(read_file(path), name=path)
+    return decode_image(read_file(path), name=path, input_range=input_range)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        UnreadableImage: if the file cannot be read.
+        UnreadableImage: if the file cannot be read, is not a regular file (reading a pipe or a device may never end),
+            or is too large.
     """
     try:
-        return Path(path).read_bytes()
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "special")
+            raise UnreadableImage(f"{path}: is {kind}, not an image file; remove it")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise UnreadableImage(
+                    f"{path}: has {size:,} bytes, more than OpenCV decodes (2 GiB); cut it into pieces"
+                )
+            return file.read(size)
     except OSError as error:
         raise UnreadableImage(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    except MemoryError:
+        raise UnreadableImage(f"{path}: has {size:,} bytes, which do not fit in memory; cut it into pieces") from None
+    except UnreadableImage:
+        raise
     except ValueError as error:
-        raise UnreadableImage(f"{path}: is not a valid path ({error}); correct it") from error
+        # Such as a path with a null byte in a list.
+        raise UnreadableImage(f"{path}: is not a valid path ({error}); correct or remove it") from error
 
 
-def decode_image(data: bytes, *, name: str | os.PathLike[str], reduction: Reduction = 1) -> np.ndarray:
+def decode_image(
+    data: bytes, *, name: str | os.PathLike[str], reduction: Reduction = 1, input_range: InputRange | None = None
+) -> np.ndarray:
     """Decode the bytes of an image file as RGB.
 
     The EXIF orientation is applied (Pillow, and so timm, ignores it). Grey and palette images become RGB, 16-bit
-    images keep their upper 8 bits, and CMYK is converted. An alpha channel is dropped and the colours under it are
+    images keep their upper 8 bits unless `input_range` is given, and CMYK is converted. An alpha channel is dropped and the colours under it are
     kept, as with Pillow's `convert("RGB")`. If a file has several frames, the first is decoded.
 
     Args:
         name: name of the image in error messages.
         reduction: 2, 4 or 8 decodes a JPEG to 1/2, 1/4 or 1/8 of its height and width, rounded up, from its lowest
             frequencies.
+        input_range: values of 16-bit images that become black (0) and white (255), linearly and clipped; images of 8
+            bits are not changed.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
         UnreadableImage: if the data is empty, truncated or not an image.
+        CostlyImage: if decoding takes too much time or memory.
+        UnsupportedImage: if it is an image of a kind that OpenCV does not decode, such as one of floats.
     """
     if not data:
         raise UnreadableImage(f"{name}: is empty; restore or remove the file")
+    _refuse_many_scans(data, name)
+    flags = _DECODE_FLAGS[reduction]
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part that it could decode.
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE_FLAGS[reduction])
-    except cv2.error as error:
+        if input_range is None:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        else:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_ANYDEPTH)
+            if image is not None and image.dtype in _SIXTEEN_BITS:
+                image = _levels(image.dtype.kind, *input_range)[image.view(np.uint16)]
+    except (cv2.error, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.code == cv2.Error.StsNoMem:
+            raise CostlyImage(f"{name}: needs more memory than there is; scale it down") from error
         raise UnreadableImage(f"{name}: cannot be decoded ({error.err}); restore or remove the file") from error
-    if image is None:
+    if image is None or image.dtype != np.uint8 or image.ndim != 3:
+        kind = supported_by_pillow(data)
+        if kind is not None:
+            raise UnsupportedImage(f"{name}: is {kind}, which is not supported; convert it to 8 or 16 bits per channel")
         raise UnreadableImage(f"{name}: is truncated, damaged or not an image; restore or remove the file")
     return image
 
 
+@lru_cache(maxsize=4)
+def _levels(kind: str, low: int, high: int) -> np.ndarray:
+    """The grey level (65536,) uint8 of each 16-bit pattern: `low` becomes 0 and `high` 255, of signed values too."""
+    values = np.arange(2**16, dtype=np.uint16).view(np.int16 if kind == "i" else np.uint16)
+    return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+
+
+def supported_by_pillow(data: bytes) -> str | None:
+    """The format and mode, as "a TIFF image of mode F", of an image that Pillow decodes; None if it cannot either."""
+    try:
+        with warnings.catch_warnings(), no_pixel_limit():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                # OpenCV decodes every PNG, unless it is damaged after the last pixel, which Pillow does not notice.
+                if image.width * image.height > MAX_PIXELS or image.format == "PNG":
+                    return None
+                image.load()
+                return f"a {image.format} image of mode {image.mode}"
+    # Pillow's plugins raise all sorts of errors on damaged files.
+    except Exception:
+        return None
+
+
+@contextmanager
+def no_pixel_limit() -> Iterator[None]:
+    """Pillow opens images of any size: the caller has its own limit."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 class JpegHeader(NamedTuple):
-    """Height and width in pixels as stored, number of colour channels, and EXIF orientation (1 to 8; 1 is upright)."""
+    """Height and width in pixels as stored, number of colour channels, and EXIF orientation (1 to 8; 1 is upright).
+
+    `is_progressive` says whether the frame is, and `end` is the offset of the data after it.
+    """
 
     height: int
     width: int
     channels: int
     orientation: int
+    is_progressive: bool
+    end: int
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
@@ -98,20 +208,42 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
         return None
     orientation = 1
     position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
+    for _ in range(_MAX_SEGMENTS):
+        if position + 10 > len(data) or data[position] != 0xFF:
+            return None
+        if data[position + 1] == 0xFF:
+            # Any number of fill bytes may precede a marker.
+            position = _FILL_BYTES.match(data, position).end() - 1  # type: ignore[union-attr]
+            if position + 10 > len(data):
+                return None
         marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         # The start of a frame, for any kind of JPEG; three markers in this range mean something else.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width, channels = struct.unpack_from(">HHB", data, position + 5)
-            return JpegHeader(height, width, channels, orientation) if height and width else None
+            if not height or not width:
+                return None
+            is_progressive = marker in _PROGRESSIVE
+            return JpegHeader(height, width, channels, orientation, is_progressive, position + 2 + length)
         if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[position + 10 : position + 2 + length])
         position += 2 + length
     return None
+
+
+def _refuse_many_scans(data: bytes, name: str | os.PathLike[str]) -> None:
+    """Raise UnreadableImage for a JPEG whose scans take far longer to decode than its pixels."""
+    header = read_jpeg_header(data)
+    if header is None:
+        return
+    if not header.is_progressive:
+        # A first scan with all channels is the only one, so most files need no search.
+        first = data.find(_START_OF_SCAN, header.end)
+        if data[first + 4 : first + 5] == bytes([header.channels]):
+            return
+    num_scans = data.count(_START_OF_SCAN, header.end)
+    if num_scans > _MANY_SCANS and num_scans * header.height * header.width > _MAX_SCANNED_PIXELS:
+        raise CostlyImage(f"{name}: is a JPEG of {num_scans:,} scans, which takes too long to decode; remove it")
 
 
 def reducible_size(data: bytes) -> tuple[int, int] | None:

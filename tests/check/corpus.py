@@ -187,6 +187,7 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
         }
     ),
     "undecodable": _files({"train/ant/flipped.png": _flipped(encoded(random_image(130), "PNG"))}),
+    "unsupported": _files({"train/ant/floats.tif": encoded(Image.new("F", (64, 48), 0.5), "TIFF")}),
     "not_an_image": _files({"train/ant/text.jpg": b"This is not an image.\n" * 20, "val/bee/zeros.png": bytes(2000)}),
     "unreadable_file": _unreadable,
     "damaged": _files({"train/ant/damaged.jpg": _damaged(), "val/ant/overwritten.jpg": _overwritten()}),

@@ -1,6 +1,8 @@
 """Valid files become RGB, broken ones raise an error; damaged JPEG headers are harmless; resizing equals Pillow's."""
 
 import io
+import os
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,17 @@ import pytest
 from jpegs import KINDS, encode, photo
 from PIL import Image
 
-from linvit.data.decode import EXTENSIONS, decode_image, read_image, reducible_size, resize
+from linvit.data.decode import (
+    EXTENSIONS,
+    CostlyImage,
+    UnreadableImage,
+    UnsupportedImage,
+    decode_image,
+    read_file,
+    read_image,
+    reducible_size,
+    resize,
+)
 
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},
@@ -263,3 +275,85 @@ def test_nearest_copies_pixels_unchanged() -> None:
 def test_the_same_size_changes_nothing() -> None:
     image = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
     assert np.array_equal(resize(image, 10, 12, "bicubic"), image)
+
+
+def with_scans(num_scans: int) -> bytes:
+    """A progressive JPEG of 2000 x 2000 pixels whose last scan, of a few bytes, is repeated."""
+    data = encoded(Image.new("L", (2000, 2000), 128), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * num_scans + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
+    with pytest.raises(CostlyImage, match=r"bomb\.jpg: is a JPEG of 3,005 scans, which takes too long"):
+        decode_image(with_scans(3000), name="bomb.jpg")
+    assert decode_image(with_scans(10), name="a.jpg").shape == (2000, 2000, 3)
+
+
+def test_a_sequential_jpeg_with_a_scan_per_channel_counts_its_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(photo(40, 60), "grey")
+    # With a second channel in the header, the first scan is not the only one.
+    monkeypatch.setattr("linvit.data.decode._MAX_SCANNED_PIXELS", 1)
+    frame = data.index(b"\xff\xc0")
+    channels = data[:frame] + data[frame:].replace(b"\0\x28\0\x3c\x01", b"\0\x28\0\x3c\x02", 1)
+    first = channels.index(b"\xff\xda")
+    with pytest.raises(CostlyImage, match="31 scans"):
+        decode_image(channels[:first] + channels[first:-2] * 31, name="a.jpg")
+
+
+@pytest.mark.parametrize(
+    "filler", [b"\xff" * 30_000_000, b"\xff\xe1\0\x02" * 5_000_000], ids=["fill bytes", "segments"]
+)
+def test_a_jpeg_header_without_end_is_given_up(filler: bytes) -> None:
+    assert reducible_size(b"\xff\xd8" + filler) is None
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jpg"))
+    kinds = {"pipe.jpg": "a pipe", "folder.jpg": "a folder", "device.png": "a device", "socket.jpg": "a socket"}
+    for name, kind in kinds.items():
+        with pytest.raises(UnreadableImage, match=f"{name}: is {kind}, not an image file"):
+            read_file(tmp_path / name)
+
+
+def test_a_path_that_cannot_exist_is_unreadable() -> None:
+    with pytest.raises(UnreadableImage, match="embedded null byte"):
+        read_file("a\0.jpg")
+    with pytest.raises(UnreadableImage, match="cannot be read"):
+        read_file("a" * 5000)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(50 * 2**30)
+    with pytest.raises(UnreadableImage, match=r"large\.jpg: has 53,687,091,200 bytes"):
+        read_file(tmp_path / "large.jpg")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P6\n" + b"9" * 5000 + b" 5 255\n" + bytes(100),
+        b"P5\n5 5\n" + b"9" * 5000 + b"\n" + bytes(100),
+        b"P6\n2147483647 2147483647 255\n",
+        b"P4\n-5 5\n" + bytes(100),
+    ],
+)
+def test_a_ppm_with_absurd_numbers_is_unreadable(data: bytes) -> None:
+    with pytest.raises(UnreadableImage):
+        decode_image(data, name="a.ppm")
+
+
+def test_an_intact_file_of_floats_is_unsupported_rather_than_damaged() -> None:
+    floats = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
+    with pytest.raises(UnsupportedImage, match=r"a\.tif: is a TIFF image of mode F, which is not supported"):
+        decode_image(encoded(floats, "TIFF"), name="a.tif")
+    with pytest.raises(UnsupportedImage, match="mode F"):
+        decode_image(b"Pf\n4 5\n-1.0\n" + bytes(80), name="a.ppm")
+    with pytest.raises(UnreadableImage, match="is truncated, damaged") as caught:
+        decode_image(encoded(floats, "TIFF")[:-100], name="a.tif")
+    assert not isinstance(caught.value, UnsupportedImage)
