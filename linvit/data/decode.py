@@ -48,6 +48,7 @@ _KINDS = {
 }
 # Encoders write at most a dozen scans. Every scan passes over all pixels, however few bytes it has.
 _MANY_SCANS = 20
+JPEG_SIGNATURE = b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _MAX_SCANNED_PIXELS = 2**30
@@ -112,8 +113,9 @@ def decode_image(
     """Decode the bytes of an image file as RGB.
 
     The EXIF orientation is applied (Pillow, and so timm, ignores it). Grey and palette images become RGB, 16-bit
-    images keep their upper 8 bits unless `input_range` is given, and CMYK is converted. An alpha channel is dropped and the colours under it are
-    kept, as with Pillow's `convert("RGB")`. If a file has several frames, the first is decoded.
+    images keep their upper 8 bits unless `input_range` is given, and CMYK is converted. An alpha channel is dropped and
+    the colours under it are kept, as with Pillow's `convert("RGB")`. If a file has several frames, the first is
+    decoded.
 
     Args:
         name: name of the image in error messages.
@@ -163,6 +165,9 @@ def _levels(kind: str, low: int, high: int) -> np.ndarray:
 
 def supported_by_pillow(data: bytes) -> str | None:
     """The format and mode, as "a TIFF image of mode F", of an image that Pillow decodes; None if it cannot either."""
+    # Pillow takes minutes to search a long JPEG for a header that is not there.
+    if data.startswith(JPEG_SIGNATURE) and read_jpeg_header(data) is None:
+        return None
     try:
         with warnings.catch_warnings(), no_pixel_limit():
             warnings.simplefilter("ignore")
@@ -204,7 +209,7 @@ class JpegHeader(NamedTuple):
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
     """Parse the header of a JPEG file without decoding it; None if it is invalid or the file is not a JPEG."""
-    if data[:2] != b"\xff\xd8":
+    if not data.startswith(JPEG_SIGNATURE):
         return None
     orientation = 1
     position = 2

@@ -1,5 +1,6 @@
 """Decoding at a reduced size changes neither the findings nor the reported size nor the duplicates found."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +98,11 @@ def test_padding_is_not_damage(tmp_path: Path) -> None:
     write(data / "train/ant/padded.jpg", image[:-2] + bytes(20) + image[-2:])
     write(data / "train/bee/behind.jpg", encoded(random_image(91)) + bytes(500))
     assert checked(data, tmp_path)["findings"] == {}
+
+
+def test_a_long_jpeg_without_a_header_is_given_up_at_once() -> None:
+    started = time.perf_counter()
+    found = inspected(b"\xff\xd8" + b"\xff" * 2_000_000 + b"\xff\xd9", full_size=True)
+    assert found.findings == [("undecodable", "invalid header")]
+    # A search byte by byte takes seconds.
+    assert time.perf_counter() - started < 0.5
