@@ -138,7 +138,7 @@ FAULTS: dict[str, Fault] = {
     "link_loop": _refused(
         "a symbolic link that leads back to itself or to a folder above it",
         "remove the link",
-        prediction="follows the loop once, but stops at a link to itself",
+        prediction="reads the folder once, but stops at a link to itself",
     ),
     "duplicate_two_labels": _two_labels("the same file"),
     "duplicate_across_splits": _across_splits("the same file"),
@@ -178,6 +178,9 @@ FAULTS: dict[str, Fault] = {
         "a folder of images inside a class folder",
         "uses them as images of the class",
         "nothing to do if this is intended",
+    ),
+    "repeated_folder": _ignored(
+        "note", "a link to a folder of the same class that was read already", "nothing to do if this is intended"
     ),
     "other_file": _ignored("note", "a file that is not an image", "nothing to do"),
     "link_outside": _used(

@@ -97,7 +97,7 @@ class _Walk:
         counts = self.listing.classes[split] = {}
         for entry in filter(_is_folder, entries):
             before = len(self.listing.images)
-            self._class_folder(_join(path, entry.name), split, entry.name, {os.path.realpath(self.root / path)})
+            self._class_folder(_join(path, entry.name), split, entry.name, {os.path.realpath(self.root / path)}, {})
             counts[entry.name] = len(self.listing.images) - before
         self.files(entries, path, split, None, code="loose_image" if counts else None)
 
@@ -159,17 +159,27 @@ class _Walk:
                 elif class_name is not None:
                     self._report("other_file", entry_path)
 
-    def _class_folder(self, path: str, split: str, class_name: str, above: set[str]) -> None:
+    def _class_folder(self, path: str, split: str, class_name: str, above: set[str], visited: dict[str, str]) -> None:
+        """List a class folder, or a folder in one.
+
+        Args:
+            above: the real paths of the folders that contain it.
+            visited: the folders of this class read so far, by their real paths.
+        """
         real = os.path.realpath(self.root / path)
         if real in above:
             self._report("link_loop", path, f"links to {real}")
+            return
+        first = visited.setdefault(real, path)
+        if first != path:
+            self._report("repeated_folder", path, f"links to {real}", others=(first,))
             return
         entries = self.entries(path)
         self.files(entries, path, split, class_name)
         for entry in filter(_is_folder, entries):
             entry_path = _join(path, entry.name)
             before = len(self.listing.images)
-            self._class_folder(entry_path, split, class_name, above | {real})
+            self._class_folder(entry_path, split, class_name, above | {real}, visited)
             count = len(self.listing.images) - before
             if count:
                 self._report("nested_folder", entry_path, "1 image" if count == 1 else f"{count:,} images")

@@ -145,7 +145,11 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             data = reader.source.read(task.first + row, path)
         except UnreadableImage as error:
             cause = error.__cause__
-            reason = cause.strerror.lower() if isinstance(cause, OSError) and cause.strerror else str(error)
+            if isinstance(cause, OSError) and cause.strerror:
+                reason = cause.strerror.lower()
+            else:
+                # Without the path and the fix, which differ from the report's.
+                reason = str(error).rpartition(": ")[2].partition(";")[0].partition(",")[0]
             findings.append(Finding("unreadable_file", path, reason))
             continue
         try:

@@ -23,7 +23,7 @@ from timm.models import VisionTransformer
 from linvit.conversion.convert import unmatched_weights, use_ordinary_attention
 from linvit.conversion.fit import LayerFit
 from linvit.model.vit import LinformerViT
-from linvit.output.files import reason, write_file, write_json
+from linvit.output.files import parse_json, reason, write_file, write_json
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runs.weights import compact
 from linvit.settings.fields import listed
@@ -56,7 +56,7 @@ class FitState:
         self.settings = json.loads(json.dumps(settings))
         file = self.folder / "settings.json"
         with self._reading():
-            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.settings
+            saved = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else self.settings
             differing = [name for name in self.settings if self.settings[name] != saved.get(name)]
         if differing and self._path(0, "json").is_file():
             raise ValueError(
@@ -73,7 +73,7 @@ class FitState:
             self._begin()
             write_json(file, make(), indent=None)
         with self._reading():
-            lengths = json.loads(file.read_text(encoding="utf-8"))
+            lengths = parse_json(file.read_text(encoding="utf-8"))
             if not isinstance(lengths, list) or not all(
                 length is None or isinstance(length, int) for length in lengths
             ):
@@ -92,7 +92,7 @@ class FitState:
         fits: list[LayerFit] = []
         while (path := self._path(len(fits), "json")).is_file():
             with self._reading():
-                values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                values: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
                 # A number that is not finite was saved as null; only k may be None.
                 values = {name: math.nan if v is None and name != "k" else v for name, v in values.items()}
                 fit = LayerFit(**values)

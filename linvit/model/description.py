@@ -114,8 +114,8 @@ def read_config(path: Path) -> ModelDescription:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file without its null values; raises ValueError, naming the file, for anything else."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({reason(error)}); restore that file") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; restore that file")

@@ -97,6 +97,14 @@ def json_text(value: Any, *, indent: int | None = 2, ensure_ascii: bool = True) 
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False) + "\n"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; raises ValueError, also for JSON that is nested too deeply for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -11,7 +11,6 @@ plain values.
 """
 
 import io
-import json
 import pickle
 import re
 import shutil
@@ -28,6 +27,7 @@ from linvit.output.files import (
     cannot_write,
     delete_folder,
     json_text,
+    parse_json,
     reason,
     scratch_of,
     sha256_of,
@@ -118,7 +118,7 @@ def verify_checkpoint(path: Path) -> None:
     """Raise ValueError, naming the file, if a checkpoint is incomplete, damaged or of another format."""
     damaged = f"{path} cannot be used as a training checkpoint: "
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = parse_json((path / MANIFEST).read_bytes())
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         found = manifest["format"]
     except OSError as error:

@@ -8,8 +8,20 @@ import yaml
 
 from linvit.output.files import write_text
 
+# Far more than settings have. A few lines of aliases of aliases stand for billions of values.
+_MAX_NODES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
+    def get_single_node(self) -> yaml.Node | None:
+        try:
+            node: yaml.Node | None = super().get_single_node()
+            if node is not None:
+                _count_nodes(node, {})
+        except RecursionError:
+            raise yaml.YAMLError("it is nested too deeply") from None
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -20,6 +32,21 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _count_nodes(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """The number of values that a node stands for, with its aliases spelt out; YAMLError if there are too many."""
+    # A node that contains itself is found here while it is being counted.
+    if counts.setdefault(node, 0):
+        return counts[node]
+    counts[node] = _MAX_NODES
+    pairs = isinstance(node, yaml.MappingNode)
+    inner = [part for pair in node.value for part in pair] if pairs else node.value
+    count = 1 + (sum(_count_nodes(part, counts) for part in inner) if isinstance(inner, list) else 0)
+    if count > _MAX_NODES:
+        raise yaml.YAMLError(f"it stands for more than {_MAX_NODES:,} values, or contains itself")
+    counts[node] = count
+    return count
 
 
 # PyYAML follows YAML 1.1, in which 1e-3 (without a dot) and -.5 are strings.
@@ -34,6 +61,8 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML; raises yaml.YAMLError."""
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     except ValueError as error:
         # PyYAML raises Python's own error for a date with a 13th month, for example.
         raise yaml.YAMLError(str(error)) from None

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from linvit.output.files import parse_json
+
 # A file lists this many singular values singly. The rest are means over runs.
 LISTED_SINGLY = 64
 # Length of a run, as a share of the number of values before it.
@@ -136,7 +138,7 @@ class Spectrum:
     @classmethod
     def from_json(cls, text: str) -> "Spectrum":
         """The spectrum that `to_json` wrote; raises ValueError for anything else."""
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
 
 
 def read_spectra(path: Path) -> list[Spectrum]:
@@ -145,7 +147,7 @@ def read_spectra(path: Path) -> list[Spectrum]:
     Raises ValueError, naming the file, if it cannot be read or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         return [Spectrum.from_dict(spectrum) for spectrum in found["spectra"]]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

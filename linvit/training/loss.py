@@ -149,7 +149,7 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
         document = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
         raise ValueError(f"--class-weights {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--class-weights {path}: is not valid YAML or JSON") from error
     if not isinstance(document, yaml.MappingNode):
         raise ValueError(f"--class-weights {path}: the file must consist of `class name: weight` lines")

@@ -151,6 +151,12 @@ def _link_loop(folder: Path) -> list[str]:
     return ["train/bee/loop", "val/ant/itself.jpg"]
 
 
+def _repeated_folder(folder: Path) -> list[str]:
+    (folder / "train/bee/empty").mkdir()
+    os.symlink("empty", folder / "train/bee/same")
+    return ["train/bee/same"]
+
+
 def _one_split(folder: Path) -> list[str]:
     write(folder / "train/cat/0.jpg", encoded(random_image(107)))
     return ["train/cat"]
@@ -241,6 +247,7 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
         found=["train/.ipynb_checkpoints", "train/ant/.thumbs", "val/bee/._0.jpg"],
     ),
     "nested_folder": _files({"train/ant/more/deep.jpg": encoded(random_image(152))}, found=["train/ant/more"]),
+    "repeated_folder": _repeated_folder,
     "other_file": _files({"train/ant/notes.txt": b"not an image"}),
     "link_outside": _link_outside,
     "file_case": _files(

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from checks import checked, paths_by_code
 from corpus import build_clean, encoded, random_image, write
+from folders import link_levels
 
+from linvit.check.listing import scan
 from linvit.cli import main
 
 
@@ -86,3 +88,27 @@ def test_an_invalid_list_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "train.csv").write_text("photos,kinds\na,b\n")
     assert main(["check", str(tmp_path)]) == 3
     assert "no column 'path', 'label'" in capsys.readouterr().err
+
+
+def test_a_folder_is_listed_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    link_levels(tmp_path / "data/train/cat", levels=25)
+    listing = scan(tmp_path / "data")
+    assert [image.path for image in listing.images] == ["train/cat/" + "a/" * 25 + "x.jpg"]
+    repeated = [finding for finding in listing.findings if finding.code == "repeated_folder"]
+    assert len(repeated) == 25
+    assert (repeated[-1].path, repeated[-1].others) == ("train/cat/b", ("train/cat/a",))
+
+
+def test_pipes_and_devices_named_like_images_are_findings(tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    os.mkfifo(data / "train/ant/pipe.jpg")
+    (data / "val/ant/zero.png").symlink_to("/dev/zero")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/train.csv").write_text(
+        "path,label\n../data/train/ant/pipe.jpg,a\n../data/val/ant/zero.png,a\n../data/train/bee/0.jpg,b\n"
+    )
+    cases = checked(data, tmp_path)["findings"]["unreadable_file"]["cases"]
+    assert [case["path"] for case in cases] == ["train/ant/pipe.jpg", "val/ant/zero.png"]
+    assert cases[0]["detail"] == "not a regular file"
+    report = checked(tmp_path / "lists", tmp_path)
+    assert [case["detail"] for case in report["findings"]["unreadable_file"]["cases"]] == ["is a pipe", "is a device"]

@@ -62,7 +62,8 @@ def open_folder(
     """Find the images and labels of a split, sorted by class and path.
 
     "train" also finds "training"; "val" and "validation" find "val", "validation", "valid" or "test". The classes are
-    the folders in the split, sorted by name as torchvision sorts them; hidden files and folders are ignored.
+    the folders in the split, sorted by name as torchvision sorts them; hidden files and folders are ignored. A folder
+    in a class folder is read once, however many links lead to it.
 
     Args:
         data_dir: folder that contains the splits.
@@ -81,7 +82,7 @@ def open_folder(
             f"{root}: holds no class folders; put the images of each class into a folder named after it, or write a "
             f"list {root.name}.csv beside it, with the columns path,label"
         )
-    images = {name: sorted(_images_below(root, name)) for name in folders}
+    images = {name: sorted(_images_below(root, name, set())) for name in folders}
     empty = [name for name in folders if not images[name]]
     if len(empty) == len(folders):
         known = " ".join(EXTENSIONS)
@@ -134,6 +135,22 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         raise ValueError(f"{entry.path}: cannot be followed ({error.strerror}); remove the link") from error
 
 
+def is_first_visit(folder: str | os.PathLike[str], visited: set[tuple[int, int]]) -> bool:
+    """Whether a folder is not among the `visited` ones, and add it.
+
+    Links can lead to a folder along exponentially many paths, so each folder is read once. Raises ValueError, naming
+    the folder, if it cannot be followed.
+    """
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}); make it readable or remove it") from error
+    found = status.st_dev, status.st_ino
+    is_first = found not in visited
+    visited.add(found)
+    return is_first
+
+
 def _find_split(data_dir: Path, split: str) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"{data_dir}: no such folder; give the folder that contains the splits (train, val)")
@@ -146,16 +163,19 @@ def _find_split(data_dir: Path, split: str) -> Path:
     raise NoSuchSplit(f"{data_dir}: no split '{split}' (looked for {', '.join(names)}); {found}")
 
 
-def _images_below(root: Path, folder: str) -> Iterable[str]:
-    """Paths, relative to `root`, of the images at any depth in one of its folders."""
-    for entry in list_folder(root / folder):
+def _images_below(root: Path, folder: str, visited: set[tuple[int, int]]) -> Iterable[str]:
+    """Paths, relative to `root`, of the images at any depth in one of its folders; each folder is read once."""
+    if not is_first_visit(root / folder, visited):
+        return
+    # In order of their names, so that the same of several links is followed each time.
+    for entry in sorted(list_folder(root / folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
         if is_folder(entry):
             if entry.is_symlink() and _links_to_parent(root / path):
                 raise ValueError(f"{root / path}: links to a folder that contains it; remove the link")
-            yield from _images_below(root, path)
+            yield from _images_below(root, path, visited)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
 

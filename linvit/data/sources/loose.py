@@ -20,7 +20,7 @@ from linvit.data.augment.build import InputSpec, build_eval_pipeline
 from linvit.data.decode import EXTENSIONS, read_file, read_image
 from linvit.data.loader import normalize
 from linvit.data.sources.base import ImageSet, PackedStrings
-from linvit.data.sources.folder import is_folder, list_folder
+from linvit.data.sources.folder import is_first_visit, is_folder, list_folder
 from linvit.output.files import reason
 
 # A path or pattern, an image as (H, W, 3) uint8 RGB, or a Pillow image.
@@ -78,7 +78,8 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
     """The image files that a file, folder or pattern refers to.
 
     A folder yields the files below it, at any depth, with the extension of an image; hidden files and folders are
-    ignored. Files and folders together are in natural order (2.jpg before 10.jpg). A pattern such as `scans/**/*.png`
+    ignored, and a folder is read once, however many links lead to it. Files and folders together are in natural order
+    (2.jpg before 10.jpg). A pattern such as `scans/**/*.png`
     yields the paths that match it, in the same order.
 
     Args:
@@ -90,7 +91,7 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
             does not exist.
     """
     if os.path.isdir(path):
-        images = _images_below(path)
+        images = _images_below(path, set())
         first = next(images, None)
         if first is None:
             raise ValueError(f"{path}: holds no images (looked for {' '.join(EXTENSIONS)})")
@@ -102,7 +103,7 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
         raise ValueError(f"{path}: there is no such file or folder, and nothing matches it; correct the path")
     for match in matches or [path]:
         if os.path.isdir(match):
-            yield from _images_below(match)
+            yield from _images_below(match, set())
         else:
             yield match
 
@@ -162,16 +163,14 @@ def _split_numbers(text: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
-def _images_below(folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    # A link to a parent folder would never end.
-    if real in parents:
+def _images_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    if not is_first_visit(folder, visited):
         return
     for entry in sorted(list_folder(folder), key=lambda entry: natural_key(entry.name)):
         if entry.name.startswith("."):
             continue
         if is_folder(entry):
-            yield from _images_below(entry.path, (*parents, real))
+            yield from _images_below(entry.path, visited)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield entry.path
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from linvit.data.decode import EXTENSIONS, UnreadableImage
+from linvit.data.decode import EXTENSIONS, MAX_FILE_BYTES, UnreadableImage
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.classes import MissingClasses, number_labels
 from linvit.data.sources.tarindex import ShardIndex, index_shards
@@ -53,12 +53,18 @@ class ImageShards(ImageSet):
 
     def read_bytes(self, index: int) -> bytes:
         size = int(self._index.sizes[index])
+        if size > MAX_FILE_BYTES:
+            raise UnreadableImage(
+                f"{self.path(index)}: has {size:,} bytes, more than OpenCV decodes (2 GiB); remove it"
+            )
         try:
             file = _open(self._shard(index), os.getpid(), threading.get_ident()).file
             file.seek(int(self._index.offsets[index]))
             data = file.read(size)
         except OSError as error:
             raise UnreadableImage(f"{self.path(index)}: cannot be read ({error.strerror}); restore the tar") from error
+        except MemoryError:
+            raise UnreadableImage(f"{self.path(index)}: has {size:,} bytes, which do not fit in memory") from None
         if len(data) < size:
             raise UnreadableImage(f"{self.path(index)}: the tar is now shorter than when it was indexed; restore it")
         return data

@@ -6,23 +6,26 @@ import os
 import tarfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from linvit.data.decode import EXTENSIONS
 from linvit.data.sources.base import PackedStrings
-from linvit.output.files import write_file
+from linvit.output.files import parse_json, reason, write_file
 from linvit.output.terminal import progress_bar
 
 # Extensions of label files, by priority. The name of the image's folder comes before .txt, which may be a caption.
 LABEL_SUFFIXES = ("cls", "json", "txt")
 # Longer .cls and .txt files are not labels.
 _MAX_LABEL_BYTES = 200
+_MAX_JSON_BYTES = 2**24
+# Far more than long names and PAX records need.
+_MAX_HEADER_BYTES = 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 # Version of the cached index; increase it whenever the same tars would be indexed differently.
@@ -87,7 +90,7 @@ def scan_tar(path: Path) -> list[Member]:
     try:
         with path.open("rb") as file:
             _refuse_compressed(path, file)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with _open_tar(file) as tar:
                 contents = _read_contents(path, file, tar)
                 _check_end(file, tar.offset)
     except OSError as error:
@@ -103,6 +106,45 @@ class _Contents:
 
     images: dict[str, list[Member]] = field(default_factory=lambda: defaultdict(list))
     labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+
+
+class _HeaderReader:
+    """A tar's file as tarfile reads it; ReadError for a header that claims more bytes than headers have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    with _python_errors_as_damage():
+        return tarfile.open(fileobj=cast(BinaryIO, _HeaderReader(file)), mode="r:")
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member of a tar; raises TarError if it is damaged."""
+    with _python_errors_as_damage():
+        member = tar.next()
+    if member is not None and (member.size < 0 or tar.offset <= member.offset):
+        # tarfile would read the same headers for ever.
+        raise tarfile.ReadError(f"{member.name!r} has {member.size:,} bytes")
+    return member
+
+
+@contextmanager
+def _python_errors_as_damage() -> Iterator[None]:
+    """Turn Python's own errors, such as RecursionError for thousands of headers of one name, into ReadError."""
+    try:
+        yield
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"a header cannot be parsed: {reason(error)}") from error
 
 
 def _refuse_compressed(path: Path, file: BinaryIO) -> None:
@@ -125,13 +167,25 @@ def _check_end(file: BinaryIO, end: int) -> None:
     while rest:
         if rest.strip(b"\0"):
             raise tarfile.ReadError(f"neither a header nor the end at byte {end:,}")
+        _skip_hole(file)
         rest = file.read(2**20)
+
+
+def _skip_hole(file: BinaryIO) -> None:
+    """Move to the next data of a sparse file, which may have terabytes of zeros that are not on the disk."""
+    if not hasattr(os, "SEEK_DATA"):
+        return
+    try:
+        file.seek(os.lseek(file.fileno(), file.tell(), os.SEEK_DATA))
+    except OSError:
+        # Only a hole follows.
+        file.seek(0, os.SEEK_END)
 
 
 def _read_contents(path: Path, file: BinaryIO, tar: tarfile.TarFile) -> _Contents:
     contents = _Contents()
     seen: set[str] = set()
-    while (member := tar.next()) is not None:
+    while (member := _next(tar)) is not None:
         # tarfile would otherwise keep every header in memory.
         tar.members.clear()  # type: ignore[attr-defined]
         member.name = member.name.removeprefix("./")
@@ -162,10 +216,12 @@ def _read_label(path: Path, file: BinaryIO, member: tarfile.TarInfo, suffix: str
     is_json = suffix == "json"
     if not is_json and member.size > _MAX_LABEL_BYTES:
         return None
+    if member.size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path}/{member.name}: has {member.size:,} bytes, too many for a label; remove it")
     file.seek(member.offset_data)
     try:
         text = file.read(member.size).decode().strip()
-        label = json.loads(text).get("label") if is_json else text
+        label = parse_json(text).get("label") if is_json else text
     except (ValueError, AttributeError) as error:
         kind = "a JSON object" if is_json else "text"
         raise ValueError(f"{path}/{member.name}: is not {kind}; write the label there in UTF-8") from error

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folders import link_levels
 
 from linvit.data.sources.folder import ImageFolder, open_folder
 
@@ -132,6 +133,14 @@ def test_pickles_are_small() -> None:
     assert len(data) < 60 * count
     assert pickle.loads(data).path(123) == Path("/data/train/n01440764/n01440764_00123.JPEG")
     assert folder.path(0).name == "n01440764_00000.JPEG"
+
+
+def test_a_folder_in_a_class_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    link_levels(tmp_path / "train/cat", levels=25)
+    (tmp_path / "train/dog").symlink_to("cat")
+    images = open_folder(tmp_path, split="train")
+    deep = "a/" * 25 + "x.jpg"
+    assert images.paths == [tmp_path / "train/cat" / deep, tmp_path / "train/dog" / deep]
 
 
 def test_a_link_to_a_parent_or_to_itself_is_refused(make_folder: MakeFolder) -> None:

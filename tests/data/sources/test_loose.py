@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import link_levels
 from PIL import Image
 
 from linvit.data.decode import decode_image, read_image
@@ -34,6 +35,11 @@ def found(folder: Path, path: str = "", **options: str) -> list[str]:
 
 def test_a_folder_is_searched_at_any_depth_in_natural_order(folder: Path) -> None:
     assert found(folder) == ["9.png", "10.png", "a/deep/er/x.webp", "a/img2.jpg", "a/img12.JPG"]
+
+
+def test_a_folder_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    link_levels(tmp_path / "top", levels=25)
+    assert found(tmp_path / "top") == ["a/" * 25 + "x.jpg"]
 
 
 def test_a_link_to_a_parent_folder_is_not_followed(folder: Path) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tars import write_tar
 
+from linvit.data.decode import UnreadableImage
 from linvit.data.sources import tarindex
+from linvit.data.sources.tar import open_shards
 from linvit.data.sources.tarindex import Member, ShardIndex, index_shards, scan_tar
 
 IMAGE = b"the bytes of an image" * 40
@@ -246,3 +248,61 @@ def test_an_index_that_cannot_be_cached_is_still_used(shards: list[Path], tmp_pa
 def test_a_missing_shard_is_named(shards: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"c\.tar: cannot be read"):
         index_shards([*shards, shards[0].with_name("c.tar")])
+
+
+def header(kind: bytes, size: int, name: str = "x.jpg") -> bytearray:
+    """A header that claims a file of this size, in the base-256 form for sizes that octal digits do not hold."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        (header(tarfile.GNUTYPE_LONGNAME, 50 * 2**30), "a header of 53,687,091,200 bytes"),
+        (header(tarfile.GNUTYPE_LONGNAME, -512), "a header of -512 bytes"),
+        (header(tarfile.XHDTYPE, 2**70), "a header of"),
+        (header(tarfile.REGTYPE, -1024), "'x.jpg' has -1,024 bytes"),
+        (header(tarfile.REGTYPE, -1024, "notes.md"), "'notes.md' has -1,024 bytes"),
+        (header(tarfile.REGTYPE, 2**70), "cannot be parsed"),
+        (header(tarfile.GNUTYPE_LONGNAME, 0) * 2000, "cannot be parsed"),
+    ],
+)
+def test_headers_that_would_not_end_are_damage(headers: bytearray, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(write_tar(path, {"a.jpg": IMAGE}).read_bytes()[:1536] + headers + bytes(1024))
+    with pytest.raises(ValueError, match=rf"x\.tar: is truncated, damaged or not a tar \(.*{reason}"):
+        scan_tar(path)
+
+
+def test_a_sparse_tar_of_50_gb_is_indexed_without_reading_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": IMAGE, "a.cls": b"1"})
+    with path.open("r+b") as file:
+        file.truncate(50 * 10**9)
+    assert labels_in(path) == {"a.jpg": "1"}
+
+
+def test_an_image_of_50_gb_in_a_sparse_tar_is_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    size = 50 * 2**30
+    with path.open("wb") as file:
+        file.write(header(tarfile.REGTYPE, size, "a/0.jpg"))
+        file.seek(512 + size)
+        file.write(write_tar(tmp_path / "y.tar", {"a/1.jpg": IMAGE}).read_bytes())
+    images = open_shards([path], split="train", class_file=tmp_path / "classes.txt")
+    with pytest.raises(UnreadableImage, match=r"train\.tar/a/0\.jpg: has 53,687,091,200 bytes"):
+        images.read_bytes(0)
+    assert images.read_bytes(1) == IMAGE
+
+
+def test_labels_that_are_nested_or_huge_are_named(tmp_path: Path) -> None:
+    nested = write_tar(tmp_path / "x.tar", {"a.jpg": IMAGE, "a.json": b"[" * 10**5})
+    with pytest.raises(ValueError, match=r"a\.json: is not a JSON object"):
+        scan_tar(nested)
+    huge = write_tar(tmp_path / "y.tar", {"a.jpg": IMAGE, "a.json": bytes(2**24 + 1)})
+    with pytest.raises(ValueError, match=r"a\.json: has 16,777,217 bytes, too many for a label"):
+        scan_tar(huge)
