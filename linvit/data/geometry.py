@@ -16,13 +16,15 @@ import cv2
 import numpy as np
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 
-from linvit.data.decode import Reduction, resize
+from linvit.data.decode import Reduction, resize, resize_part
 
 Size = tuple[int, int]
 Fill = tuple[int, int, int] | Literal["reflect"]
 
 # A window decoded at a reduced size has at least this many times the height and width that it is resized to.
 _MIN_OVERSAMPLING = 2
+# Up to this many times the pixels of the result, the full window is resized: torch is faster than Pillow.
+_MAX_WASTE = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,16 @@ class CropPlan:
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Crop an image (H, W, 3) of `shape`, or the same image reduced; returns (*size, 3), never a view."""
         (top, bottom), (left, right) = self._edges(1 if image.shape[:2] == self.shape else self.reduction)
-        resized = resize(image[top:bottom, left:right], *self.resized, self.interpolation)
-        return crop_or_pad(resized, *self.offset, self.size, fill=self.fill)
+        window = image[top:bottom, left:right]
+        kept = [_kept(*axis) for axis in zip(self.resized, self.offset, self.size)]
+        (part_top, height), (part_left, width) = kept
+        # A very long image would be resized to thousands of times the pixels of the result.
+        if math.prod(self.resized) > _MAX_WASTE * height * width:
+            part = resize_part(window, *self.resized, self.interpolation, (part_top, part_left, height, width))
+        else:
+            part = resize(window, *self.resized, self.interpolation)[part_top:, part_left:][:height, :width]
+        top, left = self.offset[0] - part_top, self.offset[1] - part_left
+        return crop_or_pad(part, top, left, self.size, fill=self.fill)
 
     def _edges(self, reduction: int) -> list[tuple[int, int]]:
         """(top, bottom) and (left, right) of the window in the reduced image, rounded to whole pixels.
@@ -88,6 +98,11 @@ class CropPlan:
             (round(start / reduction), round((start + length) / reduction))
             for start, length in zip(self.window[:2], self.window[2:])
         ]
+
+
+def _kept(resized: int, offset: int, size: int) -> tuple[int, int]:
+    """Start and length of the part of a resized side that the result shows; all of it where the result is padded."""
+    return (offset, size) if 0 <= offset <= resized - size else (0, resized)
 
 
 def crop_or_pad(image: np.ndarray, top: int, left: int, size: Size, *, fill: Fill) -> np.ndarray:

@@ -7,7 +7,6 @@ and a parameter of a class in the module that defines the model.
 
 import functools
 import inspect
-import json
 import sys
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from timm.models import build_model_with_cfg, get_model_args, model_entrypoint
 from timm.models._hub import _parse_model_cfg
 from torch import nn
 
-from linvit.output.files import reason
+from linvit.output.files import parse_json, reason
 from linvit.output.terminal import printable
 from linvit.settings.fields import unknown
 

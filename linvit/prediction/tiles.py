@@ -1,5 +1,6 @@
 """Read images in worker processes and cut them into tiles, each resized to the model's size."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,9 @@ from linvit.data.decode import UnreadableImage
 from linvit.data.sources.base import ImageSet
 from linvit.data.worker import start_worker
 from linvit.prediction.tiling import Box, Tiling
+
+# The tiles of an image of 2^30 pixels, the most that can be read, with an overlap of an eighth take less than this.
+_MAX_TILE_BYTES = 2**33
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class _TiledImages(Dataset[Tiles | str]):
             image = self.images.read(index)
         except UnreadableImage as error:
             return str(error).removeprefix(f"{self.images.path(index)}: ")
+        num_boxes = self.tiling.num_boxes(*image.shape[:2])
+        if num_boxes * math.prod(self.spec.size) * 3 > _MAX_TILE_BYTES:
+            return f"would be cut into {num_boxes:,} tiles, more than fit in memory; set a larger --tile"
         boxes = self.tiling.boxes(*image.shape[:2])
         pipeline = self.full_pipeline if len(boxes) == 1 else self.tile_pipeline
         pixels = torch.empty((len(boxes), *self.spec.size, 3), dtype=torch.uint8)

@@ -1,10 +1,12 @@
 """Where the overlapping tiles of a large image are. `tiles` reads them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from linvit.settings.fields import height_and_width
+
+# Tiles shrink to at least this share of their size in images that are smaller than a tile in one dimension.
+_SMALLEST_SHRINK = 0.25
 
 
 class Box(NamedTuple):
@@ -43,18 +45,31 @@ class Tiling:
         """The tiles of an image, row by row from the top left; the full image if it is no larger than a tile.
 
         The last tile of a row or column is moved back into the image, so nothing is padded. If the image is smaller
-        than a tile in one dimension only, the tiles shrink to fit, with the same aspect ratio.
+        than a tile in one dimension only, the tiles shrink to fit, with the same aspect ratio, down to a quarter of
+        their size. In an image that is still smaller, the tiles are a quarter as long and as narrow as the image, so a
+        strip of a few pixels is not cut into hundreds of tiles.
         """
-        shrink = min(1.0, height / self.size[0], width / self.size[1])
+        tile, tops, lefts = self._grid(height, width)
+        return [Box(top, left, *tile) for top in tops for left in lefts]
+
+    def num_boxes(self, height: int, width: int) -> int:
+        """The number of tiles of an image, without listing them."""
+        _, tops, lefts = self._grid(height, width)
+        return len(tops) * len(lefts)
+
+    def _grid(self, height: int, width: int) -> tuple[tuple[int, int], list[int], list[int]]:
+        """The (height, width) of a tile, and the tops and lefts of the rows and columns of tiles."""
         if height <= self.size[0] and width <= self.size[1]:
-            return [Box(0, 0, height, width)]
-        tile_height, tile_width = (max(round(length * shrink), 1) for length in self.size)
-        overlap = min(int(self.overlap * shrink), min(tile_height, tile_width) - 1)
-        return [
-            Box(top, left, tile_height, tile_width)
-            for top in _starts(height, tile_height, overlap)
-            for left in _starts(width, tile_width, overlap)
-        ]
+            return (height, width), [0], [0]
+        shrink = max(min(1.0, height / self.size[0], width / self.size[1]), _SMALLEST_SHRINK)
+        tile_height, tile_width = (
+            min(max(round(tile * shrink), 1), length) for tile, length in zip(self.size, (height, width))
+        )
+        tops, lefts = (
+            _starts(length, tile, min(int(self.overlap * shrink), tile - 1))
+            for length, tile in ((height, tile_height), (width, tile_width))
+        )
+        return (tile_height, tile_width), tops, lefts
 
 
 def create_tiling(
@@ -67,7 +82,6 @@ def create_tiling(
     return Tiling((height, width), min(height, width) // 8 if overlap is None else overlap, merge)
 
 
-def _starts(length: int, tile: int, overlap: int) -> Iterator[int]:
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
     """The offsets of the tiles along one side of an image."""
-    yield from range(0, length - tile, tile - overlap)
-    yield length - tile
+    return [*range(0, length - tile, tile - overlap), length - tile]

@@ -211,3 +211,36 @@ def test_the_crop_is_not_a_view_of_the_image() -> None:
         assert not np.shares_memory(result, image)
     full = plan((20, 30), (0, 0, 20, 30), (20, 30)).apply(image)
     assert np.array_equal(full, image)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (7, 501), (40, 1200), (30, 77)])
+def test_a_part_equals_that_of_the_full_resize(
+    shape: tuple[int, int], interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Noise shows rounding more than photographs do.
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    monkeypatch.setattr("linvit.data.geometry._MAX_WASTE", 0)
+    modes = ("center", "squash", "border")
+    crops = [
+        *(EvalCrop((24, 40), pct, mode, interpolation) for pct in (0.875, 1.5) for mode in modes),
+        *(RandomKeepRatioCrop((31, 20), interpolation=interpolation, crop=crop) for crop in ("centre", "random")),
+        RandomResizedCrop((24, 24), interpolation=interpolation),
+    ]
+    for crop in crops:
+        crop.py_random.seed(1)
+        plan = crop.plan(*shape)
+        (top, left), (height, width) = plan.window[:2], plan.window[2:]
+        full = resize(image[top : top + height, left : left + width], *plan.resized, interpolation)
+        expected = crop_or_pad(full, *plan.offset, plan.size, fill=plan.fill).astype(int)
+        difference = np.abs(plan.apply(image) - expected)
+        assert difference.max() <= {"nearest": 0, "bilinear": 1, "bicubic": 2}[interpolation]
+        assert difference.mean() < 0.2
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_very_long_image_is_not_resized_whole(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linvit.data.geometry.resize", None)
+    image = np.repeat((np.arange(20_000) % 251).astype(np.uint8), 3).reshape(*shape, 3)
+    for crop in (EvalCrop((224, 224), 0.9), RandomKeepRatioCrop((224, 224), interpolation="bilinear")):
+        assert crop(image=image)["image"].shape == (224, 224, 3)

@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from linvit.cli import main
@@ -118,6 +121,36 @@ def test_a_list_with_nul_bytes_and_a_closed_stdin_are_one_sentence(
     monkeypatch.setattr(sys, "stdin", None)
     assert predict(run, "-") == 2
     assert capsys.readouterr().err == "error: - reads paths from stdin, which is closed; pipe a list into it\n"
+
+
+def test_what_never_ends_in_a_list_is_a_row_and_the_rest_goes_on(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "number.ppm").write_bytes(b"P6\n" + b"9" * 5000 + b" 1 255\n")
+    image = data / "val/blue/0.png"
+    lines = b"/dev/zero\n%b" % "\n".join(map(str, [*tmp_path.iterdir(), image])).encode()
+    for options in ([], ["--tile", "32"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        assert predict(run, tmp_path / "pipe.jpg", "-", image, *options, "-o", tmp_path / "p.jsonl") == 0
+        rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+        (tmp_path / "p.jsonl").unlink()
+        errors = {Path(row["path"]).name: row["error"] for row in rows}
+        assert errors.pop("0.png") is None
+        assert errors["pipe.jpg"] == "is a pipe, not an image file; remove it"
+        assert errors["huge.jpg"] is not None
+        assert all(errors.values())
+        assert len(rows) == 7
+
+
+def test_an_image_of_too_many_tiles_is_a_row(run: Path, data: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((2000, 2000, 3), np.uint8))
+    options = ["--tile", "1", "--overlap", "0", "-o", tmp_path / "p.jsonl"]
+    assert predict(run, tmp_path / "a.png", *options) == 1
+    (row,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert row["error"] == "would be cut into 4,000,000 tiles, more than fit in memory; set a larger --tile"
 
 
 def test_an_empty_list_gives_an_empty_table(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

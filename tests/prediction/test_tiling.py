@@ -32,6 +32,7 @@ def test_every_pixel_is_covered_and_neighbours_overlap(size: tuple[int, int], ov
             assert window.shape == (box.height, box.width)
             window[:] = True
         assert covered.all()
+        assert len(boxes) == tiling.num_boxes(height, width)
         assert len(set(boxes)) == len(boxes)
         assert len({(box.height, box.width) for box in boxes}) == 1
         if height >= size[0] and width >= size[1]:
@@ -49,6 +50,13 @@ def test_tiles_of_a_narrow_image_are_smaller_and_of_the_same_shape() -> None:
     boxes = Tiling((100, 200), overlap=20).boxes(50, 400)
     assert {(box.height, box.width) for box in boxes} == {(50, 100)}
     assert [box.left for box in boxes] == [0, 90, 180, 270, 300]
+
+
+def test_a_strip_of_a_few_pixels_has_few_tiles() -> None:
+    boxes = Tiling((1024, 1024), overlap=128).boxes(10, 1025)
+    assert boxes == [Box(0, left, 10, 256) for left in (0, 224, 448, 672, 769)]
+    assert len(Tiling((1024, 1024), overlap=128).boxes(20_000, 1)) == 90
+    assert Tiling((64, 64), overlap=63).boxes(1, 70)[-1] == Box(0, 54, 1, 16)
 
 
 def test_an_overlap_as_large_as_a_tile_is_refused() -> None:

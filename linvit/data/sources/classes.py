@@ -1,6 +1,5 @@
 """Class names and labels: which classes a split has and which label each gets, by the same rules for every source."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from linvit.output.files import parse_json
 from linvit.settings.fields import listed
 
 MissingClasses = Literal["refuse", "allow"]
@@ -172,8 +172,8 @@ def read_class_map(path: str | os.PathLike[str], *, flag: str = "--class-map ") 
 
 def _names_in_json(text: str, *, source: str) -> list[str]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{source}: is not valid JSON ({error})") from error
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content
