@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> int:
     from linvit.training import setup
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
+    from linvit.training.input_range import resolve_input_range
     from linvit.training.log import lasting_output
     from linvit.training.recorder import check_resume, recording
     from linvit.training.resume import check_output
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> int:
         train_set = setup.open_train_set(config)
         val_set = setup.open_val_set(config, class_names=train_set.class_names)
         model, new_parameters = setup.prepare_model(config, class_names=train_set.class_names, ranks=ranks)
+        config = resolve_input_range(config, train_set, ranks)
         spec = resolve_input(model, config)
         config = resolve_batch_size(config, model, train_set, spec=spec, ranks=ranks)
         train_loader = setup.build_train_loader(config, train_set, spec=spec, ranks=ranks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linvit.check.faults import FAULTS
+from linvit.data.options import InputRange
 from linvit.settings.fields import unknown
 from linvit.settings.flags import UsageError, check_files, parse_options
 
@@ -38,6 +39,11 @@ class CheckOptions(BaseModel):
         178_956_970,
         gt=0,
         description="report images with more pixels instead of decoding them (default: Pillow's limit, 179 million)",
+    )
+    input_range: InputRange | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, or none",
+        description="values of 16-bit images that become black and white, as in training (default: 0 65535)",
     )
     workers: int | None = Field(
         None, ge=0, description="processes that read images; 0 uses the main process (default: one per usable core)"
@@ -105,15 +111,18 @@ def check(options: CheckOptions, listing: "Listing", source: "Source") -> dict[s
     from linvit.check.pool import Pool, ProgressBar, usable_cores
     from linvit.check.reader import Reader, read_all
     from linvit.check.report import build_report, try_training
-    from linvit.check.splits import check_classes, sample_for_colours, training_split
+    from linvit.check.splits import check_classes, check_value_ranges, sample_for_colours, training_split
 
     workers = usable_cores() if options.workers is None else options.workers
     paths = [image.path for image in listing.images]
     started = time.perf_counter()
     train_split = training_split(listing)
     colour_sample = sample_for_colours(np.array([image.split == train_split for image in listing.images]))
-    with ProgressBar() as progress, Pool(workers, Reader(source, max_pixels=options.max_pixels)) as pool:
+    reader = Reader(source, max_pixels=options.max_pixels, input_range=options.input_range)
+    with ProgressBar() as progress, Pool(workers, reader) as pool:
         measurements, findings = read_all(pool, paths, colour_sample, progress.stage("images", len(paths)).advance)
+        if options.input_range is None:
+            findings += check_value_ranges(measurements)
         duplicates = find_duplicates(measurements)
         findings += group_findings(duplicates, listing.images)
         near_duplicates = None

@@ -102,6 +102,12 @@ FAULTS: dict[str, Fault] = {
         "decodes all of it, at 3 bytes per pixel; cannot read an image of 2^30 pixels or more",
         "scale it down, cut it into pieces, or raise --max-pixels",
     ),
+    "narrow_range": _used(
+        "fault",
+        "images of 16 bits that use a quarter of their values or less, such as 12-bit data",
+        "sees them nearly black, in a few grey levels",
+        "train, evaluate and predict with the --input-range that the finding names, or with --input-range auto",
+    ),
     "tiny": _used(
         "fault",
         f"an image with a side of less than {SMALLEST_SIDE} px",
@@ -155,8 +161,8 @@ FAULTS: dict[str, Fault] = {
     "sixteen_bit": _used(
         "note",
         "an image with 16 bits per channel",
-        "keeps the upper 8 bits",
-        "stretch dark images to 8 bits yourself",
+        "keeps the upper 8 bits, or the values of --input-range",
+        "set --input-range if the images are dark",
     ),
     "alpha": _used(
         "note",

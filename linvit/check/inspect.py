@@ -12,7 +12,8 @@ import numpy as np
 
 from linvit.check.faults import LARGEST_ASPECT, SMALLEST_SIDE
 from linvit.check.header import HEAD_BYTES, Header, format_named, format_of, is_truncated, read_header
-from linvit.data.decode import CostlyImage, UnreadableImage, UnsupportedImage, decode_image, reducible_size
+from linvit.data.decode import CostlyImage, InputRange, UnreadableImage, UnsupportedImage, decode_image, reducible_size
+from linvit.data.value_range import value_range
 
 # Side in pixels of the thumbnail that perceptual hashes are computed from.
 THUMBNAIL = 32
@@ -26,7 +27,7 @@ _EXTRA_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 class Pixels(NamedTuple):
     """Numbers kept of a decoded image: its size, its channels' means and deviations (3, 1), and a grey thumbnail
-    (32, 32) uint8.
+    (32, 32) uint8. `value_range` is the lowest and highest value of an image of 16 bits, None for others.
 
     The deviations are those of the pixels only if the image was decoded at full size; otherwise slightly smaller.
     """
@@ -36,6 +37,7 @@ class Pixels(NamedTuple):
     means: np.ndarray
     deviations: np.ndarray
     thumbnail: np.ndarray
+    value_range: InputRange | None = None
 
 
 class Inspection(NamedTuple):
@@ -79,20 +81,33 @@ class DecoderMessages:
         return text.decode(errors="replace")
 
 
-def inspect(data: bytes, path: str, *, max_pixels: int, full_size: bool, messages: DecoderMessages) -> Inspection:
+def inspect(
+    data: bytes,
+    path: str,
+    *,
+    max_pixels: int,
+    full_size: bool,
+    messages: DecoderMessages,
+    input_range: InputRange | None = None,
+) -> Inspection:
     """Inspect the bytes of one image file.
 
     All data is decoded, as in training. Unless `full_size` is set, the pixels of a JPEG are computed at a reduced
-    size: damage shows before that step.
+    size: damage shows before that step. `input_range` is that of `decode_image`.
     """
-    findings, pixels = _decode(data, path, max_pixels, full_size, messages)
+    findings, pixels = _decode(data, path, max_pixels, full_size, messages, input_range)
     # Among a hundred thousand files, either checksum alone would give two of them the same number.
     checksum = zlib.crc32(data) << 32 | zlib.adler32(data)
     return Inspection(findings, checksum, len(data), pixels)
 
 
 def _decode(
-    data: bytes, path: str, max_pixels: int, full_size: bool, messages: DecoderMessages
+    data: bytes,
+    path: str,
+    max_pixels: int,
+    full_size: bool,
+    messages: DecoderMessages,
+    input_range: InputRange | None,
 ) -> tuple[list[tuple[str, str]], Pixels | None]:
     if not data:
         return [("empty_file", "")], None
@@ -102,10 +117,13 @@ def _decode(
         return [("decompression_bomb", f"{header.width}×{header.height}")], None
     size = None if full_size else reducible_size(data)
     try:
-        image = decode_image(data, name=path, reduction=1 if size is None else _reduction(*size))
+        reduction = 1 if size is None else _reduction(*size)
+        image = decode_image(data, name=path, reduction=reduction, input_range=input_range)
     except UnreadableImage as error:
         return [_why_unreadable(data, format_name, header, messages, error, path)], None
     pixels = _measure(image, *(size or image.shape[:2]))
+    if header is not None and "sixteen_bit" in header.codes:
+        pixels = pixels._replace(value_range=value_range(data))
     findings = _header_findings(path, format_name, header) + _size_findings(pixels)
     if not pixels.deviations.any() and _is_blank(image if size is None else decode_image(data, name=path)):
         findings.append(("blank", ""))

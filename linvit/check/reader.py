@@ -14,7 +14,7 @@ from linvit.check.faults import Finding
 from linvit.check.inspect import THUMBNAIL, DecoderMessages, inspect
 from linvit.check.perceptual import hash_thumbnails
 from linvit.check.pool import Pool
-from linvit.data.decode import UnreadableImage, read_file
+from linvit.data.decode import InputRange, UnreadableImage, read_file
 
 # Images per task of a process.
 _CHUNK = 32
@@ -42,9 +42,10 @@ class FolderSource:
 class Reader:
     """A context that a process needs to inspect images; it captures what decoders print."""
 
-    def __init__(self, source: Source, *, max_pixels: int) -> None:
+    def __init__(self, source: Source, *, max_pixels: int, input_range: InputRange | None = None) -> None:
         self.source = source
         self.max_pixels = max_pixels
+        self.input_range = input_range
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -69,6 +70,7 @@ class Measurements:
         thumbnails: grey thumbnail (N, 16, 16) uint8.
         means: mean of each channel (N, 3), 0 to 255.
         squares: mean square of each channel (N, 3); exact only for images decoded at full size.
+        ranges: lowest and highest value of images of 16 bits (N, 2); -1 for others.
     """
 
     sizes: np.ndarray
@@ -78,6 +80,7 @@ class Measurements:
     thumbnails: np.ndarray
     means: np.ndarray
     squares: np.ndarray
+    ranges: np.ndarray
 
     @classmethod
     def empty(cls, count: int) -> Self:
@@ -89,6 +92,7 @@ class Measurements:
             thumbnails=np.zeros((count, _SMALL_THUMBNAIL, _SMALL_THUMBNAIL), np.uint8),
             means=np.zeros((count, 3), np.float32),
             squares=np.zeros((count, 3), np.float32),
+            ranges=np.full((count, 2), -1, np.int32),
         )
 
     @property
@@ -154,7 +158,12 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             continue
         try:
             inspection = inspect(
-                data, path, max_pixels=reader.max_pixels, full_size=full_size, messages=reader.messages
+                data,
+                path,
+                max_pixels=reader.max_pixels,
+                full_size=full_size,
+                messages=reader.messages,
+                input_range=reader.input_range,
             )
         except Exception as error:
             # Decoders raise all sorts of errors on damaged files, which must not end the check.
@@ -167,6 +176,8 @@ def _inspect_chunk(reader: Reader, task: _Task) -> _Result:
             rows.sizes[row] = pixels.width, pixels.height
             means[row], deviations[row] = pixels.means[:, 0], pixels.deviations[:, 0]
             thumbnails[row] = pixels.thumbnail
+            if pixels.value_range is not None:
+                rows.ranges[row] = pixels.value_range
     rows.means[:], rows.squares[:] = means, means**2 + deviations**2
     rows.hashes[:] = hash_thumbnails(thumbnails)
     # Averages of 2 x 2 pixels; slicing is ten times as fast as a sum over axes.

@@ -18,6 +18,10 @@ _ASPECTS = (0, 1 / 4, 1 / 2, 2 / 3, 3 / 4, 0.95, 1.05, 4 / 3, 3 / 2, 2, 4, np.in
 _MAX_COLOUR_IMAGES = 1_000
 
 
+# 14-bit data in 16-bit files have this many grey levels.
+_FEWEST_LEVELS = 64
+
+
 def training_split(listing: Listing) -> str:
     """The split that training uses, otherwise the first one."""
     names = list(listing.classes)
@@ -79,6 +83,23 @@ def check_classes(listing: Listing) -> list[Finding]:
     """
     splits = {split: counts for split, counts in listing.classes.items() if counts}
     return [*_empty(splits), *_missing(splits), *_similar_names(splits), *_imbalanced(splits)]
+
+
+def check_value_ranges(measurements: Measurements) -> list[Finding]:
+    """A finding if the 16-bit images use so few of their values that most of the 256 grey levels are lost."""
+    ranges = measurements.ranges[measurements.ranges[:, 1] >= 0]
+    if not len(ranges):
+        return []
+    low, high = int(ranges[:, 0].min()), int(ranges[:, 1].max())
+    num_levels = high // 256 - low // 256 + 1
+    if num_levels > _FEWEST_LEVELS:
+        return []
+    levels = "1 of 256 grey levels is" if num_levels == 1 else f"{num_levels} of 256 grey levels are"
+    high = max(high, low + 1)
+    detail = (
+        f"{len(ranges):,} images of 16 bits use the values {low} to {high}: {levels} left; --input-range {low} {high}"
+    )
+    return [Finding("narrow_range", ".", detail)]
 
 
 def _range(values: np.ndarray) -> dict[str, float]:

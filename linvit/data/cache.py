@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from linvit.data.augment.build import Pipeline
-from linvit.data.decode import UnreadableImage, decode_image, reducible_size
+from linvit.data.decode import InputRange, UnreadableImage, decode_image, reducible_size
 from linvit.data.geometry import Crop
 from linvit.data.options import CacheOptions
 from linvit.data.sources.base import ImageSet
@@ -59,17 +59,20 @@ class ImageCache:
 
     Args:
         options: where to store the pixels; `cache` must be set.
+        input_range: see `decode_image`.
 
     Raises:
         ValueError: if the system has no folder in memory.
         OSError: if the cache folder cannot be written.
     """
 
-    def __init__(self, options: CacheOptions, dataset: ImageSet, crop: Crop) -> None:
+    def __init__(
+        self, options: CacheOptions, dataset: ImageSet, crop: Crop, *, input_range: InputRange | None = None
+    ) -> None:
         self.crop = crop
         self._dataset = dataset
-        self._pipeline = Pipeline(crop, A.Compose([]))
-        name = f"{dataset.split}-{_key(dataset, crop)}".replace(os.sep, "-")
+        self._pipeline = Pipeline(crop, A.Compose([]), input_range=input_range)
+        name = f"{dataset.split}-{_key(dataset, crop, input_range)}".replace(os.sep, "-")
         if options.cache == "memory":
             self._pixels = PixelCache(shared_memory_folder(name), len(dataset))
             return
@@ -109,9 +112,17 @@ class ImageCache:
         return round(count * float(np.mean(sizes))) if sizes else 0
 
 
-def _key(dataset: ImageSet, crop: Crop) -> str:
+def _key(dataset: ImageSet, crop: Crop, input_range: InputRange | None) -> str:
     """A hash of everything that decides the pixels, except for the image files themselves."""
-    facts = (_FORMAT, cv2.__version__, torch.__version__, os.path.abspath(dataset.root), len(dataset), repr(crop))
+    facts = (
+        _FORMAT,
+        cv2.__version__,
+        torch.__version__,
+        os.path.abspath(dataset.root),
+        len(dataset),
+        repr(crop),
+        *(input_range or ()),
+    )
     return sha256(repr(facts).encode()).hexdigest()[:16]
 
 

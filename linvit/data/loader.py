@@ -197,7 +197,7 @@ def create_train_loader(
         dtype=dtype,
         epoch_sizes=epoch_sizes,
         on_bad_image=on_bad_image,
-        cache=_train_cache(caching, dataset, largest=max(map(max, sizes))),
+        cache=_train_cache(caching, dataset, spec, largest=max(map(max, sizes))),
     )
 
 
@@ -223,7 +223,9 @@ def create_eval_loader(
     """
     pipeline = build_eval_pipeline(spec)
     assert pipeline.crop is not None
-    cache = ImageCache(caching, dataset, pipeline.crop) if caching is not None and caching.cache is not None else None
+    cache = None
+    if caching is not None and caching.cache is not None:
+        cache = ImageCache(caching, dataset, pipeline.crop, input_range=spec.input_range)
     sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     return Loader(
         dataset,
@@ -241,14 +243,16 @@ def create_eval_loader(
     )
 
 
-def _train_cache(options: CacheOptions | None, dataset: ImageSet, *, largest: int) -> ImageCache | None:
+def _train_cache(
+    options: CacheOptions | None, dataset: ImageSet, spec: InputSpec, *, largest: int
+) -> ImageCache | None:
     """A cache of full images, which are cropped differently in each epoch, to at most `largest` pixels per side."""
     if options is None or options.cache is None:
         return None
     side = options.cache_size or _CACHE_OVERSAMPLING * largest
     if side < largest:
         raise ValueError(f"cache_size {side} is below the input's {largest} pixels; set at least {largest}")
-    return ImageCache(options, dataset, FitShorterSide(side))
+    return ImageCache(options, dataset, FitShorterSide(side), input_range=spec.input_range)
 
 
 class _BatchSampler:

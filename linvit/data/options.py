@@ -41,6 +41,19 @@ Mean = Annotated[Numbers, AfterValidator(_per_channel)]
 Std = Annotated[Numbers, AfterValidator(_per_channel), AfterValidator(_positive)]
 
 
+def _rising(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] >= value[1]:
+        raise ValueError(f"takes two rising numbers, the values of black and white, not {value[0]} {value[1]}")
+    return value
+
+
+# Values of 16-bit images that become black and white.
+InputRange = Annotated[
+    tuple[Annotated[int, Field(ge=-(2**15), lt=2**16)], Annotated[int, Field(ge=-(2**15), lt=2**16)]],
+    AfterValidator(_rising),
+]
+
+
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -99,6 +112,13 @@ class InputOptions(_Options):
     )
     interpolation: Interpolation | None = Field(
         None, description="evaluation: interpolation of the antialiased resize (default: the model's)"
+    )
+
+    input_range: InputRange | Literal["auto"] | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, auto, or none",
+        description="values of 16-bit images that become black and white, as 0 4095 for 12-bit data; 'auto' measures "
+        "them once, before training (default: 0 65535)",
     )
 
     @field_validator("img_size")

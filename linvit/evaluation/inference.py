@@ -18,7 +18,7 @@ from linvit.runs.folder import Classifier
 from linvit.settings.fields import validate
 
 # Options of a command that override the run's settings of the same names.
-OVERRIDES = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "amp", "amp_dtype"}
+OVERRIDES = {"crop_pct", "crop_mode", "mean", "std", "interpolation", "input_range", "amp", "amp_dtype"}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Flips = Literal["none", "hflip"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
 from linvit.settings.fields import ImageSize, PositiveNumber
 
 
@@ -68,6 +68,11 @@ class EvalOptions(BaseModel):
     mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
     std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
     interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+    input_range: InputRange | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, or none",
+        description="values of 16-bit images that become black and white (default: the run's)",
+    )
 
     batch_size: int | None = Field(None, gt=0, description="images per batch (default: the run's, else 64)")
     workers: int = Field(4, ge=0, description="number of processes that read images")

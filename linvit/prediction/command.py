@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
 from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
@@ -63,6 +63,11 @@ class PredictOptions(PredictorOptions):
     mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
     std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
     interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+    input_range: InputRange | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, or none",
+        description="values of 16-bit images that become black and white (default: the run's)",
+    )
 
     tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
 

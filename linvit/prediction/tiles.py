@@ -57,7 +57,7 @@ class _TiledImages(Dataset[Tiles | str]):
 
     def __getitem__(self, index: int) -> Tiles | str:
         try:
-            image = self.images.read(index)
+            image = self.images.read(index, input_range=self.spec.input_range)
         except UnreadableImage as error:
             return str(error).removeprefix(f"{self.images.path(index)}: ")
         num_boxes = self.tiling.num_boxes(*image.shape[:2])

@@ -147,7 +147,7 @@ def save_classifier(
         save_config_for_hf(
             model,
             str(scratch / "config.json"),
-            model_config={"label_names": list(class_names), "linvit": about},
+            model_config={"label_names": list(class_names), "linvit": {**about, **_saved_range(spec)}},
             data_config={
                 "input_size": (3, *spec.size),
                 "mean": spec.mean,
@@ -215,6 +215,10 @@ def load_classifier(
     subset = infer_imagenet_subset(model)
     names = model.pretrained_cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else None)
     return Classifier(model.eval(), names, weights=source, settings={})
+
+
+def _saved_range(spec: InputSpec) -> dict[str, Any]:
+    return {} if spec.input_range is None else {"input_range": spec.input_range}
 
 
 def _read(path: Path, weights: str, *, use_ema: bool) -> SavedWeights:

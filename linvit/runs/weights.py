@@ -123,7 +123,10 @@ def _read_folder(folder: Path, *, use_ema: bool) -> SavedWeights:
     state_dict = _state_dict(file, _read_file(file), use_ema=use_ema)
     if "architecture" in config:
         description = read_config(folder / CONFIG)
-        return SavedWeights(file, state_dict, description.img_size, description.class_names, description)
+        about = config.get("linvit")
+        # timm's format has no place for the input range. A run's own settings replace it.
+        settings = {"input_range": about["input_range"]} if isinstance(about, dict) and "input_range" in about else {}
+        return SavedWeights(file, state_dict, description.img_size, description.class_names, description, settings)
     # Hugging Face's own config.json.
     size = config.get("image_size")
     return SavedWeights(file, state_dict, img_size=(size, size) if isinstance(size, int) else None)

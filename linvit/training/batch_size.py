@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,8 +35,8 @@ def resolve_batch_size(
     """
     if config.batch_size != "auto":
         return config
-    size = _recorded_batch_size(config)
-    if size is None:
+    size = recorded_setting(config, "batch_size")
+    if not isinstance(size, int):
         if ranks.device.type not in LIMITED_DEVICES:
             raise ValueError(
                 f"--batch-size auto: on {ranks.device} running out of memory ends the process, so nothing can be "
@@ -109,8 +110,8 @@ def _smallest_over_ranks(size: int, ranks: Ranks) -> int:
     return int(smallest)
 
 
-def _recorded_batch_size(config: TrainConfig) -> int | None:
-    """The batch size of the run that is resumed; None for a new run."""
+def recorded_setting(config: TrainConfig, name: str) -> Any:
+    """A setting in the args.yaml of the run that is resumed; None for a new run."""
     if config.resume is None:
         return None
     if config.resume == "auto":
@@ -123,6 +124,5 @@ def _recorded_batch_size(config: TrainConfig) -> int | None:
     for folder in folders:
         args = RunFolder(folder).args
         if args.is_file():
-            size = read_settings(args).get("batch_size")
-            return size if isinstance(size, int) else None
+            return read_settings(args).get(name)
     return None

@@ -17,6 +17,7 @@ from linvit.distributed import Ranks
 from linvit.output.plots import BLUE, GREEN, LIGHT_GREY, RED
 from linvit.training.batch_size import resolve_batch_size
 from linvit.training.config import TrainConfig
+from linvit.training.input_range import resolve_input_range
 from linvit.training.setup import (
     build_step,
     build_train_loader,
@@ -75,6 +76,7 @@ def prepare_sweep(config: TrainConfig, ranks: Ranks) -> tuple[TrainStep, Loader]
     prepare_process(config)
     train_set = open_train_set(config)
     model, _ = prepare_model(config, class_names=train_set.class_names, ranks=ranks)
+    config = resolve_input_range(config, train_set, ranks)
     spec = resolve_input(model, config)
     config = resolve_batch_size(config, model, train_set, spec=spec, ranks=ranks)
     loader = build_train_loader(config, train_set, spec=spec, ranks=ranks)

@@ -92,8 +92,29 @@ def test_images_are_converted_as_notes_say(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_fault_can_be_built() -> None:
-    # A folder that cannot be listed has a test of its own, which patches the system call.
-    assert {*FAULTY, "unreadable_folder"} == FAULTS.keys()
+    # A folder that cannot be listed has a test of its own, which patches the system call. So have 16-bit images of few
+    # values, which are notes as well.
+    assert {*FAULTY, "unreadable_folder", "narrow_range"} == FAULTS.keys()
+
+
+def test_12_bit_data_in_16_bit_files_is_found_with_the_option_to_set(tmp_path: Path) -> None:
+    data = build_clean(tmp_path / "data")
+    values = np.random.default_rng(0).integers(3, 601, (48, 64), dtype=np.uint16)
+    Image.fromarray(values).save(data / "train/ant/dark.png")
+    # Hot pixels of a sensor do not make the range.
+    values[7, 9] = 65535
+    Image.fromarray(values[::-1].copy()).save(data / "train/bee/hot.tif")
+    report = checked(data, tmp_path)
+    (case,) = report["findings"]["narrow_range"]["cases"]
+    assert case["detail"] == (
+        "2 images of 16 bits use the values 3 to 600: 3 of 256 grey levels are left; --input-range 3 600"
+    )
+    assert report["status"] == 1
+    ranged = checked(data, tmp_path, input_range=(3, 600))
+    assert (list(ranged["findings"]), ranged["status"]) == (["sixteen_bit"], 0)
+    values[0, :] = 40_000
+    Image.fromarray(values).save(data / "train/ant/bright.png")
+    assert "narrow_range" not in checked(data, tmp_path)["findings"]
 
 
 def uses(fault: Fault) -> str:

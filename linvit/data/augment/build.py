@@ -21,7 +21,7 @@ from albumentations.core.serialization import SERIALIZABLE_REGISTRY, shorten_cla
 
 from linvit.data.augment.erasing import RandomErasing
 from linvit.data.augment.randaugment import PolicyAugment
-from linvit.data.decode import decode_image, reducible_size
+from linvit.data.decode import InputRange, decode_image, reducible_size
 from linvit.data.geometry import Crop, EvalCrop, RandomKeepRatioCrop, RandomResizedCrop, Size
 from linvit.data.options import AugmentOptions, InputOptions
 from linvit.settings.yaml import read_settings
@@ -44,7 +44,7 @@ class InputSpec:
     """The images that a model expects, and how they are resized and cropped for evaluation.
 
     `size` is (height, width) in pixels. `mean` and `std` are red, green, blue, for pixels in 0..1. `crop_pct` is the
-    side of the evaluation crop as a fraction of the resized image's.
+    side of the evaluation crop as a fraction of the resized image's. `input_range` is that of `decode_image`.
     """
 
     size: tuple[int, int]
@@ -53,6 +53,7 @@ class InputSpec:
     interpolation: str
     crop_pct: float
     crop_mode: Literal["center", "squash", "border"]
+    input_range: InputRange | None = None
 
     @property
     def mean_colour(self) -> tuple[int, int, int]:
@@ -88,6 +89,7 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
+        input_range=options.input_range if isinstance(options.input_range, tuple) else None,
     )
 
 
@@ -122,9 +124,10 @@ class Pipeline:
     much fewer pixels (see `CropPlan.reduction`). Random numbers come from the generators last set.
     """
 
-    def __init__(self, crop: Crop | None, augment: A.Compose) -> None:
+    def __init__(self, crop: Crop | None, augment: A.Compose, *, input_range: InputRange | None = None) -> None:
         self.crop = crop
         self.augment = augment
+        self.input_range = input_range
 
     @property
     def transforms(self) -> list[A.BasicTransform]:
@@ -146,7 +149,10 @@ class Pipeline:
         Raises:
             UnreadableImage: as `decode_image` does, with `name` in the message.
         """
-        image = decode_image(data, name=name) if self.crop is None else _decode_crop(data, self.crop, name)
+        if self.crop is None:
+            image = decode_image(data, name=name, input_range=self.input_range)
+        else:
+            image = _decode_crop(data, self.crop, name, self.input_range)
         result: np.ndarray = self._augment(image)["image"]
         return result
 
@@ -155,7 +161,7 @@ class Pipeline:
         return result
 
 
-def _decode_crop(data: bytes, crop: Crop, name: str | os.PathLike[str]) -> np.ndarray:
+def _decode_crop(data: bytes, crop: Crop, name: str | os.PathLike[str], input_range: InputRange | None) -> np.ndarray:
     """Crop an image file, decoding it at the smallest size that the crop allows."""
     size = reducible_size(data)
     if size is not None:
@@ -166,7 +172,7 @@ def _decode_crop(data: bytes, crop: Crop, name: str | os.PathLike[str]) -> np.nd
             return plan.apply(image)
         # The decoder read a different size from a damaged header, and its size counts.
         crop.py_random.setstate(state)
-    image = decode_image(data, name=name)
+    image = decode_image(data, name=name, input_range=input_range)
     return crop.plan(*image.shape[:2]).apply(image)
 
 
@@ -179,7 +185,7 @@ def build_eval_pipeline(spec: InputSpec) -> Pipeline:
         interpolation=spec.interpolation,
         fill=spec.mean_colour,
     )
-    return Pipeline(crop, A.Compose([]))
+    return Pipeline(crop, A.Compose([]), input_range=spec.input_range)
 
 
 def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
@@ -189,7 +195,8 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
         ValueError: if `aug_file` is invalid.
     """
     if augment.aug_file is not None:
-        return Pipeline(None, load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation))
+        pipeline = load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation)
+        return Pipeline(None, pipeline, input_range=spec.input_range)
     if augment.no_aug:
         interpolation = "bilinear" if augment.train_interpolation == "random" else augment.train_interpolation
         return build_eval_pipeline(replace(spec, crop_pct=1.0, crop_mode="center", interpolation=interpolation))
@@ -212,7 +219,7 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
                 mode=augment.remode, max_count=augment.recount, mean=spec.mean, std=spec.std, p=augment.reprob
             )
         )
-    return Pipeline(crop, A.Compose(transforms))
+    return Pipeline(crop, A.Compose(transforms), input_range=spec.input_range)
 
 
 def _colour_transforms(augment: AugmentOptions) -> list[A.BasicTransform]:

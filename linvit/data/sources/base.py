@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from linvit.data.decode import decode_image
+from linvit.data.decode import InputRange, decode_image
 
 _TRAIN_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "validation", "valid", "test")
@@ -56,9 +56,12 @@ class ImageSet(ABC):
         """The image, (H, W, 3) uint8 RGB, and its label."""
         return self.read(index), self.label(index)
 
-    def read(self, index: int) -> np.ndarray:
-        """The image, (H, W, 3) uint8 RGB. Raises UnreadableImage, naming the image, if it cannot be read."""
-        return decode_image(self.read_bytes(index), name=self.path(index))
+    def read(self, index: int, *, input_range: InputRange | None = None) -> np.ndarray:
+        """The image, (H, W, 3) uint8 RGB; see `decode_image`.
+
+        Raises UnreadableImage, naming the image, if it cannot be read.
+        """
+        return decode_image(self.read_bytes(index), name=self.path(index), input_range=input_range)
 
     def label(self, index: int) -> int:
         return int(self._labels[index])

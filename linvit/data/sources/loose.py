@@ -23,7 +23,7 @@ from linvit.data.sources.base import ImageSet, PackedStrings
 from linvit.data.sources.folder import is_first_visit, is_folder, list_folder
 from linvit.output.files import reason
 
-# A path or pattern, an image as (H, W, 3) uint8 RGB, or a Pillow image.
+# A path or pattern, an image as (H, W, 3) RGB or (H, W) grey, uint8 or uint16, or a Pillow image.
 Input: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image
 
 # Each thread of `load_batches` keeps a batch in memory until its turn.
@@ -34,7 +34,7 @@ class LooseImages(ImageSet):
     """Images without labels.
 
     Args:
-        images: the path of each image, or its pixels, (H, W, 3) uint8 RGB.
+        images: the path of each image, or its pixels, (H, W, 3) RGB or (H, W) grey, uint8 or uint16.
     """
 
     def __init__(self, images: PackedStrings | Sequence[str | np.ndarray]) -> None:
@@ -53,8 +53,11 @@ class LooseImages(ImageSet):
         image = self._images[index]
         if isinstance(image, str):
             return read_file(self.path(index))
-        # As a PPM file, whose pixels are not compressed.
-        return b"P6 %d %d 255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
+        # As a PGM or PPM file, whose pixels are not compressed; 16 bits are big-endian there.
+        kind = b"P5" if image.ndim == 2 else b"P6"
+        highest = np.iinfo(image.dtype).max
+        pixels = image.astype(image.dtype.newbyteorder(">"))
+        return b"%b %d %d %d\n" % (kind, image.shape[1], image.shape[0], highest) + pixels.tobytes()
 
 
 def find_images(inputs: Iterable[Input]) -> LooseImages:
@@ -141,7 +144,9 @@ def load_images(paths: Sequence[str], spec: InputSpec) -> Tensor:
     Raises UnreadableImage, naming the first image that cannot be read.
     """
     pipeline = build_eval_pipeline(spec)
-    images = [torch.from_numpy(pipeline(image=read_image(path))["image"]) for path in paths]
+    images = [
+        torch.from_numpy(pipeline(image=read_image(path, input_range=spec.input_range))["image"]) for path in paths
+    ]
     return normalize(torch.stack(images), spec)
 
 
@@ -176,14 +181,25 @@ def _images_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
 
 
 def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
+    """The pixels as a file's would be decoded, (H, W, 3) or (H, W), uint8 or uint16; ValueError for other inputs."""
     if isinstance(image, Image.Image):
         try:
             # The same treatment as for files: upright, and the alpha channel dropped without blending.
-            image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if not upright.mode.startswith(("I", "F")):
+                return np.asarray(upright.convert("RGB"))
+            # Pillow would clip 16 bits at 255, where files keep their upper 8 bits.
+            pixels = np.asarray(upright)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"a Pillow image cannot be read: {reason(error)}; restore its file") from error
-    is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-    if not is_rgb or not image.size:
+        if upright.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError(f"a Pillow image of mode {image.mode} with these values is not supported: convert it to L")
+        return pixels.astype(np.uint16)
+    is_image = isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.size > 0
+    if not is_image or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
         kind = f"an array of {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{kind} is not an image: give a path, a PIL image or an array (height, width, 3) uint8 RGB")
+        raise ValueError(
+            f"{kind} is not an image: give a path, a PIL image or an array (height, width, 3) RGB or (height, width), "
+            "uint8 or uint16"
+        )
     return image
