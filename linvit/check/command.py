@@ -42,7 +42,7 @@ class CheckOptions(BaseModel):
     )
     input_range: InputRange | None = Field(
         None,
-        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, or none",
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
         description="values of 16-bit images that become black and white, as in training (default: 0 65535)",
     )
     workers: int | None = Field(

@@ -106,7 +106,7 @@ FAULTS: dict[str, Fault] = {
         "fault",
         "images of 16 bits that use a quarter of their values or less, such as 12-bit data",
         "sees them nearly black, in a few grey levels",
-        "train, evaluate and predict with the --input-range that the finding names, or with --input-range auto",
+        "train with the --input-range that the finding names, or with auto; evaluation and prediction then use it",
     ),
     "tiny": _used(
         "fault",

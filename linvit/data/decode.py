@@ -28,6 +28,7 @@ Reduction = Literal[1, 2, 4, 8]
 InputRange = tuple[int, int]
 # OpenCV refuses larger images.
 MAX_PIXELS = 2**30
+_FULL_RANGE = (0, 2**16 - 1)
 _SIXTEEN_BITS = (np.uint16, np.int16)
 
 # OpenCV says "grayscale" in the names of the flags for the size; together with COLOR_RGB they give colour.
@@ -142,22 +143,30 @@ def decode_image(
     flags = _DECODE_FLAGS[reduction]
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part that it could decode.
-        if input_range is None:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        else:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_ANYDEPTH)
-            if image is not None and image.dtype in _SIXTEEN_BITS:
-                image = _levels(image.dtype.kind, *input_range)[image.view(np.uint16)]
+        buffer = np.frombuffer(data, np.uint8)
+        image = None if input_range in (None, _FULL_RANGE) else _decode_sixteen_bits(buffer, *input_range)
+        if image is None:
+            image = cv2.imdecode(buffer, flags)
     except (cv2.error, MemoryError) as error:
         if isinstance(error, MemoryError) or error.code == cv2.Error.StsNoMem:
             raise CostlyImage(f"{name}: needs more memory than there is; scale it down") from error
         raise UnreadableImage(f"{name}: cannot be decoded ({error.err}); restore or remove the file") from error
     if image is None or image.dtype != np.uint8 or image.ndim != 3:
-        kind = supported_by_pillow(data)
+        kind = _intact_kind(data)
         if kind is not None:
             raise UnsupportedImage(f"{name}: is {kind}, which is not supported; convert it to 8 or 16 bits per channel")
         raise UnreadableImage(f"{name}: is truncated, damaged or not an image; restore or remove the file")
     return image
+
+
+def _decode_sixteen_bits(data: np.ndarray, low: int, high: int) -> np.ndarray | None:
+    """An image of 16 bits with `low` as black and `high` as white; None for other images."""
+    # As BGR: as RGB, OpenCV 5.0 decodes TIFF files of 16-bit colours as black.
+    image = None if data[:2].tobytes() == JPEG_SIGNATURE else cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image is None or image.dtype not in _SIXTEEN_BITS:
+        return None
+    levels = _levels(image.dtype.kind, low, high)
+    return cv2.cvtColor(levels[image.view(np.uint16)], cv2.COLOR_BGR2RGB)
 
 
 @lru_cache(maxsize=4)
@@ -167,8 +176,14 @@ def _levels(kind: str, low: int, high: int) -> np.ndarray:
     return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
 
 
-def supported_by_pillow(data: bytes) -> str | None:
-    """The format and mode, as "a TIFF image of mode F", of an image that Pillow decodes; None if it cannot either."""
+def _intact_kind(data: bytes) -> str | None:
+    """What an image is, as "an image of float32 values", that OpenCV or Pillow decodes in its own type; else None."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        image = None
+    if image is not None:
+        return f"an image of {image.dtype} values"
     # Pillow takes minutes to search a long JPEG for a header that is not there.
     if data.startswith(JPEG_SIGNATURE) and read_jpeg_header(data) is None:
         return None

@@ -65,7 +65,7 @@ class PredictOptions(PredictorOptions):
     interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
     input_range: InputRange | None = Field(
         None,
-        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095, or none",
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
         description="values of 16-bit images that become black and white (default: the run's)",
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from jpegs import KINDS, encode, photo
@@ -354,6 +355,9 @@ def test_an_intact_file_of_floats_is_unsupported_rather_than_damaged() -> None:
         decode_image(encoded(floats, "TIFF"), name="a.tif")
     with pytest.raises(UnsupportedImage, match="mode F"):
         decode_image(b"Pf\n4 5\n-1.0\n" + bytes(80), name="a.ppm")
+    colours = cv2.imencode(".tiff", np.ones((30, 40, 3), np.float32))[1].tobytes()
+    with pytest.raises(UnsupportedImage, match=r"a\.tif: is an image of float32 values, which is not supported"):
+        decode_image(colours, name="a.tif")
     with pytest.raises(UnreadableImage, match="is truncated, damaged") as caught:
         decode_image(encoded(floats, "TIFF")[:-100], name="a.tif")
     assert not isinstance(caught.value, UnsupportedImage)

@@ -195,7 +195,7 @@ def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
         if upright.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
             raise ValueError(f"a Pillow image of mode {image.mode} with these values is not supported: convert it to L")
         return pixels.astype(np.uint16)
-    is_image = isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.size > 0
+    is_image = isinstance(image, np.ndarray) and image.dtype.name in ("uint8", "uint16") and image.size > 0
     if not is_image or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
         kind = f"an array of {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(
