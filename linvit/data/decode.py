@@ -154,7 +154,7 @@ def decode_image(
     if image is None or image.dtype != np.uint8 or image.ndim != 3:
         kind = _intact_kind(data)
         if kind is not None:
-            raise UnsupportedImage(f"{name}: is {kind}, which is not supported; convert it to 8 or 16 bits per channel")
+            raise UnsupportedImage(f"{name}: is {kind}, which is not supported; convert it to PNG of 8 or 16 bits")
         raise UnreadableImage(f"{name}: is truncated, damaged or not an image; restore or remove the file")
     return image
 

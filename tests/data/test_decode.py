@@ -351,9 +351,11 @@ def test_a_ppm_with_absurd_numbers_is_unreadable(data: bytes) -> None:
 
 def test_an_intact_file_of_floats_is_unsupported_rather_than_damaged() -> None:
     floats = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
-    with pytest.raises(UnsupportedImage, match=r"a\.tif: is a TIFF image of mode F, which is not supported"):
+    with pytest.raises(UnsupportedImage, match=r"a\.tif: is an image of float32 values, which is not"):
         decode_image(encoded(floats, "TIFF"), name="a.tif")
-    with pytest.raises(UnsupportedImage, match="mode F"):
+    with pytest.raises(UnsupportedImage, match=r"a\.png: is a PCX image of mode RGB, which is not supported"):
+        decode_image(encoded(Image.new("RGB", (40, 30)), "PCX"), name="a.png")
+    with pytest.raises(UnsupportedImage, match="float32"):
         decode_image(b"Pf\n4 5\n-1.0\n" + bytes(80), name="a.ppm")
     colours = cv2.imencode(".tiff", np.ones((30, 40, 3), np.float32))[1].tobytes()
     with pytest.raises(UnsupportedImage, match=r"a\.tif: is an image of float32 values, which is not supported"):
