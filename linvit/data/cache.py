@@ -14,10 +14,11 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import blake2b, sha256
 from io import FileIO
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import albumentations as A
@@ -310,15 +311,17 @@ def shared_memory_folder(name: str) -> Path:
     deletes it.
 
     Raises:
-        ValueError: if the system has no /dev/shm.
+        ValueError: if the system has no /dev/shm, or another user could change the folder.
     """
     if sys.platform != "linux" or not _MEMORY.is_dir():
         raise ValueError("cache memory needs /dev/shm, which this system lacks; set cache disk and a cache_dir")
     import fcntl
 
-    # Other users cannot read it.
     parent = _MEMORY / f"linvit-{os.getuid()}"
-    parent.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        # Other users can neither read nor write it.
+        parent.mkdir(mode=0o700)
+    _refuse_strange(parent)
     for other in parent.iterdir():
         try:
             _release(other, os.open(other / _LOCK, os.O_RDWR))
@@ -339,6 +342,20 @@ def shared_memory_folder(name: str) -> Path:
         os.close(handle)
     atexit.register(_release, folder, handle)
     return folder
+
+
+def _refuse_strange(folder: Path) -> None:
+    """Raise ValueError for a folder that somebody else has made, since everybody may write to its parent."""
+    status = folder.lstat()
+    if not S_ISDIR(status.st_mode):
+        wrong = "is not a folder"
+    elif status.st_uid != os.getuid():
+        wrong = f"belongs to user {status.st_uid}"
+    elif status.st_mode & 0o077:
+        wrong = "is open to other users"
+    else:
+        return
+    raise ValueError(f"cache memory: {folder} {wrong}, who could change the images; remove it, or set cache disk")
 
 
 def _is_current(lock: Path, handle: int) -> bool:

@@ -47,6 +47,20 @@ def run(work: Callable[[], int | None]) -> int:
         for line in (*(f"error: {each}" for each in errors), *getattr(error, "__notes__", [])):
             print(printable(line), file=sys.stderr)
         return getattr(error, "exit_status", 1)
+    except RuntimeError as error:
+        if os.environ.get("LINVIT_DEBUG") == "1" or not str(error).startswith("DataLoader worker"):
+            raise
+        print(f"error: {_why_worker_died(str(error))}", file=sys.stderr)
+        return 1
+
+
+def _why_worker_died(message: str) -> str:
+    """The likely cause and the fix, from torch's message about a worker process of a loader."""
+    if "Bus error" in message:
+        cause = "shared memory ran out: give the container more (docker run --shm-size 8g), or lower --workers"
+    else:
+        cause = "probably because memory ran out: lower --workers or --batch-size"
+    return f"the system ended a process that reads images, {cause}"
 
 
 def _check_streams() -> None:

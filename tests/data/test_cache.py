@@ -35,6 +35,38 @@ def cache_folders(options: CacheOptions) -> set[str]:
     return {path.name for path in options.cache_dir.iterdir()}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the folder is in /dev/shm")
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("link", "is not a folder"),
+        ("file", "is not a folder"),
+        ("mode", "is open to other users"),
+        ("owner", "belongs to"),
+    ],
+)
+def test_a_folder_in_memory_that_somebody_else_may_change_is_refused(
+    wrong: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_MEMORY", tmp_path)
+    folder = tmp_path / f"linvit-{os.getuid()}"
+    if wrong == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif wrong == "file":
+        folder.touch()
+    else:
+        folder.mkdir(mode=0o700)
+    if wrong == "mode":
+        folder.chmod(0o770)
+    if wrong == "owner":
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        folder.rename(tmp_path / f"linvit-{os.getuid()}")
+    with pytest.raises(ValueError, match=rf"cache memory: .*linvit-\d+ {words}.*remove it, or set cache disk"):
+        shared_memory_folder("val")
+
+
 def test_images_are_cropped_and_cached(folder: ImageFolder, options: CacheOptions) -> None:
     crop = FitShorterSide(20)
     for _ in range(2):

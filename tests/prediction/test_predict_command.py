@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from linvit.cli import main
+from linvit.data.sources.loose import LooseImages
 from linvit.prediction.predictor import Predictor
 
 
@@ -143,6 +145,19 @@ def test_what_never_ends_in_a_list_is_a_row_and_the_rest_goes_on(
         assert errors["huge.jpg"] is not None
         assert all(errors.values())
         assert len(rows) == 7
+
+
+@pytest.mark.parametrize("options", [[], ["--tile", "32"]])
+def test_a_killed_worker_is_one_sentence(
+    options: list[str], run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Workers are forked, and so die where they would read.
+    monkeypatch.setattr(LooseImages, "read_bytes", lambda images, index: os.kill(os.getpid(), signal.SIGKILL))
+    assert main(["predict", str(run), str(data / "val/red"), "--workers", "1", *options]) == 1
+    assert capsys.readouterr().err == (
+        "error: the system ended a process that reads images, probably because memory ran out: lower --workers or "
+        "--batch-size\n"
+    )
 
 
 def test_an_image_of_too_many_tiles_is_a_row(run: Path, data: Path, tmp_path: Path) -> None:

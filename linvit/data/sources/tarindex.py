@@ -289,10 +289,10 @@ def _fingerprint(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _cache_file(paths: Sequence[Path]) -> Path | None:
+    """Where the index is cached; None for a user without a home folder."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        # A user without a home, as in a container.
         return None
     names = "\0".join(os.path.abspath(path) for path in paths)
     digest = hashlib.sha256(os.fsencode(names)).hexdigest()

@@ -218,3 +218,8 @@ def test_labels_without_paths_must_be_as_many_as_images(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"val\.txt: has 2 labels without paths, but there are 1 images"):
         open_images(tmp_path, split="val")
+
+
+def test_a_path_that_cannot_exist_is_named(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.csv: line 2: .* does not exist"):
+        open_list(write(data, f"path,label\n{'a' * 5000},a\n"), split="train")

@@ -306,3 +306,14 @@ def test_labels_that_are_nested_or_huge_are_named(tmp_path: Path) -> None:
     huge = write_tar(tmp_path / "y.tar", {"a.jpg": IMAGE, "a.json": bytes(2**24 + 1)})
     with pytest.raises(ValueError, match=r"a\.json: has 16,777,217 bytes, too many for a label"):
         scan_tar(huge)
+
+
+def test_a_user_without_a_home_folder_has_no_cached_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tarindex, "_MIN_CACHED", 1)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert len(index_shards([write_tar(tmp_path / "x.tar", {"n/a.jpg": IMAGE})]).names) == 1
