@@ -248,7 +248,7 @@ class _Finder:
             parent, name = os.path.split(candidate)
             files, by_stem = self._list(parent)
             # Some file systems ignore case, so a name that is not listed may still exist.
-            if name in files or (self.root / candidate).is_file():
+            if name in files or os.path.isfile(self.root / candidate):
                 return candidate
             if len(images := by_stem.get(name, [])) == 1:
                 return os.path.join(parent, images[0])
