@@ -32,7 +32,11 @@ _SIGNATURES = {
 # Brands of ISO media files, which start with the length of their first box.
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
 _EXTENSIONS = {
+    ".avif": "AVIF",
     ".bmp": "BMP",
+    ".gif": "GIF",
+    ".jfif": "JPEG",
+    ".jp2": "JPEG 2000",
     ".jpeg": "JPEG",
     ".jpg": "JPEG",
     ".pgm": "PNM",

@@ -20,7 +20,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
 
 # Factor by which a JPEG is shrunk while it is decoded.
 Reduction = Literal[1, 2, 4, 8]

@@ -201,7 +201,7 @@ FAULTY: dict[str, Callable[[Path], list[str]]] = {
     "tiny": _files({"train/ant/tiny.png": encoded(random_image(131, height=5, width=40), "PNG")}),
     "extreme_aspect": _files({"train/ant/strip.jpg": encoded(random_image(132, height=20, width=320))}),
     "ignored_image": _files(
-        {"train/ant/photo.jfif": encoded(random_image(133)), "train/bee/photo.gif": encoded(random_image(134), "GIF")}
+        {"train/ant/photo.jpe": encoded(random_image(133)), "train/bee/photo.bak": encoded(random_image(134), "GIF")}
     ),
     "loose_image": _files({"train/loose.jpg": encoded(random_image(135)), "loose.jpg": encoded(random_image(136))}),
     "empty_class": _folder,

@@ -53,4 +53,4 @@ def test_formats_are_recognised_by_their_first_bytes(form: str) -> None:
 
 
 def test_extensions_name_formats() -> None:
-    assert [format_named(name) for name in ("a/b.JPG", "b.tif", "c.gif", "png")] == ["JPEG", "TIFF", None, None]
+    assert [format_named(name) for name in ("a/b.JPG", "b.tif", "c.heic", "png")] == ["JPEG", "TIFF", None, None]

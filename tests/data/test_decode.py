@@ -25,6 +25,7 @@ from linvit.data.decode import (
     reducible_size,
     resize,
 )
+from linvit.data.sources.loose import find_images
 
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},
@@ -347,6 +348,29 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_a_ppm_with_absurd_numbers_is_unreadable(data: bytes) -> None:
     with pytest.raises(UnreadableImage):
         decode_image(data, name="a.ppm")
+
+
+@pytest.mark.parametrize(
+    ("extension", "form"), [("gif", "GIF"), ("avif", "AVIF"), ("jp2", "JPEG2000"), ("jfif", "JPEG")]
+)
+def test_further_formats_are_found_and_read_as_pillow_reads_them(
+    extension: str, form: str, tmp_path: Path, smooth_image: Callable[..., np.ndarray]
+) -> None:
+    image = Image.fromarray(smooth_image(40, 60))
+    (tmp_path / f"a.{extension}").write_bytes(encoded(image, form))
+    (path,) = find_images([tmp_path]).paths
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(read_image(path) - expected).mean() < 1.5
+    truncated = path.read_bytes()[:-200]
+    with pytest.raises(UnreadableImage, match="is truncated"):
+        decode_image(truncated, name=path)
+
+
+def test_the_first_frame_of_a_gif_is_read() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    image = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), name="a.gif")
+    assert image.shape == (8, 8, 3)
+    assert (image == (255, 0, 0)).all()
 
 
 def test_an_intact_file_of_floats_is_unsupported_rather_than_damaged() -> None:

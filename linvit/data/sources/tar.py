@@ -13,7 +13,7 @@ import numpy as np
 from linvit.data.decode import EXTENSIONS, MAX_FILE_BYTES, UnreadableImage
 from linvit.data.sources.base import ImageSet
 from linvit.data.sources.classes import MissingClasses, number_labels
-from linvit.data.sources.tarindex import ShardIndex, index_shards
+from linvit.data.sources.tarindex import FIRST_DOT, ShardIndex, index_shards
 
 # Tars that a process keeps open, well below the usual limit of 1,024 files.
 _MAX_OPEN = 256
@@ -152,9 +152,17 @@ def _find_labels(paths: Sequence[Path], index: ShardIndex, split: str) -> tuple[
     for image in unlabelled[np.unique(index.shards[unlabelled], return_index=True)[1]].tolist():
         shard = index.shards[image]
         if index.labels or stems[shard] == split or re.search(r"[-_.]\d+$", stems[shard]):
+            name = index.names[image]
+            dots = f" ({FIRST_DOT}: here after {_key(name)!r})" if _key(name) != name.rpartition(".")[0] else ""
             raise ValueError(
-                f"{paths[shard] / index.names[image]}: has no label; add a file of the same name with the extension "
-                ".cls or .json beside it, or move the image into a folder named after its class"
+                f"{paths[shard] / name}: has no label; add a file of the same name{dots} with the extension .cls or "
+                ".json beside it, or move the image into a folder named after its class"
             )
     shards, codes = np.unique(index.shards, return_inverse=True)
     return [stems[shard] for shard in shards.tolist()], codes
+
+
+def _key(name: str) -> str:
+    """The name of a WebDataset sample: the folder and the file's name up to its first dot."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]

@@ -21,6 +21,7 @@ from linvit.output.terminal import progress_bar
 
 # Extensions of label files, by priority. The name of the image's folder comes before .txt, which may be a caption.
 LABEL_SUFFIXES = ("cls", "json", "txt")
+FIRST_DOT = "WebDataset cuts names at their first dot"
 # Longer .cls and .txt files are not labels.
 _MAX_LABEL_BYTES = 200
 _MAX_JSON_BYTES = 2**24
@@ -29,7 +30,7 @@ _MAX_HEADER_BYTES = 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 # Version of the cached index; increase it whenever the same tars would be indexed differently.
-_VERSION = 1
+_VERSION = 2
 # Smaller sets are indexed again faster than a user would notice.
 _MIN_CACHED = 10_000
 
@@ -106,6 +107,8 @@ class _Contents:
 
     images: dict[str, list[Member]] = field(default_factory=lambda: defaultdict(list))
     labels: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    # Names without extension of the .cls files that have a further dot, and so are no labels.
+    dotted: set[str] = field(default_factory=set)
 
 
 class _HeaderReader:
@@ -194,6 +197,8 @@ def _read_contents(path: Path, file: BinaryIO, tar: tarfile.TarFile) -> _Content
             continue
         stem, _, suffix = base.partition(".")
         is_image = base.lower().endswith(EXTENSIONS)
+        if suffix.lower().endswith(".cls"):
+            contents.dotted.add(member.name[: -len(".cls")])
         if not is_image and suffix.lower() not in LABEL_SUFFIXES:
             continue
         if not member.isreg() or member.issparse():
@@ -240,12 +245,16 @@ def _label_images(path: Path, contents: _Contents) -> list[Member]:
             )
     for key, images in contents.images.items():
         labels = contents.labels.get(key, {})
+        for image in images if not labels else ():
+            if image.name.rpartition(".")[0] in contents.dotted:
+                raise ValueError(f"{path}/{image.name}: its .cls file does not count, because {FIRST_DOT}; rename both")
         if labels:
             # Of NAME.jpg and NAME.mask.png, NAME.cls labels the first.
             images = [image for image in images if image.name.rpartition("/")[2].count(".") == 1] or images
         if labels and len(images) > 1:
             raise ValueError(
-                f"{path}/{images[1].name}: shares a label file with {images[0].name}; keep one of the two images"
+                f"{path}/{images[1].name}: shares a label file with {images[0].name}, because {FIRST_DOT}; rename the "
+                "files, or keep one of the two images"
             )
         folder = key.rpartition("/")[0].rpartition("/")[2]
         label = labels.get("cls") or labels.get("json") or folder or labels.get("txt")

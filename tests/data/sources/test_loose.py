@@ -66,7 +66,7 @@ def test_a_missing_path_is_refused_or_kept(folder: Path) -> None:
 
 def test_a_folder_without_images_is_refused(folder: Path) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: holds no images \(looked for .bmp"):
+    with pytest.raises(ValueError, match=r"empty: holds no images \(looked for .avif .bmp"):
         found(folder, "empty")
 
 

@@ -226,7 +226,7 @@ def test_a_cached_index_of_other_tars_is_not_used(
     elif change == "damage":
         cached.write_bytes(cached.read_bytes()[:-200])
     elif change == "version":
-        monkeypatch.setattr(tarindex, "_VERSION", 2)
+        monkeypatch.setattr(tarindex, "_VERSION", -1)
     elif change == "order":
         shards.reverse()
     assert "z" in index_shards(shards).labels
@@ -317,3 +317,27 @@ def test_a_user_without_a_home_folder_has_no_cached_index(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "home", home)
     assert len(index_shards([write_tar(tmp_path / "x.tar", {"n/a.jpg": IMAGE})]).names) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["a.1.jpg", "a.2.jpg", "a.cls"],
+            r"a\.2\.jpg: shares a label file with a\.1\.jpg, because WebDataset cuts names",
+        ),
+        (
+            ["n/a.1.jpg", "n/a.1.cls"],
+            r"n/a\.1\.jpg: its \.cls file does not count, because WebDataset cuts names at th",
+        ),
+        (
+            ["a.1.jpg", "a.1.json"],
+            r"a\.1\.jpg: has no label; add a file of the same name \(WebDataset .* here after 'a'\)",
+        ),
+        (["a.jpg"], r"a\.jpg: has no label; add a file of the same name with"),
+    ],
+)
+def test_the_rule_of_the_first_dot_is_told(files: list[str], message: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x-000.tar", dict.fromkeys(files, b"1"))
+    with pytest.raises(ValueError, match=message):
+        open_shards([path], split="train", class_file=tmp_path / "classes.txt")
