@@ -44,7 +44,7 @@ EVERYTHING = {
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.3, 0.25],
     "interpolation": "bilinear",
-    "input_range": (0, 4095),
+    "input_range": [0, 4095],
     "batch_size": 48,
     "validation_batch_size": 96,
     "workers": 2,
