@@ -14,6 +14,7 @@ from linvit.check.header import HEAD_BYTES, format_of
 from linvit.check.reader import FolderSource, Source
 from linvit.data.decode import EXTENSIONS
 from linvit.data.sources.base import ImageSet, NoSuchSplit, split_names
+from linvit.data.sources.folder import MAX_DEPTH
 from linvit.data.sources.hub import PREFIX
 from linvit.data.sources.open import open_images
 
@@ -169,6 +170,9 @@ class _Walk:
         real = os.path.realpath(self.root / path)
         if real in above:
             self._report("link_loop", path, f"links to {real}")
+            return
+        if path.count("/") > MAX_DEPTH:
+            self._report("unreadable_folder", path, f"nested more than {MAX_DEPTH} folders deep")
             return
         first = visited.setdefault(real, path)
         if first != path:

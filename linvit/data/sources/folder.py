@@ -8,6 +8,9 @@ from linvit.data.decode import EXTENSIONS, UnreadableImage, read_file
 from linvit.data.sources.base import ImageSet, NoSuchSplit, PackedStrings, join_notes, split_names, split_note
 from linvit.data.sources.classes import MissingClasses, number_classes, quoted
 
+# Python searches no thousand folders one in another.
+MAX_DEPTH = 250
+
 
 class ImageFolder(ImageSet):
     """The images of one split, each in a separate file.
@@ -139,8 +142,10 @@ def is_first_visit(folder: str | os.PathLike[str], visited: set[tuple[int, int]]
     """Whether a folder is not among the `visited` ones, and add it.
 
     Links can lead to a folder along exponentially many paths, so each folder is read once. Raises ValueError, naming
-    the folder, if it cannot be followed.
+    the folder, if it cannot be followed or is nested too deeply.
     """
+    if os.fspath(folder).count(os.sep) > MAX_DEPTH:
+        raise ValueError(f"{folder}: is nested more than {MAX_DEPTH} folders deep; move it up or remove it")
     try:
         status = os.stat(folder)
     except OSError as error:

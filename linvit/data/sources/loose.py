@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -101,7 +102,7 @@ def expand(path: str, *, missing: Literal["refuse", "keep"]) -> Iterator[str]:
         yield first
         yield from images
         return
-    matches = [path] if os.path.exists(path) else sorted(glob.iglob(path, recursive=True), key=natural_key)
+    matches = [path] if os.path.exists(path) else sorted(set(_matches(path)), key=natural_key)
     if not matches and missing == "refuse":
         raise ValueError(f"{path}: there is no such file or folder, and nothing matches it; correct the path")
     for match in matches or [path]:
@@ -166,6 +167,40 @@ def load_batches(paths: Sequence[str], spec: InputSpec, *, batch_size: int) -> I
 def _split_numbers(text: str) -> list[str | int]:
     # Text and numbers alternate, so a number is never compared with text.
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What `glob.iglob(pattern, recursive=True)` yields, without following links round and round below `**`."""
+    head, recursive, tail = _split_pattern(pattern)
+    if not recursive:
+        yield from glob.iglob(pattern)
+        return
+    for base in glob.iglob(head) if head else [""]:
+        for folder in _folders_below(base, set()) if os.path.isdir(base or ".") else ():
+            # Without a tail the folder stands for all that is below it.
+            yield from _matches(os.path.join(glob.escape(folder), tail)) if tail else [base or "."]
+
+
+def _split_pattern(pattern: str) -> tuple[str, str, str]:
+    """The parts of a pattern before and after its first `**`."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return pattern, "", ""
+    at = parts.index("**")
+    head = os.sep.join(parts[:at])
+    return head or (os.sep if at else ""), "**", os.sep.join(parts[at + 1 :])
+
+
+def _folders_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """A folder and those below it, each once; hidden ones and those that cannot be read are left out, as in glob."""
+    if not is_first_visit(folder or ".", visited):
+        return
+    yield folder
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = os.path.join(folder, entry.name)
+            if not entry.name.startswith(".") and os.path.isdir(path):
+                yield from _folders_below(path, visited)
 
 
 def _images_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:

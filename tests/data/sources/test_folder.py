@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from folders import link_levels
 
+from linvit.check.listing import scan
 from linvit.data.sources.folder import ImageFolder, open_folder
+from linvit.data.sources.loose import expand
 
 MakeFolder = Callable[..., Path]
 
@@ -141,6 +143,16 @@ def test_a_folder_in_a_class_is_read_once_however_many_links_lead_to_it(tmp_path
     images = open_folder(tmp_path, split="train")
     deep = "a/" * 25 + "x.jpg"
     assert images.paths == [tmp_path / "train/cat" / deep, tmp_path / "train/dog" / deep]
+
+
+def test_folders_nested_too_deeply_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train/cat" / ("a/" * 300)).mkdir(parents=True)
+    for search in (lambda: open_folder(tmp_path, split="train"), lambda: list(expand(str(tmp_path), missing="keep"))):
+        with pytest.raises(ValueError, match="a/a: is nested more than 250 folders deep; move it up or remove it"):
+            search()
+    (tmp_path / "train/cat/0.jpg").touch()
+    (finding,) = [each for each in scan(tmp_path).findings if each.code == "unreadable_folder"]
+    assert finding.detail == "nested more than 250 folders deep"
 
 
 def test_a_link_to_a_parent_or_to_itself_is_refused(make_folder: MakeFolder) -> None:

@@ -1,5 +1,6 @@
 """Images found by folder, pattern and list, and their order; images given as arrays."""
 
+import glob
 import os
 from pathlib import Path
 
@@ -39,7 +40,22 @@ def test_a_folder_is_searched_at_any_depth_in_natural_order(folder: Path) -> Non
 
 def test_a_folder_is_read_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
     link_levels(tmp_path / "top", levels=25)
-    assert found(tmp_path / "top") == ["a/" * 25 + "x.jpg"]
+    deep = "a/" * 25 + "x.jpg"
+    assert found(tmp_path / "top") == [deep]
+    assert found(tmp_path / "top", "**/*.jpg") == found(tmp_path / "top", "**") == [deep]
+    assert found(tmp_path / "top", "a/**/x.*") == found(tmp_path / "top", "**/a/**/*.jpg") == [deep]
+
+
+def test_a_pattern_matches_as_in_glob(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for pattern in ("**/*.png", "a/**/*.[jw]*", "./**/x.webp", "**/deep/**/*", f"{folder}/**/*2.*", "*/**/img*.jpg"):
+        expected = {path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+        matches = {path for path in expand(pattern, missing="refuse") if os.path.isfile(path)}
+        assert matches == expected, pattern
+    # A loop of links ends.
+    (folder / "a/up").symlink_to(folder)
+    (folder / "a/too").symlink_to(folder)
+    assert list(expand("**/9.png", missing="refuse")) == ["9.png"]
 
 
 def test_a_link_to_a_parent_folder_is_not_followed(folder: Path) -> None:
