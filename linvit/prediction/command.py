@@ -120,7 +120,7 @@ def predict_command(options: PredictOptions) -> int:
 
     check_inputs(("--class-map", options.class_map))
     files = [("--output", options.output), ("--tile-output", options.tile_output)]
-    check_files(*files, inputs=[*source_files(options.source), *options.images, *_list_on_stdin(options.images)])
+    check_files(*files, inputs=[*source_files(options.source), *_input_files(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line
     try:
         for path in (options.output, options.tile_output):
@@ -149,9 +149,9 @@ def predict_command(options: PredictOptions) -> int:
     return 1 if len(images) and num_unreadable == len(images) else 0
 
 
-def _list_on_stdin(images: Iterable[str]) -> list[str]:
-    """The file of the list that is read from stdin, if it is one."""
-    return ["/dev/stdin"] if "-" in images and os.path.isfile("/dev/stdin") else []
+def _input_files(images: Iterable[str]) -> list[str]:
+    """The files among the arguments, and that of the list on stdin; a folder holds no file that predictions replace."""
+    return [file for file in ("/dev/stdin" if image == "-" else image for image in images) if os.path.isfile(file)]
 
 
 def _paths(images: Iterable[str]) -> Iterator[str]:

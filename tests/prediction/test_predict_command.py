@@ -99,6 +99,13 @@ def test_outputs_that_are_one_file_or_an_input_are_refused(
         assert predict(run, data / "val/red", "-o", tmp_path / output, *more) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
+    listed = tmp_path / "list.csv"
+    listed.touch()
+    assert predict(run, listed, "-o", listed) == 2
+    # A table in the folder of the images is no image.
+    shutil.copy(data / "val/red/0.png", tmp_path / "0.png")
+    for _ in range(2):
+        assert predict(run, tmp_path, "-o", tmp_path / "p.csv") == 0
 
 
 def test_stdin_gives_image_files_and_their_order(
