@@ -331,6 +331,9 @@ def test_classes_of_unnamed_weights_come_from_a_map_or_an_order(
         main(["predict", str(tmp_path / "unnamed"), image, "-j", "0", "--class-map", str(tmp_path / "map.json")]) == 0
     )
     assert "class" in capsys.readouterr().out
+    for command in (["eval", str(tmp_path / "unnamed"), str(data)], ["predict", str(tmp_path / "unnamed"), image]):
+        assert main([*command, "--class-map", "nosuch.txt"]) == 2
+        assert "--class-map nosuch.txt: there is no such file or folder" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("class1\n")
     assert main(["predict", str(tmp_path / "unnamed"), image, "--class-map", str(tmp_path / "short.txt")]) == 1
     assert "names 1 classes, but" in capsys.readouterr().err
