@@ -45,7 +45,7 @@ def test_exit_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "status", "sentence"),
     [
         (["nowhere"], 3, "nowhere: no such folder"),
-        (["empty"], 3, "empty: contains no images (looked for .bmp"),
+        (["empty"], 3, "empty: contains no images (looked for .avif .bmp"),
         (["data", "--allow", "tiney"], 2, "unknown fault 'tiney'; did you mean 'tiny'?"),
         (
             ["data", "--json", "none/check.json"],
