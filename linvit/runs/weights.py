@@ -153,12 +153,13 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> ValueError:
     refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
     if refused is None:
         return ValueError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint of PyTorch")
-    return ValueError(
+    refusal = ValueError(
         f"{path} holds objects of {refused[1]} and not only tensors; loading these can run code. If you trust whoever "
-        "made the file, save its weights alone in Python, then use weights.pth:\n"
-        f"    import torch; saved = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-        "    torch.save(saved.get('state_dict', saved.get('model', saved)), 'weights.pth')"
+        "made the file, save its weights alone in Python, then use weights.pth:"
     )
+    refusal.add_note(f"    import torch; saved = torch.load({str(path)!r}, map_location='cpu', weights_only=False)")
+    refusal.add_note("    torch.save(saved.get('state_dict', saved.get('model', saved)), 'weights.pth')")
+    return refusal
 
 
 def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tensor]:
