@@ -1,13 +1,13 @@
 """`linvit bench`: the command, from its options to its files."""
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from linvit.bench.options import BenchOptions, Group, select
-from linvit.settings.flags import check_files, parse_options
-
 if TYPE_CHECKING:
+    from linvit.bench.options import BenchOptions, Group
     from linvit.bench.plan import Plan, Row
 
 SUMMARY = "time models side by side, and measure their memory"
@@ -15,6 +15,9 @@ SUMMARY = "time models side by side, and measure their memory"
 
 def main(argv: Sequence[str]) -> int:
     """Run `linvit bench` with these arguments and return the exit status."""
+    from linvit.bench.options import BenchOptions
+    from linvit.settings.flags import parse_options
+
     options = parse_options(
         BenchOptions,
         argv,
@@ -34,12 +37,14 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     """
     import torch
 
+    from linvit.bench.options import select
     from linvit.bench.output import show_models, show_rows
     from linvit.bench.plan import Plan
     from linvit.bench.run import Bench, Results
     from linvit.device import choose_device
     from linvit.measure.timing import exact_float32
     from linvit.output.terminal import page
+    from linvit.settings.flags import check_files
 
     files = [("--json", options.json_file), ("--csv", options.csv_file), ("--plot", options.plot_file)]
     check_files(*files)
@@ -64,7 +69,7 @@ def bench_command(options: BenchOptions, *, command: str) -> int:
     return 0
 
 
-def _retry_smaller_batch(plan: "Plan", group: Group, rows: list["Row"]) -> None:
+def _retry_smaller_batch(plan: Plan, group: Group, rows: list[Row]) -> None:
     """Plan the group again at half the batch size if a model ran out of memory."""
     if all(row.status == "ok" for row in rows):
         return

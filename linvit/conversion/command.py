@@ -3,14 +3,14 @@
 import shlex
 from collections.abc import Sequence
 
-from linvit.conversion.options import ConvertOptions
-from linvit.settings.flags import parse_options
-
 SUMMARY = "convert a pretrained Vision Transformer to a Linformer"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `linvit convert` with these arguments and return its exit status."""
+    from linvit.conversion.options import ConvertOptions
+    from linvit.settings.flags import parse_options
+
     options = parse_options(
         ConvertOptions,
         argv,

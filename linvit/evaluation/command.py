@@ -1,14 +1,12 @@
 """The command `linvit eval`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from linvit.data.sources.classes import is_class_order
-from linvit.evaluation.options import EvalOptions
-from linvit.settings.fields import height_and_width
-from linvit.settings.flags import check_files, check_inputs, parse_options
-
 if TYPE_CHECKING:
+    from linvit.evaluation.options import EvalOptions
     from linvit.evaluation.source import Evaluation
 
 SUMMARY = "evaluate a run, a checkpoint or a timm model"
@@ -16,6 +14,9 @@ SUMMARY = "evaluate a run, a checkpoint or a timm model"
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate, and return the exit status."""
+    from linvit.evaluation.options import EvalOptions
+    from linvit.settings.flags import parse_options
+
     options = parse_options(
         EvalOptions,
         argv,
@@ -42,9 +43,12 @@ def evaluate_command(options: EvalOptions) -> int:
 
     Raises UsageError for a file that cannot be written, and ValueError if sources, data or options do not fit together.
     """
+    from linvit.data.sources.classes import is_class_order
     from linvit.distributed import joined_ranks
     from linvit.evaluation.source import evaluate_source
     from linvit.runs.folder import source_files
+    from linvit.settings.fields import height_and_width
+    from linvit.settings.flags import check_files, check_inputs
 
     sources = (options.source, *options.compare)
     check_files(*options.files, inputs=[options.data_dir, *(file for each in sources for file in source_files(each))])
@@ -58,7 +62,7 @@ def evaluate_command(options: EvalOptions) -> int:
     return 0
 
 
-def _report(evaluations: list["Evaluation"], options: EvalOptions) -> None:
+def _report(evaluations: list[Evaluation], options: EvalOptions) -> None:
     from linvit.evaluation.report import add_comparisons, build_report
     from linvit.evaluation.scores import confusion, write_confusion
     from linvit.evaluation.show import show

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from linvit.training.config import parse
-
 SUMMARY = "train a model on folders of images (same as python train_imagenet.py)"
 
 
 def main(argv: Sequence[str]) -> int:
     """Train, and return the exit status."""
+    from linvit.training.config import parse
+
     config = parse(argv, prog="linvit train")
     from linvit.distributed import record_errors
 

@@ -132,7 +132,7 @@ PIXELS = np.zeros((8, 8, 3), np.uint8)
     [
         (PIXELS.astype(np.float32), "an array of float32 (8, 8, 3) is not an image"),
         (PIXELS.astype(np.int64), "an array of int64 (8, 8, 3) is not an image"),
-        (PIXELS[..., 0], "an array of uint8 (8, 8) is not an image"),
+        (PIXELS[0, :, 0], "an array of uint8 (8,) is not an image"),
         (PIXELS[None], "an array of uint8 (1, 8, 8, 3) is not an image"),
         (PIXELS[:, :0], "an array of uint8 (8, 0, 3) is not an image"),
         ([torch.zeros(3, 8, 8)], "Tensor is not an image"),
@@ -150,7 +150,7 @@ def test_what_is_not_an_image_is_named(images: Any, words: str, run: Path) -> No
 
 def test_a_path_that_cannot_exist_has_a_row(run: Path) -> None:
     nul, empty = Predictor(run)(["a\0.png", "x" * 300])
-    assert nul.error == "is not a valid path (embedded null byte); correct it"
+    assert nul.error == "is not a valid path (embedded null byte); correct or remove it"
     assert empty.error == "cannot be read (File name too long); restore or remove the file"
 
 

@@ -40,7 +40,7 @@ def test_deep_json_is_an_error(tmp_path: Path) -> None:
         parse_json(deep)
     (tmp_path / "config.json").write_text(deep)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"config\.json: is not valid JSON \(is nested too deeply\)"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON \(is nested too deeply\)"):
         read_weights(tmp_path)
     (tmp_path / "weights.json").write_text("[" * 500)
     with pytest.raises(ValueError, match=r"weights\.json: is not valid YAML or JSON"):
