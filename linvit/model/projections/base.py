@@ -62,7 +62,9 @@ class Projection(nn.Module):
         self.dim = dim
         self.init = init
         self.create_parameters(device, dtype)
-        self.reset_parameters()
+        # On the meta device there are no values to set, and setting them takes seconds per model.
+        if not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            self.reset_parameters()
 
     def create_parameters(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Register the kind's parameters and buffers, uninitialised."""
