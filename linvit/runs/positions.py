@@ -66,7 +66,9 @@ def match_prefix(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | 
         settings.append("class_token=true" if saved.has_class else "class_token=false global_pool=avg")
     differing = f"the model has {own}"
     has_no_positions = _lacks_prefix_positions(model, weights, saved.count, recorded)
-    if saved.count and has_no_positions is not None and has_no_positions != getattr(model, "no_embed_class", None):
+    # Models without this argument, such as CaiT, can only have one kind of positions.
+    own_choice = getattr(model, "no_embed_class", has_no_positions)
+    if saved.count and has_no_positions is not None and has_no_positions != own_choice:
         differing = differing if settings else "in the model these have other positions"
         settings.append(f"no_embed_class={str(has_no_positions).lower()}")
     if not settings:
@@ -85,16 +87,21 @@ def source_size(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | N
 
     Raises ValueError if none of these has as many patches as the weights.
     """
-    num_prefix = getattr(model, "num_prefix_tokens", None)
-    if num_prefix is None or not _has_grid(model, state_dict):
+    if not _has_grid(model, state_dict):
         return recorded, None
-    count = state_dict["pos_embed"].shape[1] - (0 if getattr(model, "no_embed_class", False) else num_prefix)
+    own = model.patch_embed.grid_size
+    # The model's own positions tell how many prefix tokens have one.
+    count = state_dict["pos_embed"].shape[1] - (model.pos_embed.shape[1] - _count(own))
     height, width = state_dict[PATCH_EMBEDDING].shape[-2:]
     certain, likely = _grids(model, state_dict, recorded)
+    if recorded is not None and count > 0:
+        # Behind convolutions, as in a hybrid model, the kernel is smaller than a patch.
+        patch = math.sqrt(_count(recorded) / count)
+        certain.append((round(recorded[0] / patch), round(recorded[1] / patch)))
     grid = next((grid for grid in certain if _count(grid) == count), None)
     if grid is not None:
         return (grid[0] * height, grid[1] * width), None
-    own, side = model.patch_embed.grid_size, math.isqrt(max(count, 0))
+    side = math.isqrt(max(count, 0))
     fitting = list(dict.fromkeys(grid for grid in [*likely, (side, side)] if _count(grid) == count > 0))
     if not fitting:
         raise ValueError(
@@ -126,7 +133,8 @@ def _has_grid(model: Any, state_dict: Mapping[str, Tensor]) -> bool:
     positions, kernel = state_dict.get("pos_embed"), state_dict.get(PATCH_EMBEDDING)
     if positions is None or positions.ndim != 3 or kernel is None or kernel.ndim != 4:
         return False
-    return getattr(getattr(model, "patch_embed", None), "grid_size", None) is not None
+    own, grid = getattr(model, "pos_embed", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return isinstance(own, Tensor) and own.ndim == 3 and grid is not None and own.shape[1] >= _count(grid)
 
 
 def _grids(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | None) -> tuple[list[Size], list[Size]]:

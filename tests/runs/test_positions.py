@@ -150,3 +150,25 @@ def test_a_distillation_token_becomes_a_register(tmp_path: Path) -> None:
     assert torch.equal(loaded.model(images), source(images))
     with pytest.raises(ValueError, match="choose a model without distillation token"):
         fit_weights(distilled(), read_weights(saved(vit(), tmp_path / "vit.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
+def test_models_whose_prefix_tokens_never_have_positions_load_their_own_weights(name: str, tmp_path: Path) -> None:
+    """Neither has the argument no_embed_class."""
+    arguments = {"img_size": 64, "embed_dim": 48, "depth": 1, "num_heads": 4, "num_classes": 5}
+    source, model = (timm.create_model(name, **arguments).eval() for _ in range(2))
+    fit_weights(model, read_weights(saved(source, tmp_path / "weights.safetensors")))
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), source(images))
+
+
+def test_a_recorded_size_tells_the_grid_of_a_hybrid_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernel of its patch embedding is 1×1, behind convolutions of stride 16."""
+    name, small = "vit_tiny_r_s16_p8_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
+    source = timm.create_model(name, img_size=(64, 256), **small)
+    timm.models.save_for_hf(source, tmp_path / "hybrid", safe_serialization=True)
+    model = timm.create_model(name, img_size=(64, 128), **small)
+    fit_weights(model, read_weights(tmp_path / "hybrid"))
+    assert capsys.readouterr().err == ""
+    source.set_input_size((64, 128))
+    torch.testing.assert_close(model.pos_embed, source.pos_embed)
