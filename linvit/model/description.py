@@ -24,7 +24,10 @@ from linvit.settings.fields import unknown
 
 CONFIG = "config.json"
 # Arguments of timm models in general, whatever the signature of their class.
-_COMMON = {"img_size", "num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate"}
+_COMMON = {
+    *("img_size", "num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate"),
+    *("bn_eps", "bn_momentum", "bn_tf"),
+}
 # What timm's factory takes for itself (files, addresses, folders, functions), and where and how a model is placed.
 _NEVER = {
     *inspect.signature(timm.create_model).parameters,
@@ -60,8 +63,7 @@ class ModelDescription:
     @property
     def class_names(self) -> list[str] | None:
         """Class name of every label, if the file records them."""
-        names = (self.pretrained_cfg or {}).get("label_names")
-        return None if names is None else list(names)
+        return (self.pretrained_cfg or {}).get("label_names")
 
 
 class _Config(BaseModel):
@@ -88,8 +90,8 @@ class _PretrainedCfg(BaseModel):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     num_classes: int | None = None
-    label_names: tuple[str, ...] | None = None
-    label_descriptions: dict[str, str] | tuple[str, ...] | None = None
+    label_names: list[str] | None = None
+    label_descriptions: dict[str, str] | list[str] | None = None
     pool_size: tuple[int, ...] | None = None
     first_conv: str | tuple[str, ...] | None = None
     classifier: str | tuple[str, ...] | None = None

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from pydantic import BaseModel
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
@@ -30,7 +29,6 @@ from linvit.model.description import ModelDescription
 from linvit.output.files import cannot_write, replace_files, scratch_of
 from linvit.runs.checkpoint import write_weights
 from linvit.runs.weights import SavedWeights, check_finite, compact, fit_weights, read_weights
-from linvit.settings.fields import Side, validate
 from linvit.settings.yaml import read_settings
 
 LOCK = ".lock"
@@ -205,7 +203,6 @@ def load_classifier(
     arguments = {"img_size": img_size, **(model_kwargs or {})}
     if path.exists():
         saved = _read(path, weights, use_ema=use_ema)
-        _check_settings(saved)
         model = _build(saved, model_name, arguments)
         return Classifier(model.eval(), saved.class_names, weights=str(saved.path), settings=saved.settings)
     if "/" in source and ":" not in source:
@@ -232,44 +229,36 @@ def _read(path: Path, weights: str, *, use_ema: bool) -> SavedWeights:
     return replace(read_weights(folder, use_ema=use_ema), settings=read_settings(run.args))
 
 
-class _UsedSettings(BaseModel):
-    """Settings of a run that its weights are used with, other than those of the preprocessing."""
-
-    amp: bool | None = None
-    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    batch_size: Side | Literal["auto"] | None = None
-    validation_batch_size: Side | None = None
-
-
-def _check_settings(saved: SavedWeights) -> None:
-    used = {name: value for name, value in saved.settings.items() if name in _UsedSettings.model_fields}
-    validate(_UsedSettings, used, source=lambda name: f"{saved.path}, settings of its run: ")
-
-
 def _build(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> TimmModel:
     """The model with the saved weights. Raises ValueError if they do not determine all of it."""
     model_or_name = saved.description or model_name
     if model_or_name is None:
         raise ValueError(f"{saved.path} does not name its model: give --model NAME")
     if saved.description is not None:
-        _check_effort(saved.description, saved.state_dict)
+        _check_effort(saved.description, saved.state_dict, arguments)
     model = create_model(model_or_name, **{"num_classes": _num_classes(saved, model_or_name)} | arguments)
     if new := fit_weights(model, saved):
         raise ValueError(f"{saved.path} does not fit {model.pretrained_cfg['architecture']}: it lacks {compact(new)}")
     return model
 
 
-def _check_effort(description: ModelDescription, state_dict: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, before it takes memory or hours, if the described model is far larger than the weights."""
+def _check_effort(
+    description: ModelDescription, state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, before it takes memory or hours, if the described model is far larger than the weights.
+
+    The user's own `arguments` have precedence over the described ones. Only an image size may enlarge the model.
+    """
+    given = {name: value for name, value in arguments.items() if name != "img_size"}
     problem = f"{description.source} describes a far larger model than its weights are of: restore that file"
     for name in ("depth", "depths", "layers"):
-        value = description.model_args.get(name)
+        value = {**description.model_args, **given}.get(name)
         depths = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(depth, int) and depth > len(state_dict) for depth in depths):
             raise ValueError(problem)
     try:
         with torch.device("meta"):
-            shadow = create_model(description)
+            shadow = create_model(description, **given)
     except ValueError:
         # Not every model of timm can be built without memory; what is wrong with this one is reported later.
         return

@@ -13,7 +13,7 @@ left out.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -96,6 +96,15 @@ def to_timm(state_dict: Mapping[str, Tensor], *, path: Path, use_ema: bool = Fal
     return weights
 
 
+def wrap_like(names: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under timm's names, in the wrapper that a few models of timm have themselves, such as qwen3_vit.
+
+    `names` are those of the model's parameters. Weights in the wrapper keep their names.
+    """
+    wrapper = _common_wrapper(names)
+    return {name if name.startswith(wrapper) else wrapper + name: tensor for name, tensor in weights.items()}
+
+
 def _rename(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Weights renamed by the first rule that matches the whole name; an empty new name leaves them out."""
     renamed = {}
@@ -136,7 +145,7 @@ def _without_wrapper(state_dict: Mapping[str, Tensor], path: Path, *, use_ema: b
     return inner
 
 
-def _common_wrapper(names: Mapping[str, Tensor]) -> str:
+def _common_wrapper(names: Collection[str]) -> str:
     """The wrappers that all names begin with, such as "model."."""
     prefix = ""
     while True:

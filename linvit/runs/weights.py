@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from linvit.model.description import CONFIG, ModelDescription, read_config, read
 from linvit.output.files import reason
 from linvit.output.terminal import note, printable
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
-from linvit.runs.layouts import to_timm
+from linvit.runs.layouts import to_timm, wrap_like
 from linvit.runs.positions import match_prefix, source_size
 from linvit.settings.fields import Side, listed
 
@@ -222,6 +222,7 @@ def fit_weights(model: TimmModel, saved: SavedWeights, *, class_names: Sequence[
     """
     own = model.state_dict()
     classifier = classifier_parameters(model)
+    saved = replace(saved, state_dict=wrap_like(own, saved.state_dict))
     state_dict = dict(saved.state_dict)
     if _has_other_classes(saved, own, classifier, class_names):
         for name in classifier:
@@ -263,6 +264,7 @@ def _adapt(
 def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path) -> None:
     """Load weights without adapting them; raises ValueError, naming the parameters, if they do not fit the model."""
     own = model.state_dict()
+    state_dict = wrap_like(own, state_dict)
     missing = own.keys() - state_dict.keys()
     unexpected = state_dict.keys() - own.keys()
     reshaped = sorted(name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape)

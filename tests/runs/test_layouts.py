@@ -15,7 +15,7 @@ from torchvision.models import VisionTransformer
 
 from linvit.cli import main
 from linvit.runs.folder import load_classifier
-from linvit.runs.weights import fit_weights, read_weights
+from linvit.runs.weights import fit_weights, load_exactly, read_weights
 
 NAME = "vit_tiny_patch16_224"
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -217,6 +217,16 @@ def test_a_wrapped_cnn(tmp_path: Path) -> None:
     source, model = (timm.create_model("resnet10t", num_classes=5).eval() for _ in range(2))
     fit_weights(model, read_weights(save(tmp_path / "last.ckpt", prefixed(source.state_dict(), "model."))))
     assert torch.equal(model(images()), source(images()))
+
+
+def test_a_wrapper_of_the_model_itself_is_kept(tmp_path: Path) -> None:
+    """All names of this model of timm begin with "encoder."."""
+    small = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2, "pos_embed_grid_size": 2}
+    source, model = (timm.create_model("qwen3_vit_88m", **small) for _ in range(2))
+    path = save(tmp_path / "weights.pth", source.state_dict())
+    assert fit_weights(model, read_weights(path)) == []
+    load_exactly(model, read_weights(path).state_dict, path=path)
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_dino_takes_the_teacher(tmp_path: Path) -> None:

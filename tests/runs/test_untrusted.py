@@ -130,21 +130,9 @@ def test_a_model_far_larger_than_its_weights_is_not_built(size: dict[str, Any], 
         load_classifier(str(plant_file(tmp_path / "file.pth", size)))
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"batch_size": "x"}, "batch_size takes a whole number greater than 0"),
-        ({"validation_batch_size": -1}, "validation_batch_size takes a whole number greater than 0"),
-        ({"amp": "x"}, "amp takes true or false"),
-        ({"amp": True, "amp_dtype": "float8"}, "amp_dtype takes one of 'bfloat16', 'float16'"),
-    ],
-)
-def test_wrong_settings_of_a_run_are_named(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    plant_folder(tmp_path / "run/best", {})
-    (tmp_path / "run/args.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match=rf"model\.safetensors, settings of its run: {words}"):
-        load_classifier(str(tmp_path / "run"))
+def test_the_users_own_arguments_may_make_a_described_model_smaller(tmp_path: Path) -> None:
+    path = plant_file(tmp_path / "file.pth", {"depth": 10**6})
+    assert len(load_classifier(str(path), model_kwargs={"depth": 1}).model.blocks) == 1
 
 
 @pytest.mark.parametrize("arch", ["hf-hub:a/b", "hf_hub:a/b", "local-dir:/tmp", "https://a/b", "../model", "", "a.b"])
@@ -259,6 +247,7 @@ def test_a_run_in_which_everything_is_planted_predicts(tmp_path: Path, images: P
 def test_arguments_of_a_model_are_its_constructors(tmp_path: Path) -> None:
     check_arguments(NAME, {"img_size": (32, 32), "qkv_bias": False, "norm_layer": "layernorm", "init_values": 1e-5})
     check_arguments("linvit_mini_patch4_64", {"k": [4, None, [1, 2]], "projection": "linear", "qk_norm": True})
+    check_arguments("tf_efficientnet_b0", {"bn_eps": 1e-3, "bn_momentum": 0.1})
     check_arguments("resnet18.a1_in1k", {"num_classes": 3, "block_args": {"x": 1}, "drop_path_rate": 0.1})
     for name in timm.list_models("*_base*"):
         check_arguments(name, {"num_classes": 3, "in_chans": 3, "global_pool": "avg"})
