@@ -66,8 +66,9 @@ def check_writable(path: Path) -> None:
     target = target_of(path)
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "it is write-protected")
+    # A process that was killed may have had the same number, as in a restarted container, and have left the file.
     scratch = scratch_of(target)
-    scratch.open("xb").close()
+    scratch.open("wb").close()
     scratch.unlink()
 
 

@@ -5,6 +5,7 @@ import ast
 import inspect
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -112,6 +113,7 @@ def check_folder(flag: str, path: Path) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     try:
         scratch = scratch_of(parent / target.name)
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         scratch.rmdir()
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from linvit.output.files import scratch_of
 from linvit.output.terminal import page, print_line, show_line
 from linvit.settings.flags import UsageError, check_files, check_folder
 from linvit.settings.process import run
@@ -125,6 +126,16 @@ def test_an_output_does_not_replace_an_input(tmp_path: Path) -> None:
             check_files(("--plot", path), inputs=[str(listed), tmp_path / "link", "hf:name"])
     (data / "check.json").touch()
     check_files(("--plot", data / "new.png"), ("--json", data / "check.json"), inputs=[listed, data])
+
+
+def test_leftovers_of_a_killed_process_of_the_same_number_do_not_matter(tmp_path: Path) -> None:
+    """A process in a container that is restarted often has the number of the one before."""
+    scratch_of(tmp_path / "a.json").touch()
+    check_files(("--json", tmp_path / "a.json"))
+    scratch_of(tmp_path / "run").mkdir()
+    (scratch_of(tmp_path / "run") / "model.safetensors").touch()
+    check_folder("--output", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_refused_before_the_work_if_it_cannot_be_created(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What all image sources share: the interface `ImageSet`, the names of splits, and compact lists of strings."""
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,7 +98,7 @@ class ImageSubset(ImageSet):
 
     Args:
         images: the set.
-        indices: the images to keep, (N,).
+        indices: the images to keep, (N,), in ascending order.
         split: name of the subset.
     """
 
@@ -114,6 +115,11 @@ class ImageSubset(ImageSet):
 
     def num_bytes(self, index: int) -> int:
         return self._images.num_bytes(int(self._indices[index]))
+
+    def relative_names(self) -> Iterator[bytes]:
+        is_chosen = np.zeros(len(self._images), dtype=bool)
+        is_chosen[self._indices] = True
+        return itertools.compress(self._images.relative_names(), is_chosen)
 
 
 class NoSuchSplit(ValueError):

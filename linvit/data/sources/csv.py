@@ -242,19 +242,24 @@ class _Finder:
         self._listings: dict[str, tuple[set[str], dict[str, list[str]]]] = {}
 
     def find(self, path: str) -> str | None:
-        """The image's path relative to the root, in the first folder that has it; None if none has."""
-        for folder in self.folders:
-            candidate = os.path.join(folder, path)
+        """The image's path relative to the root, in the first folder that has it; None if none has.
+
+        A file is checked by itself only if no folder lists it: on a network file system each check takes a millisecond.
+        """
+        candidates = [os.path.join(folder, path) for folder in self.folders]
+        for candidate in candidates:
             parent, name = os.path.split(candidate)
-            files, by_stem = self._list(parent)
-            # Some file systems ignore case, so a name that is not listed may still exist.
-            if name in files or os.path.isfile(self.root / candidate):
+            if name in self._list(parent)[0]:
                 return candidate
+        for candidate in candidates:
+            parent, name = os.path.split(candidate)
+            _, by_stem = self._list(parent)
             if len(images := by_stem.get(name, [])) == 1:
                 return os.path.join(parent, images[0])
             if images:
                 raise ValueError(f"{self.root / candidate}: is one of {quoted(sorted(images))}; add the extension")
-        return None
+        # Some file systems ignore case, so a name that is not listed may still exist.
+        return next((candidate for candidate in candidates if os.path.isfile(self.root / candidate)), None)
 
     def _list(self, folder: str) -> tuple[set[str], dict[str, list[str]]]:
         if folder not in self._listings:

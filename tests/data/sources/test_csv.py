@@ -141,6 +141,14 @@ def test_other_columns_delimiters_and_names_without_extension(text: str, data: P
     assert ("labels are taken from" in images.note) == any(name in text for name in ("breed", "cat,dog"))
 
 
+def test_listed_files_are_not_checked_one_by_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check takes a millisecond on a network file system."""
+    (data / "images/a").rename(data / "train")
+    file = write(data, "path,label\n000.png,cat\n001,dog\n")
+    monkeypatch.setattr(os.path, "isfile", lambda path: pytest.fail(f"checked {path}"))
+    assert open_list(file, split="train").paths == [data / "train/000.png", data / "train/001.png"]
+
+
 def test_class_folders_come_before_a_list(data: Path) -> None:
     write(data, "path,label\nimages/a/000.png,x\n")
     (data / "images").rename(data / "train")
