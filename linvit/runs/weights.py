@@ -30,8 +30,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 # If a model has another width or layout, nearly all its parameters differ.
 MAX_SHAPES_LISTED = 3
 MAX_NAMES_LISTED = 6
-# Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO.
-_STATE_DICTS = ("state_dict", "model", "teacher")
+# Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO, I-JEPA.
+_STATE_DICTS = ("state_dict", "model", "teacher", "encoder")
 
 _SAVE = "save model.state_dict()"
 

@@ -245,6 +245,15 @@ def test_dino_takes_the_teacher(tmp_path: Path) -> None:
     assert_same(found, teacher.forward_features(images()))
 
 
+def test_ijepa_takes_the_encoder(tmp_path: Path) -> None:
+    source = vit(num_classes=0, class_token=False, global_pool="avg")
+    encoder = prefixed(source.state_dict(), "module.")
+    path = save(tmp_path / "jepa.pth", {"encoder": encoder, "predictor": {}, "opt": {"state": {}}, "epoch": 3})
+    model = vit(num_classes=0, class_token=False, global_pool="avg")
+    assert fit_weights(model, read_weights(path)) == []
+    assert_same(model(images()), source(images()))
+
+
 def test_mae_leaves_out_the_decoder(tmp_path: Path) -> None:
     source = vit(0)
     decoder = draw({"mask_token": (1, 1, 16), "decoder_pos_embed": (1, 17, 16), **linear("decoder_embed", 16, D)})
