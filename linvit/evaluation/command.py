@@ -44,6 +44,7 @@ def evaluate_command(options: EvalOptions) -> int:
     Raises UsageError for a file that cannot be written, and ValueError if sources, data or options do not fit together.
     """
     from linvit.data.sources.classes import is_class_order
+    from linvit.data.sources.open import paths_of_split
     from linvit.distributed import joined_ranks
     from linvit.evaluation.source import evaluate_source
     from linvit.runs.folder import source_files
@@ -51,7 +52,9 @@ def evaluate_command(options: EvalOptions) -> int:
     from linvit.settings.flags import check_files, check_inputs
 
     sources = (options.source, *options.compare)
-    check_files(*options.files, inputs=[options.data_dir, *(file for each in sources for file in source_files(each))])
+    # A fraction may be of DATA itself.
+    images = [options.data_dir] if options.val_fraction else paths_of_split(options.data_dir, options.split)
+    check_files(*options.files, inputs=[*images, *(file for each in sources for file in source_files(each))])
     if options.class_map is not None and not is_class_order(options.class_map):
         check_inputs(("--class-map", options.class_map))
     sizes: list[tuple[int, int] | None] = [height_and_width(size) for size in options.img_size]

@@ -262,7 +262,7 @@ def test_progress_is_shown_on_a_terminal(
         (["--json", "link", "--csv", "o"], "--json and --csv are both o; choose two files"),
         (["--confusion", "a.csv", "a.csv"], "--confusion and --confusion are both a.csv; choose two files"),
         (["--json", "run/best/config.json"], "would replace a file that is read (run/best/config.json)"),
-        (["--csv", "data/val/n01440764/0.png"], "would replace a file that is read (data)"),
+        (["--csv", "data/val/n01440764/0.png"], "would replace a file that is read (data/val)"),
     ],
 )
 def test_an_output_is_neither_another_output_nor_an_input(
@@ -279,6 +279,23 @@ def test_an_output_is_neither_another_output_nor_an_input(
         (tmp_path / link).symlink_to(target)
     assert main(["eval", "run", "data", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_results_beside_the_splits_may_be_written_again(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/val").symlink_to(data / "val")
+    for file in ("data/images.csv", "data/confusion.png"):
+        Path(file).write_text("old")
+    arguments = ["--csv", "data/images.csv", "--confusion", "data/confusion.png", "--bootstrap", "0", "--workers", "0"]
+    assert main(["eval", str(run), "data", *arguments]) == 0
+    assert "old" not in (Path("data/images.csv").read_text(), Path("data/confusion.png").read_text(errors="replace"))
+    # A list of the split may be read.
+    Path("data/val.csv").write_text("path,label")
+    assert main(["eval", str(run), "data", "--csv", "data/val.csv"]) == 2
+    assert Path("data/val.csv").read_text() == "path,label"
 
 
 def test_real_labels_go_by_the_number_in_the_file_name(tmp_path: Path) -> None:

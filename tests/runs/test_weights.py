@@ -252,7 +252,7 @@ def test_a_truncated_folder_is_named(name: str, tmp_path: Path) -> None:
         ({"architecture": ["vit"]}, "config.json does not describe a model (architecture: input should be a valid"),
         ({"model_args": [1]}, "config.json does not describe a model (model_args: input should be a valid dict"),
         ({"pretrained_cfg": [1]}, "config.json does not describe a model (pretrained_cfg: input should be a valid"),
-        ({"label_names": 3}, "config.json does not describe a model (label_names: input should be a valid tuple"),
+        ({"label_names": 3}, "config.json does not describe a model (label_names: input should be a valid list"),
         ({"label_names": ["a", None]}, "config.json does not describe a model (label_names.1: input should be a"),
         ({"pretrained_cfg": {"mean": "x"}}, "config.json does not describe a model (mean: input should be a valid"),
         ({"pretrained_cfg": {"input_size": 3}}, "config.json does not describe a model ("),

@@ -70,6 +70,15 @@ def open_images(
     return open_folder(root, split=split, class_names=class_names, missing_classes=missing_classes)
 
 
+def paths_of_split(data: str | os.PathLike[str], split: str) -> list[Path]:
+    """The folders and lists that `open_images` may read for a split; other files in a folder DATA are not read."""
+    root = Path(data)
+    if not root.is_dir():
+        return [root]
+    names = [name for each in split_names(split) for name in (each, *lists_of(each))]
+    return [root / name for name in (*names, CLASS_FILE) if (root / name).exists()]
+
+
 def open_fraction(
     data: str | os.PathLike[str],
     *,
