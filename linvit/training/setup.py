@@ -87,14 +87,14 @@ def check_readable(images: ImageSet, config: TrainConfig) -> None:
     """Raise ValueError if bad images are to be skipped, but none can be read. Reads up to the first good image."""
     if config.on_bad_image == "stop":
         return
-    errors = []
+    first = ""
     for index in range(len(images)):
         try:
             images.read(index)
             return
         except UnreadableImage as error:
-            errors.append(str(error))
-    raise ValueError(f"{images.root}: none of the {len(images):,} images can be read; the first is {errors[0]}")
+            first = first or str(error)
+    raise ValueError(f"{images.root}: none of the {len(images):,} images can be read; the first is {first}")
 
 
 def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) -> tuple[TimmModel, list[str]]:

@@ -194,15 +194,10 @@ def _select_split(file: Path, rows: list[Row], split: str) -> tuple[str, list[Ro
     for name in names:
         if name in splits:
             return name, [row for row in rows if row.split == name]
-    if not splits and (named := next((name for name in names if is_list_of(name, file.name)), None)):
+    if not splits and (named := next((name for name in names if file.name in lists_of(name)), None)):
         return named, rows
     hint = f"found {quoted(splits)}" if splits else "give the folder of the list, or add a column 'split' to it"
     raise NoSuchSplit(f"{file}: no split '{split}' (looked for {', '.join(names)}); {hint}")
-
-
-def is_list_of(split: str, name: str) -> bool:
-    """Whether a file of this name lists a split whose images lie in a folder without class folders."""
-    return name in lists_of(split)
 
 
 def lists_of(split: str) -> Iterator[str]:
