@@ -1,7 +1,8 @@
 """Hugging Face data sets, read with the package `datasets`: by name from the hub, or from a folder or file."""
 
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from linvit.data.decode import UnreadableImage, read_file
 from linvit.data.sources.base import ImageSet, NoSuchSplit, join_notes, split_names, split_note
 from linvit.data.sources.classes import CLASS_FILE, MissingClasses, number_classes, number_labels, quoted
 from linvit.output.files import reason
+from linvit.settings.yaml import parse_yaml
 
 # Marks DATA as a Hugging Face data set.
 PREFIX = "hf:"
 # Label columns without the feature ClassLabel; WebDatasets on the hub have the second.
 _LABEL_COLUMNS = ("label", "cls")
+# Where a folder describes its files, in the header of a Markdown file and in YAML.
+_CARD, _CONFIG = "README.md", ".huggingface.yaml"
+# Some messages of `datasets` list all the extensions that there are.
+_LONGEST_REASON = 200
 
 
 class HubImages(ImageSet):
@@ -128,10 +134,14 @@ def _load(data: str, split: str) -> tuple[str, Any]:
             return found, splits[found]()
     except Exception as error:
         # The package raises errors of the network, of Arrow and of its own classes.
-        raise ValueError(f"{data}: cannot be loaded ({type(error).__name__}: {reason(error)})") from error
+        raise ValueError(f"{data}: cannot be loaded ({type(error).__name__}: {_short(error)})") from error
     raise NoSuchSplit(
         f"{data}: no split '{split}' (looked for {', '.join(split_names(split))}); found {quoted(list(splits))}"
     )
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(reason(error), _LONGEST_REASON, placeholder=" …")
 
 
 def _open_splits(path: Path, name: str, config: str | None) -> dict[str, Callable[[], Any]]:
@@ -144,6 +154,8 @@ def _open_splits(path: Path, name: str, config: str | None) -> dict[str, Callabl
     if (path / "state.json").is_file():
         rows = datasets.load_from_disk(name)
         return {str(rows.split or path.name): lambda: rows}
+    if path.is_dir():
+        _refuse_remote_files(path)
     if path.is_file():
         kind, split = path.suffix.removeprefix("."), re.split(r"[-_.]\d", path.name)[0].removesuffix(path.suffix)
         return {split: partial(datasets.load_dataset, kind, data_files={split: name}, split=split)}
@@ -151,6 +163,32 @@ def _open_splits(path: Path, name: str, config: str | None) -> dict[str, Callabl
         split: partial(datasets.load_dataset, name, config, split=split)
         for split in datasets.get_dataset_split_names(name, config)
     }
+
+
+def _refuse_remote_files(folder: Path) -> None:
+    """Raise ValueError if a folder's own description names files on the network, which `datasets` would fetch."""
+    for name in (_CARD, _CONFIG):
+        file = folder / name
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if name == _CARD:
+            header = re.match(r"\s*---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
+            text = "" if header is None else header[1]
+        settings = parse_yaml(text)
+        configs = settings.get("configs") if isinstance(settings, dict) else None
+        remote = next((each for each in _texts(configs) if "://" in each or "::" in each), None)
+        if remote is not None:
+            raise ValueError(f"{file} names {remote!r}, and a file cannot start a download: give files of the folder")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text inside lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def _name_and_config(written: str) -> tuple[str, str | None]:

@@ -117,3 +117,26 @@ def test_faults_are_named(datasets: Any, tmp_path: Path) -> None:
         open_hub(f"hf:{tmp_path / 'train.parquet'}", split="train")
     with pytest.raises(ValueError, match=r"hf:.*nowhere: cannot be loaded \(FileNotFoundError"):
         open_hub(f"hf:{tmp_path / 'nowhere'}", split="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "README.md",
+            "---\nconfigs:\n- config_name: default\n  data_files: hf://datasets/some/set/*.parquet\n---\n# Set",
+        ),
+        (".huggingface.yaml", 'configs: [{"config_name": "a", "data_files": [{"split": "x", "path": "s3::b"}]}]'),
+    ],
+)
+def test_a_folder_cannot_start_a_download(datasets: Any, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} names '(hf://.*|s3::b)', and a file cannot start a download"):
+        open_hub(f"hf:{tmp_path / 'set'}", split="train")
+
+
+def test_links_in_the_text_about_a_folder_are_no_downloads(datasets: Any, tmp_path: Path) -> None:
+    rows(datasets, ["a", "b"], datasets.Value("string")).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_text("---\nlicense_link: https://example.org\n---\n# Set\nhttps://example.org")
+    assert open_hub(f"hf:{tmp_path}", split="train").labels == [0, 1]
