@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from linvit.settings.fields import ImageSize, LayerLengths, Length, height_and_width
+from linvit.settings.fields import ImageSize, LayerLengths, Length, ModelKeywords, height_and_width
 
 
 class ConvertOptions(BaseModel):
@@ -17,7 +17,7 @@ class ConvertOptions(BaseModel):
 
     source: str = Field(description="timm model name, run folder, or folder with config.json and weights")
     weights: Path | None = Field(None, description="weights file for a timm model name")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra keyword arguments of the model")
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra keyword arguments of the model")
     images: Path = Field(description="folder of images, searched at any depth; labels are not needed")
     output: Path = Field(description="folder to write the converted model to; timm loads it as local-dir:FOLDER")
 

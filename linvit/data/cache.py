@@ -324,9 +324,9 @@ def shared_memory_folder(name: str) -> Path:
     _refuse_strange(parent)
     for other in parent.iterdir():
         try:
-            _release(other, os.open(other / _LOCK, os.O_RDWR))
-        except FileNotFoundError:
-            # Another process has just created or deleted it.
+            _release(other, os.open(other / _LOCK, os.O_RDWR | os.O_NONBLOCK))
+        except (FileNotFoundError, NotADirectoryError):
+            # Another process has just created or deleted it, or it is not a cache.
             continue
     folder = parent / name
     while True:
@@ -350,12 +350,12 @@ def _refuse_strange(folder: Path) -> None:
     if not S_ISDIR(status.st_mode):
         wrong = "is not a folder"
     elif status.st_uid != os.getuid():
-        wrong = f"belongs to user {status.st_uid}"
+        wrong = f"belongs to user {status.st_uid}, who could change the images"
     elif status.st_mode & 0o077:
-        wrong = "is open to other users"
+        wrong = "is open to other users, who could change the images"
     else:
         return
-    raise ValueError(f"cache memory: {folder} {wrong}, who could change the images; remove it, or set cache disk")
+    raise ValueError(f"cache memory: {folder} {wrong}; remove it, or set cache disk")
 
 
 def _is_current(lock: Path, handle: int) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
-from linvit.settings.fields import ImageSize, PositiveNumber
+from linvit.settings.fields import ImageSize, ModelKeywords, PositiveNumber
 
 
 class EvalOptions(BaseModel):
@@ -56,7 +56,7 @@ class EvalOptions(BaseModel):
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
     use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
     model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
 
     img_size: tuple[ImageSize, ...] = Field(
         (), description="one or more sizes, as 384 or 768x512 (default: the model's own)"

@@ -89,7 +89,7 @@ def create_model(
         if origin == "local-dir":
             description = read_config(Path(location) / CONFIG)
         elif origin == "hf-hub":
-            description = read_config(Path(download_from_hf(location, CONFIG)))
+            description = read_config(_download_config(location))
             weights = {"source": "hf-hub", "hf_hub_id": location}
     else:
         description = model
@@ -118,6 +118,16 @@ def create_model(
         raise ValueError(f"{source}{name} cannot be built: unknown value {printable(str(error))}") from error
     except (RuntimeError, AssertionError, AttributeError, IndexError, ArithmeticError) as error:
         raise ValueError(f"{source}{name} cannot be built: {printable(reason(error))}") from error
+
+
+def _download_config(name: str) -> Path:
+    try:
+        return Path(download_from_hf(name, CONFIG))
+    # The package has its own errors for names, access and the network.
+    except Exception as error:
+        raise ValueError(
+            f"hf-hub:{name} cannot be downloaded ({type(error).__name__}): check the name and the connection"
+        ) from error
 
 
 def _has_fixed_size(name: str) -> bool:

@@ -7,13 +7,14 @@ and a parameter of a class in the module that defines the model.
 
 import functools
 import inspect
+import math
 import sys
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import timm
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import build_model_with_cfg, get_model_args, model_entrypoint
 from timm.models._hub import _parse_model_cfg
 from torch import nn
@@ -74,6 +75,9 @@ class _Config(BaseModel):
     pretrained_cfg: dict[str, Any] = {}
 
 
+_CropShare = Annotated[float, Field(gt=0, le=2)]
+
+
 class _PretrainedCfg(BaseModel):
     """The entries of timm's `pretrained_cfg` that are read from files: those that do not say where weights are."""
 
@@ -84,11 +88,11 @@ class _PretrainedCfg(BaseModel):
     min_input_size: tuple[int, int, int] | None = None
     fixed_input_size: bool = False
     interpolation: str | None = None
-    crop_pct: float | None = None
-    test_crop_pct: float | None = None
+    crop_pct: _CropShare | None = None
+    test_crop_pct: _CropShare | None = None
     crop_mode: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = Field(None, min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, min_length=1)
     num_classes: int | None = None
     label_names: list[str] | None = None
     label_descriptions: dict[str, str] | list[str] | None = None
@@ -139,7 +143,7 @@ def check_arguments(architecture: str, arguments: dict[str, Any]) -> None:
         if name not in accepted:
             raise ValueError(f"{architecture} does not take these arguments: {unknown('keyword', str(name), accepted)}")
         if not _is_plain(value, depth=_MAX_DEPTH):
-            raise ValueError(f"{architecture}: the model argument {name} takes numbers, text, or lists of these")
+            raise ValueError(f"{architecture}: the model argument {name} takes finite numbers, text, or lists of these")
 
 
 @functools.cache
@@ -161,7 +165,7 @@ def _is_plain(value: Any, *, depth: int) -> bool:
     if isinstance(value, list | tuple | dict):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(each, depth=depth - 1) for each in inner)
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 Checked = TypeVar("Checked", bound=BaseModel)

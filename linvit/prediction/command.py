@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,7 @@ from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, 
 from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
-from linvit.settings.fields import height_and_width
+from linvit.settings.fields import ModelKeywords, height_and_width
 from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class PredictOptions(PredictorOptions):
     )
     use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
     model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
 
     crop_pct: CropShare | None = Field(
         None, description="fraction of the image that the centre crop keeps (default: the run's)"

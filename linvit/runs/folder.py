@@ -233,7 +233,10 @@ def _build(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any
     """The model with the saved weights. Raises ValueError if they do not determine all of it."""
     model_or_name = saved.description or model_name
     if model_or_name is None:
-        raise ValueError(f"{saved.path} does not name its model: give --model NAME")
+        raise ValueError(
+            f"{saved.path} does not name its model: give --model NAME to eval or predict, or use a folder with "
+            "config.json"
+        )
     if saved.description is not None:
         _check_effort(saved.description, saved.state_dict, arguments)
     model = create_model(model_or_name, **{"num_classes": _num_classes(saved, model_or_name)} | arguments)

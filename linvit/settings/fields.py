@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -48,6 +48,18 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Length = Annotated[int, Field(ge=1)]
 # One entry per layer: a length, a length per head, or None for ordinary attention.
 LayerLengths = tuple[Length | tuple[Length, ...] | None, ...]
+
+
+def _model_keywords(value: dict[str, Any]) -> dict[str, Any]:
+    # Commands pass these to the factory themselves, so they would arrive there twice.
+    for name in ("model", "pretrained"):
+        if name in value:
+            raise ValueError(f"takes arguments of the model's class, not {name!r}")
+    return value
+
+
+# Keyword arguments of a model, as users give them.
+ModelKeywords = Annotated[dict[str, Any], AfterValidator(_model_keywords)]
 # What a timed step runs: a forward pass, or a forward and a backward pass.
 Mode = Literal["forward", "train"]
 DType = Literal["float32", "bfloat16", "float16"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.settings.fields import ImageSize, height_and_width
+from linvit.settings.fields import ImageSize, ModelKeywords, height_and_width
 from linvit.settings.flags import check_files, parse_options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SpectrumOptions(BaseModel):
     )
     images: Path | None = Field(None, description="folder of images, at any depth")
     weights: Path | None = Field(None, description="weights file for a timm model name")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
 
     img_size: tuple[ImageSize, ...] = Field(
         (), description="one or more image sizes in pixels, such as 518 or 768x512 (default: the model's own)"

@@ -207,10 +207,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_hub(settings: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None) -> None:
-    """Raise UsageError if a file names a model on the hub; only the command line may say what to download."""
-    for name in {"model", "kd_model_name"} - flags.keys():
+    """Raise UsageError if a file names a model or data on the hub; only the command line may start a download."""
+    for name in {"model", "kd_model_name", "data_dir"} - flags.keys():
         value = settings.get(name)
-        if isinstance(value, str) and value.lower().startswith(("hf-hub:", "hf_hub:")):
+        prefixes = ("hf:",) if name == "data_dir" else ("hf-hub:", "hf_hub:")
+        if not isinstance(value, str) or not value.lower().startswith(prefixes):
+            continue
+        # Data sets may lie on the disk, too.
+        if name != "data_dir" or not Path(value.removeprefix("hf:")).exists():
             raise UsageError(
                 f"{path}: a file cannot start a download; give {flag_of(name)} {value} on the command line"
             )
@@ -242,6 +246,8 @@ def _check_model(config: TrainConfig) -> None:
     for name, argument in MODEL_ARGUMENTS.items():
         if getattr(config, name) and argument in config.model_kwargs:
             raise ValueError(f"`{name}` and {argument} in `model_kwargs` set the same argument: keep one")
+    if "num_classes" in config.model_kwargs:
+        raise ValueError("`model_kwargs` takes no num_classes, which the data determine: remove it")
     if config.initial_checkpoint and (config.pretrained or config.pretrained_path):
         other = "pretrained_path" if config.pretrained_path else "pretrained"
         raise ValueError(f"`initial_checkpoint` and `{other}` both set the initial weights: keep one")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.options import InputOptions
+from linvit.data.sources.classes import order_conflict
 from linvit.device import autocast, autocast_dtype
 from linvit.model.build import TimmModel
 from linvit.runs.folder import load_classifier
@@ -63,6 +64,8 @@ class Distillation:
             self.projected = _ProjectedTokens(model, width)
         else:
             _check_classes(config.kd_model_name, self.teacher, classifier.class_names, class_names)
+            if classifier.class_names is None and config.class_map is None:
+                _check_order(config.kd_model_name, class_names)
         self.trained = self.projected or model
 
     def parameters(self) -> list[nn.Parameter]:
@@ -167,6 +170,16 @@ class _TeacherInput:
         if tuple(images.shape[-2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         return (pixels - self.teacher_mean) / self.teacher_std
+
+
+def _check_order(source: str, class_names: Sequence[str]) -> None:
+    """Raise ValueError if the labels of a teacher without class names may stand for other classes."""
+    conflict = order_conflict(class_names)
+    if conflict is not None:
+        raise ValueError(
+            f"--kd-model-name {source} has no class names, and {conflict}: use --class-map timm if timm trained the "
+            "teacher, or --class-map torchvision if its labels are in sorted order"
+        )
 
 
 def _check_classes(source: str, teacher: TimmModel, names: Sequence[str] | None, class_names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from linvit.settings.fields import Count, LayerLengths, Length, Probability, Rate, Seed, nearest
+from linvit.settings.fields import Count, LayerLengths, Length, ModelKeywords, Probability, Rate, Seed, nearest
 
 
 class _Options(BaseModel):
@@ -52,7 +52,7 @@ class ModelOptions(_Options):
         description="side in patches of a depth-wise convolution beside attention, such as 3 (default: the model's "
         "own; the named models have none)",
     )
-    model_kwargs: dict[str, Any] = Field(
+    model_kwargs: ModelKeywords = Field(
         default_factory=dict,
         description="extra keyword arguments of the model, such as class_token=false init_values=1e-5",
     )

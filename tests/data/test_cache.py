@@ -68,6 +68,16 @@ def test_a_folder_in_memory_that_somebody_else_may_change_is_refused(
         shared_memory_folder("val")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the folder is in /dev/shm")
+def test_other_things_in_the_folder_in_memory_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MEMORY", tmp_path)
+    folder = tmp_path / f"linvit-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "file").touch()
+    assert shared_memory_folder("val").parent == folder
+    assert (folder / "file").exists()
+
+
 def test_images_are_cropped_and_cached(folder: ImageFolder, options: CacheOptions) -> None:
     crop = FitShorterSide(20)
     for _ in range(2):

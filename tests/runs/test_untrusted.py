@@ -16,7 +16,8 @@ from tiny_runs import SETTINGS, make_images, train
 import linvit.model.build
 import train_imagenet
 from linvit.cli import main
-from linvit.data.augment.build import InputSpec
+from linvit.data.augment.build import InputSpec, resolve_input
+from linvit.data.options import InputOptions
 from linvit.model.build import build, create_model, parse_spec
 from linvit.model.description import check_arguments
 from linvit.prediction.predictor import Predictor
@@ -208,6 +209,8 @@ def test_a_configuration_cannot_reach_the_network(
         ({"model_kwargs": {"pretrained_cfg": {"url": URL}}}, "unknown keyword 'pretrained_cfg'"),
         ({"model_kwargs": {"cache_dir": "cache"}}, "unknown keyword 'cache_dir'"),
         ({"model": "hf-hub:a/b"}, "give --model hf-hub:a/b on the command line"),
+        ({"model_kwargs": {"pretrained": True}}, "takes arguments of the model's class, not 'pretrained'"),
+        ({"model_kwargs": {"num_classes": 5}}, "takes no num_classes, which the data determine"),
         ({"kd_model_name": "HF_Hub:a/b"}, "give --kd-model-name HF_Hub:a/b on the command line"),
     ):
         file = tmp_path / "args.yaml"
@@ -215,6 +218,15 @@ def test_a_configuration_cannot_reach_the_network(
         assert train_imagenet.main([str(images), "--config", str(file)]) in (1, 2)
         assert words in capsys.readouterr().err
     assert parse(["data", "--config", str(file), "--kd-model-name", "hf-hub:a/b"]).kd_model_name == "hf-hub:a/b"
+    file.write_text(yaml.safe_dump({"data_dir": "hf:a/b"}))
+    assert train_imagenet.main(["--config", str(file)]) == 2
+    assert "give --data-dir hf:a/b on the command line" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump({"data_dir": f"hf:{images}"}))
+    assert str(parse(["--config", str(file)]).data_dir) == f"hf:{images}"
+    for place in ("eval", "predict"):
+        for planted in ("pretrained=true", "model=x"):
+            assert main([place, NAME, str(images), "--model-kwargs", planted]) == 2
+            assert "--model-kwargs takes arguments of the model's class" in capsys.readouterr().err
     for place in ("eval", "predict"):
         assert main([place, NAME, str(images), "--model-kwargs", f"pretrained_cfg={URL}"]) == 1
         assert "unknown keyword 'pretrained_cfg'" in capsys.readouterr().err
@@ -254,6 +266,30 @@ def test_arguments_of_a_model_are_its_constructors(tmp_path: Path) -> None:
     deep: Any = 1
     for _ in range(100):
         deep = [deep]
-    for value in (torch.zeros(2), print, Path("x"), {1: 2, "a": object()}, deep):
-        with pytest.raises(ValueError, match="the model argument depth takes numbers, text, or lists of these"):
+    for value in (torch.zeros(2), print, Path("x"), {1: 2, "a": object()}, deep, float("nan")):
+        with pytest.raises(ValueError, match="the model argument depth takes finite numbers, text, or lists of these"):
             check_arguments(NAME, {"depth": value})
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        ({"mean": [0.5]}, "the model's mean is not for red, green and blue: set --mean"),
+        ({"std": [0.5, 0.0, 0.5]}, "std.1: input should be greater than 0"),
+        ({"crop_pct": 0}, "crop_pct: input should be greater than 0"),
+        ({"crop_pct": 100}, "crop_pct: input should be less than or equal to 2"),
+    ],
+)
+def test_preprocessing_that_images_cannot_have_is_refused(tmp_path: Path, planted: dict[str, Any], words: str) -> None:
+    plant_folder(tmp_path / "model", {}, planted)
+    with pytest.raises(ValueError, match=words):
+        resolve_input(load_classifier(str(tmp_path / "model")).model, InputOptions.model_validate({}))
+
+
+def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> str:
+        raise OSError("An error happened. Please check your connection.\nMore lines")
+
+    monkeypatch.setattr(linvit.model.build, "download_from_hf", fail)
+    with pytest.raises(ValueError, match=r"^hf-hub:a/b cannot be downloaded \(OSError\): check the name"):
+        create_model("hf-hub:a/b")

@@ -1,6 +1,7 @@
 """Distillation: the input of the teacher, the loss for logits and features, and exact resuming."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ def save_teacher(
     return str(folder)
 
 
-def build(teacher: str, **settings: Any) -> tuple[nn.Module, Distillation]:
+def build(teacher: str, class_names: list[str] = CLASSES, **settings: Any) -> tuple[nn.Module, Distillation]:
     torch.manual_seed(2)
     size = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     model = create_model("linvit_mini_patch4_64", num_classes=3, img_size=(32, 32), k=4, **size)
     config = TrainConfig(data_dir=Path("data"), kd_model_name=teacher, lr=0.1, **settings)
-    distillation = create_distillation(model, config, spec=STUDENT, class_names=CLASSES, device=CPU)
+    distillation = create_distillation(model, config, spec=STUDENT, class_names=class_names, device=CPU)
     assert distillation is not None
     return model, distillation
 
@@ -170,6 +171,18 @@ def test_a_teacher_that_does_not_fit_is_refused(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_teacher_without_class_names_in_an_ambiguous_order_is_refused(tmp_path: Path) -> None:
+    teacher = Path(save_teacher(tmp_path / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    del config["label_names"]
+    (teacher / "config.json").write_text(json.dumps(config))
+    build(str(teacher))
+    ambiguous = ["class1", "class10", "class2"]
+    with pytest.raises(ValueError, match=r"no class names, and label 1 is 'class10' .*: use --class-map timm if timm"):
+        build(str(teacher), class_names=ambiguous)
+    build(str(teacher), class_names=ambiguous, class_map=Path("torchvision"))
 
 
 @pytest.mark.parametrize("mode", ["logit", "feature"])

@@ -18,6 +18,7 @@ import albumentations as A
 import numpy as np
 import torch
 from albumentations.core.serialization import SERIALIZABLE_REGISTRY, shorten_class_name
+from pydantic import ValidationError
 
 from linvit.data.augment.erasing import RandomErasing
 from linvit.data.augment.randaugment import PolicyAugment
@@ -80,6 +81,9 @@ def resolve_input(model: torch.nn.Module, options: InputOptions) -> InputSpec:
     if options.img_size is not None:
         _check_patches(model, options.img_size, published=config["input_size"][1:])
         config["size"] = options.img_size
+    for name in ("mean", "std"):
+        if len(config[name]) != 3:
+            raise ValueError(f"the model's {name} is not for red, green and blue: set --{name}")
     if config["interpolation"] not in ("nearest", "bilinear", "bicubic"):
         raise ValueError(f"the model's interpolation '{config['interpolation']}' is not supported; set bicubic")
     return InputSpec(
@@ -303,4 +307,8 @@ def _class_names(transform: Any) -> Iterator[str]:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        # Its own text has several lines and a link.
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
     return " ".join(str(error).split())
