@@ -70,7 +70,7 @@ class Measurements:
         thumbnails: grey thumbnail (N, 16, 16) uint8.
         means: mean of each channel (N, 3), 0 to 255.
         squares: mean square of each channel (N, 3); exact only for images decoded at full size.
-        ranges: lowest and highest value of images of 16 bits (N, 2); -1 for others.
+        ranges: lowest and highest value of images of 16 bits (N, 2); 0 and -1 for others.
     """
 
     sizes: np.ndarray
@@ -92,7 +92,7 @@ class Measurements:
             thumbnails=np.zeros((count, _SMALL_THUMBNAIL, _SMALL_THUMBNAIL), np.uint8),
             means=np.zeros((count, 3), np.float32),
             squares=np.zeros((count, 3), np.float32),
-            ranges=np.full((count, 2), -1, np.int32),
+            ranges=np.tile(np.array([0, -1], np.int32), (count, 1)),
         )
 
     @property

@@ -87,7 +87,7 @@ def check_classes(listing: Listing) -> list[Finding]:
 
 def check_value_ranges(measurements: Measurements) -> list[Finding]:
     """A finding if the 16-bit images use so few of their values that most of the 256 grey levels are lost."""
-    ranges = measurements.ranges[measurements.ranges[:, 1] >= 0]
+    ranges = measurements.ranges[measurements.ranges[:, 0] <= measurements.ranges[:, 1]]
     if not len(ranges):
         return []
     low, high = int(ranges[:, 0].min()), int(ranges[:, 1].max())

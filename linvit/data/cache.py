@@ -34,7 +34,7 @@ from linvit.data.sources.base import ImageSet
 from linvit.output.terminal import format_bytes, note
 
 # Increase it when the pixels or their format change.
-_FORMAT = 1
+_FORMAT = 2
 # The size of a cache is estimated from this many images.
 _SAMPLE_SIZE = 32
 # Space left free for other programs; in memory, workers need it to hand over batches.

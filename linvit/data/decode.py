@@ -32,6 +32,7 @@ InputRange = tuple[int, int]
 # OpenCV refuses larger images.
 MAX_PIXELS = 2**30
 _FULL_RANGE = (0, 2**16 - 1)
+_SIGNED_RANGE = (-(2**15), 2**15 - 1)
 _SIXTEEN_BITS = (np.uint16, np.int16)
 
 # OpenCV says "grayscale" in the names of the flags for the size; together with COLOR_RGB they give colour.
@@ -42,6 +43,8 @@ _DECODE_FLAGS: dict[Reduction, int] = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _EXIF_ORIENTATION = 0x0112
+# TIFF's tag for the type of the values, and its code for signed whole numbers.
+_SAMPLE_FORMAT, _SIGNED = 0x0153, 2
 # OpenCV takes no longer files.
 MAX_FILE_BYTES = 2**31 - 1
 _KINDS = {
@@ -147,6 +150,9 @@ def decode_image(
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part that it could decode.
         buffer = np.frombuffer(data, np.uint8)
+        if input_range is None and _tiff_value(data, _SAMPLE_FORMAT) == _SIGNED:
+            # OpenCV would make -1 white and 0 black.
+            input_range = _SIGNED_RANGE
         image = None if input_range in (None, _FULL_RANGE) else _decode_sixteen_bits(buffer, *input_range)
         if image is None:
             image = cv2.imdecode(buffer, flags)
@@ -288,19 +294,28 @@ def reducible_size(data: bytes) -> tuple[int, int] | None:
 
 def _exif_orientation(tiff: bytes) -> int:
     """The orientation in EXIF's TIFF directory, 1 to 8; 1 if there is none or the directory is damaged."""
+    value = _tiff_value(tiff, _EXIF_ORIENTATION)
+    return value if value is not None and 1 <= value <= 8 else 1
+
+
+def _tiff_value(tiff: bytes, name: int) -> int | None:
+    """The first of a tag's 16-bit numbers in a TIFF directory; None if it is not there or the directory is damaged."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
-        return 1
+        return None
     try:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
         for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
-            if tag == _EXIF_ORIENTATION:
-                return value if 1 <= value <= 8 else 1
+            tag, _, number = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag == name:
+                # More than two numbers are stored elsewhere.
+                (at,) = struct.unpack_from(order + "I", tiff, entry + 8) if number > 2 else (entry + 8,)
+                (value,) = struct.unpack_from(order + "H", tiff, at)
+                return int(value)
     except struct.error:
         pass
-    return 1
+    return None
 
 
 def resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:

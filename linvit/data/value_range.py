@@ -18,14 +18,15 @@ def value_range(data: bytes) -> InputRange | None:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         return None
-    if image is None or image.dtype != np.uint16:
+    if image is None or image.dtype not in (np.uint16, np.int16):
         return None
     # Without an alpha channel.
     colours = image[..., :3] if image.ndim == 3 else image
-    counts = np.bincount(colours.reshape(-1), minlength=2**16)
+    lowest = int(np.iinfo(image.dtype).min)
+    counts = np.bincount(colours.reshape(-1).astype(np.int32) - lowest, minlength=2**16)
     (used,) = np.nonzero(counts)
-    low, high = int(used[0]), int(used[-1])
-    bright = int(np.searchsorted(np.cumsum(counts), (1 - _OUTLIERS) * colours.size))
+    low, high = int(used[0]) + lowest, int(used[-1]) + lowest
+    bright = int(np.searchsorted(np.cumsum(counts), (1 - _OUTLIERS) * colours.size)) + lowest
     return low, bright if low < bright and bright - low < (high - low) / 2 else high
 
 

@@ -226,7 +226,17 @@ def _read(path: Path, weights: str, *, use_ema: bool) -> SavedWeights:
     folder = path / weights
     if not folder.is_dir():
         raise ValueError(f"{path} is a run without {weights}/ weights yet: let the run finish an epoch")
-    return replace(read_weights(folder, use_ema=use_ema), settings=read_settings(run.args))
+    saved = read_weights(folder, use_ema=use_ema)
+    settings = read_settings(run.args)
+    if saved.description is not None:
+        # The run may have been resumed with other preprocessing after these weights were saved.
+        recorded = saved.description.pretrained_cfg or {}
+        settings |= {name: recorded[name] for name in _PREPROCESSING if name in recorded}
+    return replace(saved, settings=settings)
+
+
+# Preprocessing that config.json of the weights records.
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def _build(saved: SavedWeights, model_name: str | None, arguments: dict[str, Any]) -> TimmModel:

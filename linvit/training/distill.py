@@ -15,10 +15,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.data.augment.build import InputSpec, resolve_input
-from linvit.data.options import InputOptions
+from linvit.data.augment.build import InputSpec
 from linvit.data.sources.classes import order_conflict
 from linvit.device import autocast, autocast_dtype
+from linvit.evaluation.inference import input_spec
 from linvit.model.build import TimmModel
 from linvit.runs.folder import load_classifier
 from linvit.settings.fields import listed
@@ -53,7 +53,13 @@ class Distillation:
         self.amp_dtype, self.device = autocast_dtype(config.amp, config.amp_dtype), device
         classifier = load_classifier(config.kd_model_name)
         self.teacher = classifier.model.to(device).eval().requires_grad_(False)
-        self.teacher_input = _TeacherInput(spec, resolve_input(self.teacher, InputOptions.model_validate({})), device)
+        teacher_spec = input_spec(classifier)
+        if teacher_spec.input_range not in (None, spec.input_range):
+            low, high = teacher_spec.input_range
+            raise ValueError(
+                f"--kd-model-name {config.kd_model_name} was trained with --input-range {low} {high}: set the same here"
+            )
+        self.teacher_input = _TeacherInput(spec, teacher_spec, device)
         self.projected: _ProjectedTokens | None = None
         if config.kd_distill_type == "feature":
             if not isinstance(model, VisionTransformer):

@@ -58,6 +58,7 @@ def build_model(
     if weights is not None:
         saved = read_weights(weights)
         new = fit_weights(model, saved, class_names=class_names)
+        _report_input_range(saved, config, log)
         if not set(new) & set(classifier_parameters(model)):
             _report_classifier(saved, class_names, log)
     _initialise_classifier(model, config)
@@ -107,6 +108,15 @@ def _report_classifier(saved: SavedWeights, class_names: Sequence[str], log: Cal
         log(
             f"{saved.path} was trained on other classes ({listed(saved.class_names, most=3)}); its classifier is kept, "
             "because --initial-checkpoint keeps every weight; --pretrained-path starts a new classifier"
+        )
+
+
+def _report_input_range(saved: SavedWeights, config: TrainConfig, log: Callable[[str], object]) -> None:
+    recorded = saved.settings.get("input_range")
+    if isinstance(recorded, list) and config.input_range is None:
+        log(
+            f"{saved.path} was trained with --input-range {' '.join(map(str, recorded))}, but this run has no "
+            "--input-range; set it if its images have 16 bits"
         )
 
 

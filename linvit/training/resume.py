@@ -19,7 +19,7 @@ from linvit.training.log import print_line
 # These say where a run is or when it ends, not how it trains.
 _IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run"}
 # These may not change: always, with the optimizer's state, and within an epoch (where they order the images).
-_FIXED = ("model", "k", "projection", "share", "local", "gp", "model_kwargs", "eval_metric")
+_FIXED = ("model", "k", "projection", "share", "local", "gp", "model_kwargs", "input_range", "eval_metric")
 _FIXED_WITH_OPTIMIZER = ("opt", "opt_kwargs", "freeze")
 _FIXED_WITHIN_EPOCH = ("seed", "sampler", "aug_repeats")
 
@@ -146,7 +146,7 @@ def check_settings(
         with_optimizer: whether the optimizer's state is restored.
     """
     fixed = [
-        (_FIXED, "a run keeps its model and its metric; resume with its own args.yaml"),
+        (_FIXED, "a run keeps its model, its input range and its metric; resume with its own args.yaml"),
         (
             _FIXED_WITH_OPTIMIZER if with_optimizer else (),
             "keep it, or resume with a fresh optimizer (--no-resume-opt)",

@@ -1,6 +1,7 @@
 """16-bit images: the range that becomes black and white, the range that data use, and arrays in place of files."""
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,30 @@ def test_the_range_of_data_leaves_out_hot_pixels() -> None:
     assert value_range(stored(np.full((4, 4), 700, np.uint16), ".png")) == (700, 700)
 
 
+def signed_tiff(values: np.ndarray, samples: int) -> bytes:
+    """A TIFF of signed 16-bit values (H, W, samples), which OpenCV does not write."""
+    height, width = values.shape[:2]
+    data = values.astype("<i2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (259, 3, 1, 1), (262, 3, 1, 1 if samples == 1 else 2)]
+    rest = struct.pack(f"<{2 * samples}H", *[16] * samples, *[2] * samples)
+    at = 8 + 2 + 12 * 9 + 4
+    elsewhere = samples > 2
+    tags += [(258, 3, samples, at if elsewhere else 16), (339, 3, samples, at + 2 * samples if elsewhere else 2)]
+    tags += [(273, 4, 1, at + len(rest)), (277, 3, 1, samples), (279, 4, 1, len(data))]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + rest + data
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_signed_values_keep_their_order_and_have_a_range(samples: int) -> None:
+    values = np.linspace(-1000, 500, 8 * 9 * samples).reshape(8, 9, samples).astype(np.int16)
+    data = signed_tiff(values, samples)
+    default = decode_image(data, name="a")
+    assert np.abs(default - (values + 32768.0) * 255 / 65535).max() <= 0.5 + 1e-9
+    assert value_range(data) == (-1000, 500)
+    assert np.abs(decode_image(data, name="a", input_range=(-1000, 500)) - (values + 1000.0) * 255 / 1500).max() <= 0.51
+
+
 FORMS: dict[str, Callable[[np.ndarray], object]] = {
     "array": lambda grey: grey,
     "RGB array": lambda grey: np.repeat(grey[..., None], 3, axis=2),
@@ -93,7 +118,7 @@ def test_values_beyond_16_bits_are_refused() -> None:
             find_images([image])
 
 
-def test_auto_is_decided_once_and_used_by_every_command(tmp_path: Path) -> None:
+def test_auto_is_decided_once_and_used_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("dark", "light")):
         for split, count in (("train", 8), ("val", 2)):
             (tmp_path / split / name).mkdir(parents=True)
@@ -126,6 +151,11 @@ def test_auto_is_decided_once_and_used_by_every_command(tmp_path: Path) -> None:
     for options in ([], ["--input-range", "0", "6000"]):
         arguments = [str(run), str(tmp_path), "--json", str(tmp_path / "e.json"), "-j", "0", "--bootstrap", "0"]
         assert main(["eval", *arguments, *options]) == 0
+    capsys.readouterr()
+    assert train(tmp_path, tmp_path / "out", "student", kd_model_name=str(run)) == 1
+    assert "was trained with --input-range 0 600: set the same here" in capsys.readouterr().err
+    assert train(tmp_path, tmp_path / "out", "tuned", pretrained_path=str(run), epochs=1) == 0
+    assert "was trained with --input-range 0 600, but this run has no --input-range" in capsys.readouterr().out
 
 
 def read_values(path: Path) -> np.ndarray:

@@ -286,6 +286,14 @@ def test_preprocessing_that_images_cannot_have_is_refused(tmp_path: Path, plante
         resolve_input(load_classifier(str(tmp_path / "model")).model, InputOptions.model_validate({}))
 
 
+def test_weights_keep_the_preprocessing_that_they_were_saved_with(tmp_path: Path) -> None:
+    """A run that is resumed with another mean has best weights of the mean before."""
+    plant_folder(tmp_path / "best", {}, {})
+    (tmp_path / "args.yaml").write_text("{mean: [0.1, 0.1, 0.1], crop_pct: 0.5, amp: true}")
+    settings = load_classifier(str(tmp_path)).settings
+    assert (tuple(settings["mean"]), settings["crop_pct"], settings["amp"]) == ((0.5, 0.5, 0.5), 1.0, True)
+
+
 def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> str:
         raise OSError("An error happened. Please check your connection.\nMore lines")

@@ -144,6 +144,7 @@ def test_meaningful_changes_are_allowed_anywhere(change: dict[str, Any]) -> None
         {"share": "layerwise"},
         {"gp": "avg"},
         {"model_kwargs": {"depth": 3}},
+        {"input_range": [0, 4095]},
         {"eval_metric": "loss"},
     ],
 )
