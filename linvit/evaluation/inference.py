@@ -76,7 +76,8 @@ class _RunSettings(BaseModel):
 
 def _settings(classifier: Classifier, kind: type[Settings]) -> Settings:
     """The run's settings that `kind` has; ValueError, naming the setting, if a file contains a wrong value."""
-    given = {name: classifier.settings[name] for name in kind.model_fields if name in classifier.settings}
+    given = {name: value for name, value in classifier.settings.items() if name in kind.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
     return validate(kind, given, source=lambda name: f"settings of the run that saved {classifier.weights}: ")
 
 

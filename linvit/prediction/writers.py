@@ -168,7 +168,7 @@ class _Parquet:
         self.group: list[Row] = []
 
     def write(self, row: Row) -> None:
-        self.group.append({**row, "path": valid_utf8(row["path"])})
+        self.group.append({name: _valid(value) for name, value in row.items()})
         if len(self.group) == _GROUP_SIZE:
             self._write_group()
 
@@ -180,6 +180,13 @@ class _Parquet:
         if self.group:
             self.file.write_table(self.table_of(self.group, self.schema))
             self.group.clear()
+
+
+def _valid(value: Any) -> Any:
+    """A value whose text is valid Unicode, also inside lists."""
+    if isinstance(value, str):
+        return valid_utf8(value)
+    return list(map(_valid, value)) if isinstance(value, list | tuple) else value
 
 
 _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {

@@ -33,6 +33,7 @@ MAX_NAMES_LISTED = 6
 # Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO, I-JEPA.
 _STATE_DICTS = ("state_dict", "model", "teacher", "encoder")
 
+_DAMAGED = "it is damaged, or not a checkpoint of PyTorch"
 _SAVE = "save model.state_dict()"
 
 
@@ -144,7 +145,12 @@ def _read_file(path: Path) -> Any:
         raise _refusal(path, error) from error
     # What a damaged file raises depends on the byte.
     except Exception as error:
-        why = "it is a TorchScript archive" if "TorchScript" in str(error) else printable(reason(error))
+        if "TorchScript" in str(error):
+            why = "it is a TorchScript archive"
+        elif path.suffix == ".safetensors" or isinstance(error, OSError | MemoryError):
+            why = printable(reason(error))
+        else:
+            why = _DAMAGED
         raise ValueError(f"{path} cannot be read as weights: {why}") from error
 
 
@@ -152,9 +158,9 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> ValueError:
     """A sentence on a pickle that is damaged or holds more than tensors, without torch's advice to unpickle it."""
     refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
     if refused is None:
-        return ValueError(f"{path} cannot be read as weights: it is damaged, or not a checkpoint of PyTorch")
+        return ValueError(f"{path} cannot be read as weights: {_DAMAGED}")
     refusal = ValueError(
-        f"{path} holds objects of {refused[1]} and not only tensors; loading these can run code. If you trust whoever "
+        f"{path} holds objects of {refused[1]} and not only tensors; loading these can run code; if you trust whoever "
         "made the file, save its weights alone in Python, then use weights.pth:"
     )
     refusal.add_note(f"    import torch; saved = torch.load({str(path)!r}, map_location='cpu', weights_only=False)")
@@ -284,7 +290,7 @@ def load_exactly(model: TimmModel, state_dict: dict[str, Tensor], *, path: Path)
     ]
     if problems:
         raise ValueError(
-            f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}. Choose the model and the model "
+            f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}; choose the model and the model "
             "arguments that the weights were saved with"
         )
     model.load_state_dict(state_dict)

@@ -107,7 +107,7 @@ class BadSteps:
             save(self._row_start)
             raise NonFiniteLossError(
                 f"{what} at {where}, refused update number {progress.bad_in_row} in a row (--max-bad-steps); they did "
-                "not change the weights. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
+                "not change the weights; try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
             )
 
     def end_epoch(self, progress: Progress, *, save: Callable[[Progress], None]) -> None:
@@ -117,7 +117,7 @@ class BadSteps:
                 save(self._row_start)
             raise NonFiniteLossError(
                 f"loss or gradients were not finite in any update of epoch {progress.epoch}, so the weights did not "
-                "change. Try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
+                "change; try a lower --lr, --clip-grad 1 or --amp-dtype bfloat16, and --resume"
             )
 
 

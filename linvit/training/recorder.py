@@ -126,7 +126,7 @@ def _resume(
     changes = changed_data(state.get("data"), data, sets)
     if changes and not config.allow_changed_data:
         raise ValueError(
-            f"--resume: since the checkpoint was saved, {'; '.join(changes)}. Restore the data, or use "
+            f"--resume: since the checkpoint was saved, {'; '.join(changes)}: restore the data, or use "
             "--allow-changed-data to continue with the new ones"
         )
     return progress

@@ -16,7 +16,7 @@ import torch
 from linvit.data.augment.build import InputSpec
 from linvit.data.decode import UnreadableImage
 from linvit.data.loader import Loader, create_eval_loader, create_train_loader
-from linvit.data.sources.base import ImageSet, NoSuchSplit
+from linvit.data.sources.base import ImageSet, NoSuchSplit, join_notes, split_names
 from linvit.data.sources.classes import classes_in_order, is_class_order, read_class_map
 from linvit.data.sources.open import open_fraction, open_images
 from linvit.distributed import Ranks, StopRequest, usable_workers
@@ -73,9 +73,16 @@ def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
 def _open_part(config: TrainConfig, part: Literal["train", "val"], *, class_names: list[str] | None) -> ImageSet:
     assert config.data_dir is not None
     if config.val_fraction is not None:
-        return open_fraction(
+        images = open_fraction(
             config.data_dir, split=config.train_split, fraction=config.val_fraction, part=part, class_names=class_names
         )
+        # Test images are not to be validated on, so these are rightly unused.
+        others = (name for name in split_names(config.val_split) if name != "test")
+        unused = next((name for name in others if (config.data_dir / name).is_dir()), None)
+        if part == "val" and unused is not None:
+            note = f"{config.data_dir / unused} is not used: --val-fraction takes validation images from the others"
+            images.note = join_notes(note, images.note)
+        return images
     split = {"train": config.train_split, "val": config.val_split}[part]
     try:
         return open_images(config.data_dir, split=split, class_names=class_names)

@@ -76,6 +76,8 @@ def test_input_and_precision_follow_the_settings() -> None:
     assert (input_spec(run).size, input_spec(run).crop_pct, input_spec(run).std) == ((64, 64), 0.5, (0.5, 0.5, 0.5))
     assert input_spec(run, img_size=(96, 64)).size == (96, 64)
     assert amp_precision(run) == torch.float16
+    nothing = Classifier(model, None, weights="", settings=dict.fromkeys([*settings, "batch_size", "amp_dtype"]))
+    assert (input_spec(nothing), amp_precision(nothing)) == (input_spec(plain), None)
 
 
 def test_options_override_settings_only_if_given() -> None:

@@ -133,3 +133,15 @@ def test_a_missing_package_is_reported_before_the_work(tmp_path: Path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"p.parquet: Parquet needs pyarrow; pip install pyarrow"):
         check_format(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.parquet"])
+def test_names_of_classes_that_are_not_utf8(name: str, tmp_path: Path) -> None:
+    if name == "p.parquet":
+        pytest.importorskip("pyarrow")
+    write(
+        tmp_path / name, [{"path": "caf\udce9/a.png", "labels": ("caf\udce9",), "probabilities": (1.0,), "error": None}]
+    )
+    if name == "p.parquet":
+        (row,) = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / name).to_pylist()
+        assert (row["path"], row["labels"]) == ("caf�/a.png", ["caf�"])

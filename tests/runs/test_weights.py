@@ -125,9 +125,11 @@ def test_training_checkpoints_of_timm_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"not weights at all")
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as weights"):
-        read_weights(tmp_path / name)
+    for content in (b"not weights at all", b"hello", b"PK\3\4" + bytes(100), b""):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as weights: ") as caught:
+            read_weights(tmp_path / name)
+        assert ". " not in str(caught.value)
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
