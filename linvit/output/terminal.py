@@ -84,9 +84,9 @@ def print_line(*texts: str) -> None:
         print(*map(printable, texts), sep="\t", flush=True)
 
 
-def note(text: str) -> None:
-    """Print a line of `printable` text on stderr at once, even into a pipe."""
-    print(printable(text), file=sys.stderr, flush=True)
+def note(*texts: str) -> None:
+    """Print `printable` texts on stderr, on one line with tabs between them, at once, even into a pipe."""
+    print(*map(printable, texts), sep="\t", file=sys.stderr, flush=True)
 
 
 def progress_bar(console: Console | None = None, *, is_shown: bool = True) -> Progress:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -132,7 +132,10 @@ def predict_command(options: PredictOptions) -> int:
     choose_device(options.device)
     predictor = _create_predictor(options)
     with ExitStack() as stack:
-        write_image: WriteRow = _show_row if sys.stdout.isatty() else partial(_print_row, topk=predictor.topk)
+        is_shown = sys.stderr.isatty() if show is note else sys.stdout.isatty()
+        write_image: WriteRow = (
+            partial(_show_row, show=show) if is_shown else partial(_print_row, topk=predictor.topk, show=show)
+        )
         write_tile: WriteRow = _discard
         if options.output is not None:
             write_image = stack.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
@@ -230,20 +233,16 @@ def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile:
     return num_unreadable
 
 
-def _show_row(row: Row) -> None:
+def _show_row(row: Row, *, show: Callable[[str], None]) -> None:
     """Print a line for a reader."""
-    from linvit.output.terminal import print_line
-
     best = (f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"]))
-    print_line(f"{row['path']}: {'; '.join(best) if row['error'] is None else row['error']}")
+    show(f"{row['path']}: {'; '.join(best) if row['error'] is None else row['error']}")
 
 
-def _print_row(row: Row, *, topk: int) -> None:
+def _print_row(row: Row, *, topk: int, show: Callable[..., None]) -> None:
     """Print a line for a program: the columns of a CSV file, separated by tabs."""
-    from linvit.output.terminal import print_line
-
     best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
-    print_line(row["path"], *best, row["error"] or "")
+    show(row["path"], *best, row["error"] or "")
 
 
 def _discard(row: Row) -> None:

@@ -75,7 +75,10 @@ def match_prefix(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | 
         return weights
     remedy = f"set --model-kwargs {' '.join(settings)}"
     if saved.has_distillation:
-        remedy = f"choose a model with 'distilled' in its name, or {remedy} to keep the token as a register"
+        distilled = "choose a model with 'distilled' in its name"
+        # Without the second classifier the outputs would be others.
+        as_register = f", or {remedy} to keep the token as a register" if "head_dist.weight" not in weights else ""
+        remedy = distilled + as_register
     raise ValueError(f"its weights have {saved}, {differing}: {remedy}")
 
 

@@ -174,6 +174,10 @@ def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tens
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not weights by name: {_SAVE}")
     averaged = ("state_dict_ema", "model_ema") if use_ema else ()
     key = next((key for key in (*averaged, *_STATE_DICTS) if checkpoint.get(key) is not None), None)
+    if key is None:
+        # Such as "model_state_dict" beside "optimizer_state_dict".
+        inner = [name for name, value in checkpoint.items() if _is_state_dict(value)]
+        key = inner[0] if len(inner) == 1 else None
     weights = checkpoint if key is None else checkpoint[key]
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} holds no weights by name: {_SAVE}")
@@ -186,6 +190,12 @@ def _state_dict(path: Path, checkpoint: Any, *, use_ema: bool) -> dict[str, Tens
     if not renamed:
         raise ValueError(f"{path} holds no weights of a model: {_SAVE}")
     return renamed
+
+
+def _is_state_dict(value: object) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and _is_dense(tensor) for name, tensor in value.items())
 
 
 def _is_dense(value: object) -> bool:
@@ -252,10 +262,10 @@ def _adapt(
 ) -> dict[str, Tensor]:
     """The weights with the model's prefix tokens, patch size and grid."""
     try:
-        state_dict = match_prefix(model, state_dict, saved.img_size)
         if is_trained and "head_dist.weight" not in model.state_dict():
             # The classifier of DeiT's distillation token; the one of the class token is a classifier by itself.
             state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head_dist.")}
+        state_dict = match_prefix(model, state_dict, saved.img_size)
         size, assumed = source_size(model, state_dict, saved.img_size)
         if assumed is not None and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             note(f"{saved.path}: {assumed}")

@@ -288,3 +288,10 @@ def test_an_error_while_predicting_leaves_the_old_table(
     assert predict(run, data / "val", "-o", tmp_path / "p.csv") == 1
     assert capsys.readouterr().err == "error: out of luck\n"
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]
+
+
+def test_tiles_on_stdout_are_alone_there(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(run, data / "val/red", "--tile", "32", "--tile-output", "-", "--topk", "1") == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert {row["path"] for row in rows} == {line.split("\t")[0] for line in err.splitlines()}

@@ -143,6 +143,8 @@ def test_a_distillation_token_becomes_a_register(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.eval().forward_features(images), source.forward_features(images))
     # For evaluation the second classifier matters.
+    with pytest.raises(ValueError, match=r"choose a model with 'distilled' in its name$"):
+        fit_weights(vit(), read_weights(path))
     with pytest.raises(ValueError, match=r"it has unexpected parameters head_dist\.bias, head_dist\.weight"):
         fit_weights(vit(reg_tokens=1), read_weights(path))
     kwargs = {name: value for name, value in SMALL.items() if name != "num_classes"} | {"img_size": 32}

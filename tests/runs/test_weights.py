@@ -123,6 +123,14 @@ def test_training_checkpoints_of_timm_are_read(tmp_path: Path) -> None:
         assert torch.equal(found.state_dict["head.weight"], expected.head.weight)
 
 
+def test_the_only_state_dict_in_a_checkpoint_is_found_whatever_its_name(tmp_path: Path) -> None:
+    weights = {"head.weight": torch.ones(2, 2)}
+    optimizer = {"state": {0: {"step": torch.zeros(())}}, "param_groups": [{"lr": 0.1}]}
+    for name in ("model_state_dict", "net", "params"):
+        torch.save({"epoch": 3, name: weights, "optimizer_state_dict": optimizer}, tmp_path / "a.pth")
+        assert read_weights(tmp_path / "a.pth").state_dict.keys() == weights.keys()
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
     for content in (b"not weights at all", b"hello", b"PK\3\4" + bytes(100), b""):
@@ -171,7 +179,10 @@ def test_files_that_hold_no_state_dict_are_named(tmp_path: Path) -> None:
         ({}, "holds no weights by name"),
         ({1: torch.zeros(2)}, "holds no weights by name"),
         ({"state_dict": [1]}, "holds no weights by name"),
-        ({"epoch": 3, "net": {"w": torch.zeros(2)}}, "holds no weights by name: its entry 'epoch' is of type int"),
+        (
+            {"epoch": 3, "a": {"w": torch.zeros(2)}, "b": {"w": torch.zeros(2)}},
+            "holds no weights by name: its entry 'epoch' is of type int",
+        ),
         ({"mask_token": torch.zeros(2)}, "holds no weights of a model"),
         ({"w": torch.eye(2).to_sparse()}, "holds no weights by name: its entry 'w' is not a dense tensor"),
         ({"w": torch.zeros(2, device="meta")}, "holds no weights by name: its entry 'w' is not a dense tensor"),

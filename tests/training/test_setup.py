@@ -49,3 +49,12 @@ def test_classes_are_numbered_as_by_timm_on_request(tmp_path: Path) -> None:
     assert train_set.class_names == ["apple", "apple9", "apple10", "Zebra"]
     for images in (train_set, val_set):
         assert [images.class_names[label] for label in images.labels] == [path.parent.name for path in images.paths]
+
+
+def test_a_validation_folder_that_a_fraction_replaces_is_reported(tmp_path: Path) -> None:
+    make_images(tmp_path)
+    config = TrainConfig(data_dir=tmp_path, val_fraction=0.4)
+    val_set = open_val_set(config, class_names=open_train_set(config).class_names)
+    assert val_set.note.startswith(f"{tmp_path / 'val'} is not used: --val-fraction takes validation images")
+    (tmp_path / "val").rename(tmp_path / "test")
+    assert open_val_set(config, class_names=val_set.class_names).note == ""
