@@ -1,15 +1,10 @@
 """`linvit eval`: subsets of classes, comparisons, views, temperature, files, several processes."""
 
-import contextlib
 import csv
 import io
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -384,30 +379,3 @@ def test_a_file_that_cannot_be_written_is_an_error_before_the_work(
 ) -> None:
     assert main(["eval", "no-run", str(data), "--json", str(tmp_path / "no/eval.json")]) == 2
     assert f"no/eval.json: folder {tmp_path}/no does not exist; create it first" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_results_of_one(run: Path, data: Path, tmp_path: Path) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    # One image at a time, so that all batches are equal.
-    options = ["-b", "1", "-j", "0", "--device", "cpu", "--bootstrap", "20", "--temperature", "fit"]
-    command = ["eval", str(run), str(data), *options]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "linvit"]
-    files = {name: tmp_path / name for name in ("one.json", "two.json", "one.csv", "two.csv")}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *command, "--json", str(files["two.json"]), "--csv", str(files["two.csv"])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert main([*command, "--json", str(files["one.json"]), "--csv", str(files["one.csv"])]) == 0
-    one, two = (json.loads(files[name].read_text()) for name in ("one.json", "two.json"))
-    for found in (one, two):
-        del found["images_per_second"]
-    assert one == two
-    assert files["one.csv"].read_bytes() == files["two.csv"].read_bytes()
-    assert done.stdout.count("top-1 %") == 2, "only one process prints the tables of scores and classes"

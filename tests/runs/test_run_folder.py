@@ -1,5 +1,6 @@
 """The folder of a run: saved classifiers that timm loads, and the lock that keeps a second process out."""
 
+import contextlib
 import errno
 import gc
 import json
@@ -7,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,6 @@ SPEC = InputSpec(
     size=(48, 64), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.7, crop_mode="squash"
 )
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX file locks")
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from linvit.runs.folder import lock_run
-lock = lock_run(Path(sys.argv[1]))
-# The child outlives its parent, as a data loader's worker may.
-if os.fork():
-    print("locked", flush=True)
-time.sleep(60)
-"""
 # A process does not see its own locks.
 PROBE = """
 import fcntl, sys
@@ -90,6 +83,29 @@ def test_a_full_disk_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
+@contextlib.contextmanager
+def holding(run: Path) -> Iterator[int]:
+    """The number of a process that holds a run's lock, forked, and of which a child outlives it, as a worker may."""
+    reader, writer = os.pipe()
+    other = os.fork()
+    if other == 0:
+        # What is above in this process is the parent's.
+        with contextlib.suppress(BaseException):
+            os.setsid()
+            _lock = lock_run(run)
+            if os.fork():
+                os.write(writer, b"locked")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(reader, 6) == b"locked"
+        yield other
+    finally:
+        os.killpg(other, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
+
+
 @posix
 def test_a_second_process_is_refused_until_the_first_is_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -97,19 +113,15 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
     data = make_images(tmp_path / "data", train=4, val=1)
     settings = {"epochs": 1, "batch_size": 4}
     assert train(data, tmp_path / "out", **settings) == 0
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out/run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
+    with holding(tmp_path / "out/run") as other:
         capsys.readouterr()
         before = sorted((tmp_path / "out/run").rglob("*"))
         assert train(data, tmp_path / "out", resume="auto", **settings | {"epochs": 2}) == 1
         assert "out/run: another process is training in it; wait for it, stop it" in capsys.readouterr().err
         assert sorted((tmp_path / "out/run").rglob("*")) == before
-        os.kill(other.pid, signal.SIGKILL)
-        other.wait()
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
         assert train(data, tmp_path / "out", resume="auto", **settings | {"epochs": 2}) == 0
-        os.killpg(other.pid, signal.SIGKILL)
 
 
 def is_locked(run: Path) -> bool:

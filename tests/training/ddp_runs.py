@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 ddp_runs.py DATA BROKEN OUTPUT PORT ...
 
 A plain run; one that is stopped by a signal to process 1 alone; one in which the loss of process 1 alone becomes NaN;
-one in which process 1 alone runs out of memory; and one on the images of BROKEN, many of which cannot be read.
+one in which process 1 alone runs out of memory; and one on the images of BROKEN, many of which cannot be read. Then the
+plain run is evaluated.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import train
 
+from linvit.cli import main
 from linvit.model.vit import LinformerViT
 from linvit.training.step import TrainStep
 
@@ -31,6 +33,8 @@ SETTINGS: dict[str, Any] = {
     "model_ema": True,
     "model_ema_warmup": True,
 }
+# One image at a time, so that all batches are equal; --json and --csv are added.
+EVAL = ["-b", "1", "-j", "0", "--device", "cpu", "--bootstrap", "20", "--temperature", "fit"]
 # The settings that differ in each run.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -68,6 +72,11 @@ def limited(forward: Any) -> Any:
     return call
 
 
+def use_port(port: str) -> None:
+    """torchrun's store still has the addresses of the previous run, so each further run gets a new store."""
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
+
+
 def run_all(
     runs: dict[str, dict[str, Any]], *, data: Path, broken: Path, output: Path, further_ports: Sequence[str]
 ) -> None:
@@ -77,8 +86,7 @@ def run_all(
     statuses = {}
     for (experiment, settings), port in zip(runs.items(), (None, *further_ports)):
         if port is not None:
-            # torchrun's store still has the addresses of the previous run, so each further run gets a new store.
-            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
+            use_port(port)
         TrainStep.backward = disturbed(backward, experiment) if rank == 1 else backward
         LinformerViT.forward = limited(forward) if (experiment, rank) == ("memory", 1) else forward
         images = broken if experiment == "unreadable" else data
@@ -98,4 +106,8 @@ if __name__ == "__main__":
     data, broken, output = map(Path, sys.argv[1:4])
     # Registered first, so called last.
     atexit.register(keep_threads, output)
-    run_all(RUNS, data=data, broken=broken, output=output, further_ports=sys.argv[4:])
+    *further_ports, eval_port = sys.argv[4:]
+    run_all(RUNS, data=data, broken=broken, output=output, further_ports=further_ports)
+    use_port(eval_port)
+    files = ["--json", str(output / "eval.json"), "--csv", str(output / "eval.csv")]
+    sys.exit(main(["eval", str(output / "plain"), str(data), *EVAL, *files]))

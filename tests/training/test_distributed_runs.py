@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_runs import RUNS, SETTINGS
+from ddp_runs import EVAL, RUNS, SETTINGS
 from tiny_runs import make_broken_images, make_images, read_state, read_summary, train
 from torchrun import free_ports, torchrun
 
+from linvit.cli import main
 from linvit.evaluation.command import evaluate_command
 from linvit.evaluation.options import EvalOptions
 
@@ -31,9 +32,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ddp_runs.py filled."""
     output = tmp_path_factory.mktemp("ddp")
-    first, *further = free_ports(len(RUNS))
+    first, *further = free_ports(len(RUNS) + 1)
     done = torchrun(first, "ddp_runs.py", data, broken, output, *further)
     assert done.returncode == 0, done.stderr
+    (output / "stdout.txt").write_text(done.stdout)
     return output
 
 
@@ -72,6 +74,18 @@ def test_two_processes_evaluate_as_one(runs: Path, data: Path, tmp_path: Path) -
     assert (found["top1"], found["top5"], found["loss"]) == tuple(
         float(row[column]) for column in ("eval_top1", "eval_top5", "eval_loss")
     )
+
+
+def test_two_processes_write_the_results_of_one(runs: Path, data: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("eval.json", "eval.csv")}
+    command = ["eval", str(runs / "plain"), str(data), *EVAL]
+    assert main([*command, "--json", str(files["eval.json"]), "--csv", str(files["eval.csv"])]) == 0
+    one, two = (json.loads((folder / "eval.json").read_text()) for folder in (tmp_path, runs))
+    for found in (one, two):
+        del found["images_per_second"]
+    assert one == two
+    assert files["eval.csv"].read_bytes() == (runs / "eval.csv").read_bytes()
+    assert (runs / "stdout.txt").read_text().count("top-1 %") == 2, "only one process prints the two tables"
 
 
 def test_a_stop_request_in_one_process_stops_both_at_the_same_batch(runs: Path) -> None:
