@@ -12,6 +12,7 @@ from typing import Any
 
 from timm.models import safe_model_name
 
+from linvit.output.files import reason
 from linvit.runs.checkpoint import is_checkpoint, list_checkpoints, verify_checkpoint
 from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
@@ -55,7 +56,11 @@ def choose_start(config: TrainConfig, *, img_size: tuple[int, int]) -> StartingP
 def check_output(config: TrainConfig) -> None:
     """Raise ValueError if the run's folder cannot be created or, if it exists, not be written."""
     folder = config.output / (config.experiment or "")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        # Such as a name that is too long.
+        raise ValueError(f"--output {folder}: {reason(error)}; choose another --output or --experiment") from error
     if not existing.is_dir():
         raise ValueError(f"--output {config.output}: {existing} is not a folder; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):

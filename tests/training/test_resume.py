@@ -11,7 +11,7 @@ import torch
 import train_imagenet
 from linvit.runs.checkpoint import write_checkpoint
 from linvit.training.config import TrainConfig
-from linvit.training.resume import StartingPoint, changed_settings, check_settings, choose_start
+from linvit.training.resume import StartingPoint, changed_settings, check_output, check_settings, choose_start
 
 
 def config(output: Path, **settings: Any) -> TrainConfig:
@@ -113,6 +113,11 @@ def test_an_output_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--output .*file: cannot create .*run \(Not a directory\)"):
         start(tmp_path / "file")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--output .*x: file name too long; choose another --output or --experiment"):
+        check_output(config(tmp_path, experiment="x" * 300))
 
 
 SETTINGS: dict[str, Any] = TrainConfig(data_dir="images", model="linvit_tiny_patch16_224", k=32).model_dump(mode="json")

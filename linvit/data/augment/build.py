@@ -7,6 +7,7 @@ Normalisation is done later, on the device.
 import difflib
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ import albumentations as A
 import numpy as np
 import torch
 from albumentations.core.serialization import SERIALIZABLE_REGISTRY, shorten_class_name
-from pydantic import ValidationError
 
 from linvit.data.augment.erasing import RandomErasing
 from linvit.data.augment.randaugment import PolicyAugment
@@ -307,8 +307,6 @@ def _class_names(transform: Any) -> Iterator[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, ValidationError):
-        # Its own text has several lines and a link.
-        problem = error.errors()[0]
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    # albumentations passes on pydantic's text with its heading, the types and a link.
+    return re.sub(r"^\d+ validation errors? for \w+ | \[type=.*", "", text)

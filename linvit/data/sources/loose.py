@@ -21,7 +21,7 @@ from linvit.data.augment.build import InputSpec, build_eval_pipeline
 from linvit.data.decode import EXTENSIONS, read_file, read_image
 from linvit.data.loader import normalize
 from linvit.data.sources.base import ImageSet, PackedStrings
-from linvit.data.sources.folder import is_first_visit, is_folder, list_folder
+from linvit.data.sources.folder import is_first_visit, list_folder
 from linvit.output.files import reason
 
 # A path or pattern, an image as (H, W, 3) RGB or (H, W) grey, uint8 or uint16, or a Pillow image.
@@ -209,7 +209,8 @@ def _images_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
     for entry in sorted(list_folder(folder), key=lambda entry: natural_key(entry.name)):
         if entry.name.startswith("."):
             continue
-        if is_folder(entry):
+        # A link to itself is no folder, so a row names it like any broken link.
+        if os.path.isdir(entry.path):
             yield from _images_below(entry.path, visited)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield entry.path

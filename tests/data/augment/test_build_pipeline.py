@@ -276,7 +276,7 @@ def test_faulty_pipelines_are_refused(transform: Any, words: str, tmp_path: Path
     with pytest.raises(ValueError, match=words) as caught:
         load_pipeline(file, size=(48, 40), interpolation="bicubic")
     assert "own.yaml" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("\n", "validation error", "errors.pydantic.dev"))
 
 
 @pytest.mark.parametrize(

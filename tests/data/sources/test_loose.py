@@ -58,6 +58,13 @@ def test_a_pattern_matches_as_in_glob(folder: Path, monkeypatch: pytest.MonkeyPa
     assert list(expand("**/9.png", missing="refuse")) == ["9.png"]
 
 
+def test_a_link_to_itself_is_one_image_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("a.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "b.png").write_bytes(b"b")
+    assert list(expand(str(tmp_path), missing="refuse")) == [str(tmp_path / name) for name in ("a.png", "b.png")]
+
+
 def test_a_link_to_a_parent_folder_is_not_followed(folder: Path) -> None:
     (folder / "a/deep/up").symlink_to(folder)
     assert len(found(folder)) == 5
