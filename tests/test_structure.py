@@ -22,6 +22,7 @@ WINGS = [
     "check",
     "bench",
     "evaluation",
+    "explanation",
     "training",
     "train_imagenet",
     "prediction",

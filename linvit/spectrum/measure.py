@@ -8,18 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linvit.measure.attention import AttentionMatrix, LayerAttention, Vit, as_vit, capture_attention
 from linvit.measure.timing import count_flops
 from linvit.model.attention import LinformerAttention
-from linvit.spectrum.capture import (
-    LayerAttention,
+from linvit.spectrum.result import Spectrum
+from linvit.spectrum.singular_values import (
     SingularValues,
-    Vit,
-    as_vit,
-    capture_attention,
     exact_singular_values,
+    mixing_with_equal_singular_values,
     randomized_singular_values,
 )
-from linvit.spectrum.result import Spectrum
 
 Method = Literal["auto", "exact", "randomized"]
 # With more keys, all singular values of one matrix take seconds, and "auto" finds the largest alone.
@@ -58,14 +56,17 @@ def attention_spectrum(
     vit = as_vit(model)
     sums: _Sums | None = None
     for number, image in enumerate(images):
-        layers = capture_attention(vit, image[None])
+        layers, _ = capture_attention(vit, image[None])
         if sums is None:
             if len({(layer.num_heads, layer.queries.shape[2]) for layer in layers}) > 1:
                 raise ValueError("the model's layers differ in heads or tokens: their spectra cannot be compared")
             sums = _Sums(layers, method, rank)
         for row, layer in enumerate(layers):
+            mixing = mixing_with_equal_singular_values(layer)
             for head in range(layer.num_heads):
-                sums.add(row, head, _singular_values(layer, head, method=method, rank=rank, seed=seed))
+                sums.add(
+                    row, head, _singular_values(layer.matrix(head, mixing=mixing), method=method, rank=rank, seed=seed)
+                )
                 if progress is not None:
                     done = (number * len(layers) + row) * layer.num_heads + head + 1
                     progress(done, len(images) * len(layers) * layer.num_heads)
@@ -110,8 +111,7 @@ class _Sums:
         self.totals[layer, head] += found.energy
 
 
-def _singular_values(layer: LayerAttention, head: int, *, method: Method, rank: int, seed: int) -> SingularValues:
-    matrix = layer.matrix(head)
+def _singular_values(matrix: AttentionMatrix, *, method: Method, rank: int, seed: int) -> SingularValues:
     if _is_exact(matrix.shape[1], method, rank):
         return exact_singular_values(matrix)
     return randomized_singular_values(matrix, rank=rank, seed=seed)

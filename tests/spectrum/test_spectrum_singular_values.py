@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from linvit.spectrum import capture
-from linvit.spectrum.capture import AttentionMatrix, exact_singular_values, randomized_singular_values
+from linvit.measure import attention
+from linvit.measure.attention import AttentionMatrix
+from linvit.spectrum.singular_values import exact_singular_values, randomized_singular_values
 
 
 def make_matrix(tokens=90, keys=70, width=8, sharpness=2.0, **others):
@@ -52,7 +53,7 @@ def test_rows_are_softmax_of_scores_bias_and_mixing():
 def test_blocks_of_rows_make_up_the_full_matrix(monkeypatch):
     bias = torch.randn(90, 70, dtype=torch.float64)
     full = dense(make_matrix(bias=bias))
-    monkeypatch.setattr(capture, "BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr(attention, "BLOCK_ENTRIES", 1000)
     matrix = make_matrix(bias=bias)
     assert [rows for rows, _ in matrix.row_blocks()][:2] == [slice(0, 14), slice(14, 28)]
     torch.testing.assert_close(dense(matrix), full)

@@ -1,16 +1,18 @@
-"""Record the attention of every layer of a Vision Transformer, and find the singular values of its matrices.
+"""Record the attention of every layer of a Vision Transformer on an image.
 
-Queries and keys are recorded where they enter scaled_dot_product_attention. They are then exactly what the softmax
-sees, after biases, normalisation, rotary embedding and masks, and nothing of the model is computed twice. Each head has
-one matrix per image; all its singular values can be found, or only the largest.
+Queries, keys and values are recorded where they enter scaled_dot_product_attention. They are then exactly what the
+softmax sees, after biases, normalisation, rotary embedding and masks, and nothing of the model is computed twice. Each
+head has one matrix per image. A Linformer layer attends to projected keys and mixes the values by F (E if they are
+shared), so its matrix is P̄ F (T × T), where P̄ (T × K) is the softmax and prefix tokens stay as they are. It is never
+formed: rows of it are products of a vector with P̄, then with F.
 
-T tokens, N patches, K keys, k projected length, H heads, d head width, M maps, C columns of a matrix.
+T tokens, P prefix tokens, N patches, K keys, k projected length, H heads, d head width, M maps, C columns of a matrix.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -19,13 +21,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from linvit.model.attention import LinformerAttention
-from linvit.model.projections import MatrixProjection
+from linvit.model.projections import MatrixProjection, Projection
 
 # Entries of a block of rows: 64 MiB in single precision.
 BLOCK_ENTRIES = 2**24
-# Random projection: columns beyond the requested rank, and passes over A and Aᵀ that sharpen the subspace.
-OVERSAMPLING = 16
-POWER_ITERATIONS = 2
 
 
 class AttentionMatrix:
@@ -95,76 +94,73 @@ class AttentionMatrix:
         return sum(block.double().square().sum().item() for _, block in self.row_blocks())
 
 
-class SingularValues(NamedTuple):
-    """The largest singular values, descending, in double precision, and the energy Σσ² of all of them."""
-
-    values: Tensor
-    energy: float
-
-
-def exact_singular_values(matrix: AttentionMatrix) -> SingularValues:
-    """All C singular values of a matrix A (T, C), C ≤ T, as the roots of the eigenvalues of AᵀA.
-
-    Squaring costs half the digits; in double precision, those left are more than single precision has.
-    """
-    squares = torch.linalg.eigvalsh(matrix.gram()).clamp(min=0).flip(0)
-    return SingularValues(squares.sqrt().cpu(), squares.sum().item())
-
-
-def randomized_singular_values(matrix: AttentionMatrix, *, rank: int, seed: int) -> SingularValues:
-    """Lower bounds of the `rank` largest singular values, and the exact energy of all.
-
-    Halko, Martinsson and Tropp 2011 (arXiv 0909.4061), algorithm 4.4. The values are those of the matrix projected to a
-    subspace, so they are never too large. Since the energy is exact, the missing energy is known exactly too.
-    """
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    for _ in range(POWER_ITERATIONS):
-        basis = _orthonormal(matrix.transposed_matmul(_orthonormal(matrix @ basis)))
-    range_basis = _orthonormal(matrix @ basis)
-    values = torch.linalg.svdvals(matrix.transposed_matmul(range_basis))[:rank]
-    return SingularValues(values.double().cpu(), matrix.energy())
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
-
-
 @dataclass
 class LayerAttention:
-    """Queries (1, H, T, d) and keys (1, H, K, d) of one layer, and what else determines its attention matrices.
+    """Queries (1, H, T, d), keys and values (1, H, K, d) of one layer, and what else determines its attention.
 
-    `bias` is (1, 1 or H, 1 or T, K) or None. `mixing` is (1 or H, K, C) or None: a Linformer layer attends to projected
-    keys and mixes the values by F (E if they are shared), so its matrix is P̄ F, where P̄ is the softmax and prefix
-    tokens stay as they are. With Fᵀ = Q R it is P̄ Rᵀ Qᵀ. The columns of Q are orthonormal, so P̄ Rᵀ, which has only K
-    columns, has the same singular values, and `mixing` is Rᵀ. If the projection is not a matrix (`maxpool`, `conv`),
-    it is None, and the matrix is P̄.
+    Attributes:
+        bias: added to the scores, (1, 1 or H, 1 or T, K) or None.
+        scale: factor of the scores.
+        outputs: what attention returned, (1, H, T, d) in parts of the queries; gradients are taken with respect to it.
+        projection: F of a Linformer layer, on `grid_size`; None for ordinary attention.
     """
 
     queries: Tensor
     keys: Tensor
+    values: Tensor
     bias: Tensor | None
     scale: float
-    mixing: Tensor | None = None
+    outputs: list[Tensor]
+    grid_size: tuple[int, int]
+    projection: Projection | None = None
 
     @property
     def num_heads(self) -> int:
         return self.queries.shape[1]
 
-    def matrix(self, head: int) -> AttentionMatrix:
-        """The attention matrix of one head."""
+    def matrix(self, head: int, *, mixing: Tensor | None = None, rows: Tensor | slice = slice(None)) -> AttentionMatrix:
+        """P̄ of one head (T, K), or some of its rows, multiplied by `mixing` (M, K, C) if that is given."""
 
         def of_head(heads: Tensor | None) -> Tensor | None:
             return None if heads is None else heads[head if heads.shape[0] > 1 else 0]
 
+        bias = of_head(None if self.bias is None else self.bias[0])
         return AttentionMatrix(
-            self.queries[0, head],
+            self.queries[0, head, rows],
             self.keys[0, head],
             scale=self.scale,
-            bias=of_head(None if self.bias is None else self.bias[0]),
-            mixing=of_head(self.mixing),
+            bias=bias if bias is None or bias.shape[0] == 1 else bias[rows],
+            mixing=of_head(mixing),
         )
+
+    def to_tokens(self, weights: Tensor) -> Tensor:
+        """Spread weights of the keys (H, K) over the tokens that they stand for, by F: (H, T)."""
+        if self.projection is None:
+            return weights
+        prefix = weights.shape[1] - self.projection.k
+        own, projected = weights.split([prefix, self.projection.k], dim=1)
+        by_map = projected[:, None] if self.projection.num_maps == 1 else projected[None]
+        patches = spread(self.projection, by_map, self.grid_size)
+        return torch.cat([own, patches.reshape(len(weights), -1)], dim=1)
+
+
+def spread(projection: Projection, weights: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Spread weights of projected keys (R, M, k) over the patches: (R, M, N), the weights times E.
+
+    For kinds that reduce tokens (`maxpool`, `conv`), E is the share of each patch in the area of a key's cell.
+    """
+    patches = weights.new_zeros(weights.shape[0], projection.num_maps, grid_size[0] * grid_size[1], 1)
+    apply = projection if isinstance(projection, MatrixProjection) else projection.row_mass
+    # A product with Eᵀ is the gradient of a product with E, which each kind computes in its own way.
+    with torch.enable_grad():
+        patches.requires_grad_()
+        rows = apply(patches.to(_dtype(projection, weights)), grid_size).expand(-1, projection.num_maps, -1, -1)
+        (spread,) = torch.autograd.grad(rows, patches, weights[..., None].to(rows.dtype))
+    return spread.squeeze(-1)
+
+
+def _dtype(projection: Projection, weights: Tensor) -> torch.dtype:
+    return next((tensor.dtype for tensor in [*projection.parameters(), *projection.buffers()]), weights.dtype)
 
 
 class Vit(nn.Module):
@@ -186,29 +182,34 @@ def as_vit(model: nn.Module) -> Vit:
     return cast(Vit, model)
 
 
-@torch.no_grad()
-def capture_attention(model: Vit, image: Tensor) -> list[LayerAttention]:
-    """The attention of each block on one image (1, 3, height, width); the model is restored afterwards.
+def capture_attention(model: Vit, image: Tensor) -> tuple[list[LayerAttention], Tensor]:
+    """The attention of each block on one image (1, 3, height, width), and the model's output.
+
+    The model runs in evaluation mode and is restored afterwards. The recorded tensors are part of the graph of the
+    output where gradients are enabled.
 
     Raises ValueError, naming the block, if it does not attend once to all tokens through
     `scaled_dot_product_attention`, and if the image does not fit the model's grid.
     """
     recorder = _Recorder()
     with _ready_to_capture(model), recorder.watching(model.blocks), recorder:
-        model(image)
-    grid_size = model.patch_embed.dynamic_feat_size(image.shape[-2:])
+        output = model(image)
+    rows, columns = model.patch_embed.dynamic_feat_size(image.shape[-2:])
     layers = []
     for index, block in enumerate(model.blocks):
-        layer = recorder.layer(index)
-        layer.mixing = _mixing(block, grid_size)
+        layer = recorder.layer(index, grid_size=(int(rows), int(columns)))
+        attention = next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
+        projections = None if attention is None else attention.projections()
+        layer.projection = None if projections is None else projections[1]
         layers.append(layer)
-    return layers
+    return layers, output
 
 
 @dataclass
 class _Call:
-    """Arguments of one call of `scaled_dot_product_attention`."""
+    """One call of `scaled_dot_product_attention`: its result, then its arguments."""
 
+    result: Tensor
     queries: Tensor
     keys: Tensor
     values: Tensor
@@ -228,9 +229,10 @@ class _Recorder(TorchFunctionMode):
         self._block: int | None = None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention and self._block is not None:
-            self.calls.setdefault(self._block, []).append(_Call(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            self.calls.setdefault(self._block, []).append(_Call(result, *args, **(kwargs or {})))
+        return result
 
     @contextlib.contextmanager
     def watching(self, blocks: nn.Module) -> Iterator[None]:
@@ -248,8 +250,8 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, block: int | None) -> None:
         self._block = block
 
-    def layer(self, index: int) -> LayerAttention:
-        """The attention of a block, without `mixing`; raises ValueError unless it is one matrix per head."""
+    def layer(self, index: int, *, grid_size: tuple[int, int]) -> LayerAttention:
+        """The attention of a block, as if it were ordinary; raises ValueError unless it is one matrix per head."""
         calls = self.calls.get(index, [])
         if not calls:
             raise ValueError(f"blocks.{index} does not attend by queries and keys: this model has no attention matrix")
@@ -262,8 +264,11 @@ class _Recorder(TorchFunctionMode):
         return LayerAttention(
             queries=torch.cat([call.queries for call in calls], dim=2),
             keys=first.keys,
+            values=first.values,
             bias=_additive(first.attn_mask, first.queries),
             scale=first.queries.shape[-1] ** -0.5 if first.scale is None else first.scale,
+            outputs=[call.result for call in calls],
+            grid_size=grid_size,
         )
 
 
@@ -272,22 +277,6 @@ def _additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -torch.inf)
-
-
-def _mixing(block: nn.Module, grid_size: tuple[int, int]) -> Tensor | None:
-    """Rᵀ, see `LayerAttention`, with rows for prefix tokens: (M, K, K)."""
-    attention = next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
-    projections = None if attention is None else attention.projections()
-    if attention is None or projections is None or not isinstance(projections[1], MatrixProjection):
-        return None
-    if projections[1].grid_size != tuple(grid_size):
-        raise ValueError(
-            f"the images have {grid_size[0]}×{grid_size[1]} patches: call set_input_size() with their size"
-        )
-    values = projections[1].matrix().double()  # (M, k, N)
-    triangle = torch.linalg.qr(values.mT, mode="r").R  # (M, k, k)
-    prefix = torch.eye(attention.num_prefix_tokens, dtype=values.dtype, device=values.device)
-    return torch.stack([torch.block_diag(prefix, each.mT) for each in triangle])
 
 
 @contextlib.contextmanager

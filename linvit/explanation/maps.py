@@ -1,0 +1,241 @@
+"""Heat maps over the patches of an image: `linvit.attention_maps`.
+
+The attention matrix A_h of a head weights the values of all tokens (T × T). In a Linformer layer it is P̄_h F_h, where
+P̄_h (T × K) is the softmax over the projected keys. A row of a product of such matrices is built from the left, as
+(vᵀ P̄_h) F_h, so maps take O(N k) memory, and no T × T matrix is formed. In ordinary layers blocks of rows are.
+
+v (T) weights the tokens that the classifier reads: 1 for the class token, or 1/N for each patch under average pooling.
+
+T tokens, N = h·w patches, K keys, L layers, H heads, M maps of a projection, k projected length, B images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from linvit.measure.attention import LayerAttention, Vit, as_vit, capture_attention, spread
+from linvit.model.attention import LinformerAttention
+from linvit.model.projections import MatrixProjection
+from linvit.settings.fields import unknown_choice
+
+Method = Literal["attention", "rollout", "relevance", "gradcam", "keys"]
+METHODS: tuple[Method, ...] = get_args(Method)
+# Methods that explain one class.
+OF_A_CLASS: tuple[Method, ...] = ("relevance", "gradcam")
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Maps of one method over the patches of B images.
+
+    Attributes:
+        maps: (B, h, w); for "attention" (B, L, H, h, w); for "keys" a list with one tensor (M, k, h, w) per layer, or
+            None for an ordinary layer, the same for all images.
+        method: the method.
+        classes: the class that each image's map explains, (B,); None for methods that do not explain a class.
+        logits: the model's outputs, (B, C).
+        approximations: why a map is not exact, in whole sentences; empty if it is.
+    """
+
+    maps: Any
+    method: Method
+    classes: Tensor | None
+    logits: Tensor
+    approximations: tuple[str, ...] = ()
+
+
+def attention_maps(
+    model: nn.Module, images: Tensor, *, method: Method = "relevance", classes: Sequence[int] | int | None = None
+) -> AttentionMaps:
+    """Where a Vision Transformer (timm's or linvit's) looks in images, as maps over its patches.
+
+    - "attention": how much the tokens that the classifier reads attend to each patch, for each layer and head: exactly
+      their row of the layer's T × T attention matrix.
+    - "rollout": attention through all layers, averaged over heads, with half of each layer's weight on the skip
+      connection (Abnar and Zuidema 2020, arXiv 2005.00928).
+    - "relevance": attention through all layers, each entry weighted by its gradient for a class if that is positive
+      (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6). On a Linformer layer the gradients are those of P̄.
+    - "gradcam": the last tokens that the classifier mixes, weighted by their mean gradient for a class (Selvaraju et
+      al. 2017, arXiv 1610.02391).
+    - "keys": what each projected key averages, the rows of E. It does not depend on the images.
+
+    Args:
+        model: may be in any mode, and is restored afterwards; no gradient is left in its parameters.
+        images: (B, 3, height, width), normalised, of a size that the model takes, on its device.
+        method: see above.
+        classes: the class to explain, one for all images or one per image; None explains the predicted class.
+
+    Raises ValueError if the model's attention is not one matrix per layer and head, for an unknown method or class, for
+    "keys" without a Linformer layer, and if there are no images.
+    """
+    if method not in METHODS:
+        raise ValueError(unknown_choice("method", method, METHODS))
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images must be (B, 3, height, width) with at least one image, not {tuple(images.shape)}")
+    vit = as_vit(model)
+    chosen = _chosen_classes(classes, len(images), method)
+    found, logits, explained = [], [], []
+    for number, image in enumerate(images):
+        with torch.set_grad_enabled(method in OF_A_CLASS):
+            explanation = _Explanation(vit, image[None], chosen[number])
+        found.append(explanation.map(method))
+        logits.append(explanation.logits)
+        explained.append(explanation.target)
+    return AttentionMaps(
+        maps=found[0] if method == "keys" else torch.stack(found),
+        method=method,
+        classes=torch.tensor(explained) if method in OF_A_CLASS else None,
+        logits=torch.stack(logits),
+        approximations=tuple(_approximations(vit, method)),
+    )
+
+
+class _Explanation:
+    """One image's forward pass, and the maps that can be made from it."""
+
+    def __init__(self, vit: Vit, image: Tensor, target: int | None) -> None:
+        self._vit = vit
+        seen: list[Tensor] = []
+        block = vit.blocks[-1]
+        # Patches reach the class token through the last layer's attention, and a mean over patches through its output.
+        if _reads_class_token(vit):
+            handle = block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        else:
+            handle = block.register_forward_hook(lambda _, arguments, output: seen.append(output))
+        try:
+            # So that there is a graph even where all parameters are frozen.
+            image = image.detach().requires_grad_(torch.is_grad_enabled())
+            self.layers, output = capture_attention(vit, image)
+        finally:
+            handle.remove()
+        self._tokens = seen[0]
+        self.logits = output[0].detach()
+        if target is not None and not 0 <= target < output.shape[1]:
+            raise ValueError(f"class {target} does not exist: the model has {output.shape[1]} classes, from 0")
+        self.target = int(output[0].argmax()) if target is None else target
+        self._logit = output[0, self.target]
+
+    def map(self, method: Method) -> Any:
+        return getattr(self, f"_{method}")()
+
+    @property
+    def _start(self) -> Tensor:
+        """The weights v (T) of the tokens that the classifier reads."""
+        layer = self.layers[-1]
+        num_tokens, num_patches = layer.queries.shape[2], layer.grid_size[0] * layer.grid_size[1]
+        dtype = torch.promote_types(layer.queries.dtype, torch.float32)
+        weights = torch.zeros(num_tokens, dtype=dtype, device=layer.queries.device)
+        if _reads_class_token(self._vit):
+            weights[0] = 1
+        else:
+            weights[num_tokens - num_patches :] = 1 / num_patches
+        return weights
+
+    def _attention(self) -> Tensor:
+        start = self._start
+        return torch.stack([self._on_grid(layer.to_tokens(_rows(layer, start))) for layer in self.layers])
+
+    def _rollout(self) -> Tensor:
+        row = self._start
+        for layer in reversed(self.layers):
+            row = (row + layer.to_tokens(_rows(layer, row)).mean(dim=0)) / 2
+        return self._on_grid(row)
+
+    def _relevance(self) -> Tensor:
+        outputs = [part for layer in self.layers for part in layer.outputs]
+        gradients = iter(torch.autograd.grad(self._logit, outputs, allow_unused=True))
+        by_layer = [[next(gradients) for _ in layer.outputs] for layer in self.layers]
+        row = self._start
+        for layer, parts in zip(reversed(self.layers), reversed(by_layer)):
+            # The classifier does not read what the last layer gives to most tokens.
+            given = [torch.zeros_like(output) if part is None else part for output, part in zip(layer.outputs, parts)]
+            weighted = _rows(layer, row, gradient=torch.cat(given, dim=2))
+            row = row + layer.to_tokens(weighted).mean(dim=0)
+        return self._on_grid(row - self._start)
+
+    def _gradcam(self) -> Tensor:
+        (gradient,) = torch.autograd.grad(self._logit, self._tokens)
+        num_patches = self.layers[-1].grid_size[0] * self.layers[-1].grid_size[1]
+        tokens, gradient = (each[0, -num_patches:].detach() for each in (self._tokens, gradient))
+        return self._on_grid((tokens @ gradient.mean(dim=0)).clamp(min=0))
+
+    def _keys(self) -> list[Tensor | None]:
+        attentions = [_linformer_attention(block) for block in self._vit.blocks]
+        if not any(attention is not None and attention.projections() for attention in attentions):
+            raise ValueError("this model has ordinary attention alone, so there are no projected keys to show")
+        maps: list[Tensor | None] = []
+        for attention, layer in zip(attentions, self.layers):
+            pair = None if attention is None else attention.projections()
+            if pair is None:
+                maps.append(None)
+                continue
+            one_each = torch.eye(pair[0].k, dtype=self._start.dtype, device=layer.keys.device)
+            by_key = spread(pair[0], one_each[:, None].expand(-1, pair[0].num_maps, -1), layer.grid_size)
+            maps.append(self._on_grid(by_key.transpose(0, 1)))
+        return maps
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        """The patches of (…, T) as (…, h, w)."""
+        height, width = self.layers[-1].grid_size
+        return tokens[..., tokens.shape[-1] - height * width :].unflatten(-1, (height, width)).detach()
+
+
+@torch.no_grad()
+def _rows(layer: LayerAttention, weights: Tensor, *, gradient: Tensor | None = None) -> Tensor:
+    """vᵀ P̄ for weights v (T): (H, K). With the gradient of the outputs (1, H, T, d), P̄ is max(∂y/∂P̄ ⊙ P̄, 0)."""
+    # A class token alone needs one row.
+    needed = weights.nonzero().squeeze(1)
+    own = weights[needed]
+    rows = []
+    for head in range(layer.num_heads):
+        total = weights.new_zeros(layer.keys.shape[2])
+        for part, block in layer.matrix(head, rows=needed).row_blocks():
+            if gradient is not None:
+                of_rows = gradient[0, head, needed[part]].to(total.dtype)
+                block = (block * (of_rows @ layer.values[0, head].to(total.dtype).mT)).clamp(min=0)
+            total += own[part] @ block
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def _chosen_classes(classes: Sequence[int] | int | None, count: int, method: Method) -> list[int | None]:
+    if classes is None:
+        return [None] * count
+    if method not in OF_A_CLASS:
+        raise ValueError(f"method {method!r} does not explain a class: leave `classes` out, or take 'relevance'")
+    chosen = [classes] * count if isinstance(classes, int) else [int(each) for each in classes]
+    if len(chosen) != count:
+        raise ValueError(f"there are {len(chosen)} classes for {count} images: give one, or one for each image")
+    return list(chosen)
+
+
+def _reads_class_token(vit: Vit) -> bool:
+    return getattr(vit, "global_pool", "avg") == "token"
+
+
+def _linformer_attention(block: nn.Module) -> LinformerAttention | None:
+    return next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
+
+
+def _approximations(vit: Vit, method: Method) -> list[str]:
+    notes = []
+    attentions = [attention for attention in map(_linformer_attention, vit.blocks) if attention is not None]
+    reducing = {
+        projection.kind
+        for attention in attentions
+        for projection in (attention.projections() or ())[1:]
+        if not isinstance(projection, MatrixProjection)
+    }
+    if reducing and method != "gradcam":
+        kinds = " and ".join(sorted(reducing))
+        notes.append(f"{kinds} does not weight patches linearly: each key counts as the mean of its cell")
+    if method not in ("gradcam", "keys"):
+        pool = getattr(vit, "global_pool", "avg")
+        if pool not in ("token", "avg"):
+            notes.append(f"pooling {pool!r} is treated as an average over the patches")
+        if any(attention.local is not None for attention in attentions):
+            notes.append("the convolutions beside attention are left out")
+    return notes

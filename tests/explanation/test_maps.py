@@ -1,0 +1,264 @@
+"""Heat maps equal those of dense T × T attention matrices, for every kind, sharing and pooling."""
+
+import math
+
+import pytest
+import timm
+import torch
+from kinds import FIXED, REDUCING
+from small_vits import PER_LAYER, PREFIXES, images, make
+from timm.models import VisionTransformer
+from torch import nn
+
+from linvit import attention_maps
+from linvit.measure import attention as measured
+
+KINDS = ["linear", "separable", "avgpool", "random", "dct"]
+HEADS = 3
+
+
+class Dense:
+    """Runs a model with attention written out, and keeps each layer's P̄ (H, T, K) and F (H, K, T) in the graph."""
+
+    def __init__(self, model, x):
+        self.layers = []
+        for block in model.blocks:
+            block.attn.forward = self.forward_of(block.attn)
+        self.logits = model(x)
+        for block in model.blocks:
+            del block.attn.forward
+
+    def forward_of(self, attention):
+        def forward(x, **_):
+            q, k, v = attention.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            pair = attention.projections() if hasattr(attention, "projections") else None
+            num_tokens = x.shape[1]
+            bias = torch.zeros(num_tokens, dtype=x.dtype)
+            if pair is None:
+                E = F = torch.eye(num_tokens, dtype=x.dtype).expand(HEADS, -1, -1)
+            else:
+                prefix = attention.num_prefix_tokens
+                E, F = (self.with_prefix(each, prefix) for each in pair)
+                num_keys = pair[0].k
+                bias = torch.zeros(HEADS, 1, prefix + num_keys, dtype=x.dtype)
+                for head, length in enumerate(pair[0].lengths * (HEADS // len(pair[0].lengths))):
+                    bias[head, :, prefix : prefix + length] = (
+                        math.log(pair[0].matrix().shape[2] / length) if prefix else 0
+                    )
+                    bias[head, :, prefix + length :] = -math.inf
+            scores = q @ (E @ k).mT / math.sqrt(q.shape[-1]) + bias
+            P = scores.softmax(-1)
+            P.requires_grad_() if not P.requires_grad else P.retain_grad()
+            self.layers.append((P, F.detach()))
+            return attention.proj((P @ (F @ v)).transpose(1, 2).flatten(2))
+
+        return forward
+
+    @staticmethod
+    def with_prefix(projection, prefix):
+        rows = projection.matrix().detach()
+        full = torch.zeros(len(rows), prefix + rows.shape[1], prefix + rows.shape[2], dtype=rows.dtype)
+        full[:, :prefix, :prefix] = torch.eye(prefix)
+        full[:, prefix:, prefix:] = rows
+        return full.expand(HEADS, -1, -1)
+
+    def matrices(self):
+        """A_h of each layer (H, T, T)."""
+        return [P[0].detach() @ F for P, F in self.layers]
+
+
+def start(model, num_tokens):
+    """What the classifier reads: the class token, or the mean over patches."""
+    v = torch.zeros(num_tokens, dtype=torch.float64)
+    if model.global_pool == "token":
+        v[0] = 1
+    else:
+        v[model.num_prefix_tokens :] = 1 / (num_tokens - model.num_prefix_tokens)
+    return v
+
+
+def on_grid(model, tokens):
+    return tokens[..., model.num_prefix_tokens :].unflatten(-1, model.patch_embed.grid_size)
+
+
+def small(**kwargs):
+    model = make(dtype=torch.float64, **kwargs)
+    for name, parameter in model.named_parameters():
+        if "qkv" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model, images(batch=1, dtype=torch.float64)
+
+
+CASES = [(kind, share) for kind in KINDS for share in PER_LAYER if kind not in FIXED or share in ("kv", "layerwise")]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())
+@pytest.mark.parametrize(("kind", "share"), CASES)
+def test_equals_dense_matrices(kind, share, prefix):
+    model, x = small(projection=kind, share=share, k=PER_LAYER[share], **prefix)
+    dense = Dense(model, x)
+    A = dense.matrices()
+    v = start(model, A[0].shape[-1])
+    exact = dict(rtol=0, atol=1e-10)
+
+    rows = torch.stack([v @ each for each in A])
+    torch.testing.assert_close(attention_maps(model, x, method="attention").maps[0], on_grid(model, rows), **exact)
+
+    product = torch.eye(len(v), dtype=torch.float64)
+    for each in A:
+        product = (torch.eye(len(v)) + each.mean(0)) / 2 @ product
+    torch.testing.assert_close(attention_maps(model, x, method="rollout").maps[0], on_grid(model, v @ product), **exact)
+
+    gradients = torch.autograd.grad(dense.logits[0, 3], [P for P, _ in dense.layers])
+    relevance = torch.eye(len(v), dtype=torch.float64)
+    for (P, F), gradient in zip(dense.layers, gradients):
+        relevance = relevance + ((P * gradient)[0].clamp(min=0) @ F).mean(0) @ relevance
+    expected = on_grid(model, v @ relevance - v)
+    found = attention_maps(model, x, method="relevance", classes=3)
+    torch.testing.assert_close(found.maps[0], expected.detach(), **exact)
+    assert found.classes.tolist() == [3]
+    torch.testing.assert_close(found.logits, dense.logits.detach(), **exact)
+    assert found.approximations == ()
+
+
+@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())
+def test_gradcam_weights_tokens_by_mean_gradients(prefix):
+    model, x = small(**prefix)
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    for block in model.blocks[:-1]:
+        tokens = block(tokens)
+    last = tokens
+    if model.global_pool != "token":
+        last = model.blocks[-1](tokens)
+        logits = model.forward_head(model.norm(last))
+    else:
+        logits = model.forward_head(model.norm(model.blocks[-1](tokens)))
+    (gradient,) = torch.autograd.grad(logits[0, 2], last)
+    of_patches = slice(model.num_prefix_tokens, None)
+    expected = (
+        (last[0, of_patches] @ gradient[0, of_patches].mean(0)).clamp(min=0).unflatten(0, model.patch_embed.grid_size)
+    )
+    found = attention_maps(model, x, method="gradcam", classes=2).maps[0]
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-12)
+    assert found.max() > 0
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_timms_own_vit(pool):
+    torch.manual_seed(0)
+    theirs = (
+        VisionTransformer(
+            img_size=(28, 20),
+            patch_size=4,
+            embed_dim=24,
+            depth=3,
+            num_heads=HEADS,
+            num_classes=5,
+            class_token=pool == "token",
+            global_pool=pool,
+        )
+        .double()
+        .eval()
+    )
+    ours = make(projection="identity", dtype=torch.float64, class_token=pool == "token", global_pool=pool)
+    ours.load_state_dict(theirs.state_dict())
+    x = images(dtype=torch.float64)
+    for method in ("attention", "rollout", "relevance", "gradcam"):
+        found = attention_maps(theirs, x, method=method)
+        torch.testing.assert_close(found.maps, attention_maps(ours, x, method=method).maps)
+        assert found.maps.shape[-2:] == (7, 5)
+
+
+def test_rotary_models_of_timm():
+    model = timm.create_model("vit_small_patch16_rope_224", img_size=64, depth=2, num_classes=4).eval()
+    found = attention_maps(model, torch.randn(1, 3, 64, 64), method="relevance")
+    assert found.maps.shape == (1, 4, 4)
+    assert (found.maps > 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_are_the_rows_of_E(kind):
+    model, x = small(projection=kind, share="kv", k=[6, None, 6])
+    maps = attention_maps(model, x, method="keys").maps
+    assert maps[1] is None
+    E = model.blocks[2].attn.key_projection.matrix().detach()
+    torch.testing.assert_close(maps[2], E.unflatten(2, (7, 5)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+def test_kinds_that_are_no_matrix_count_cells_and_say_so(kind):
+    model, x = small(projection=kind, share="kv")
+    pooling, _ = small(projection="avgpool", share="kv")
+    keys = attention_maps(model, x, method="keys")
+    torch.testing.assert_close(keys.maps[0], attention_maps(pooling, x, method="keys").maps[0])
+    assert keys.approximations == (f"{kind} does not weight patches linearly: each key counts as the mean of its cell",)
+    assert torch.isfinite(attention_maps(model, x, method="relevance").maps).all()
+
+
+def test_another_grid_than_the_models():
+    model, _ = small(dynamic_img_size=True, share="headwise", projection="linear")
+    fixed, _ = small(share="headwise", projection="linear")
+    fixed.load_state_dict(model.state_dict())
+    fixed.set_input_size((16, 36))
+    fixed.pos_embed = model.pos_embed = None
+    x = images((16, 36), dtype=torch.float64)
+    for method in ("attention", "rollout", "relevance", "gradcam"):
+        found = attention_maps(model, x, method=method).maps
+        torch.testing.assert_close(found, attention_maps(fixed, x, method=method).maps)
+        assert found.shape[-2:] == (4, 9)
+
+
+def test_blocks_of_rows_give_the_same_maps(monkeypatch):
+    model, x = small(class_token=False, global_pool="avg")
+    before = {method: attention_maps(model, x, method=method).maps for method in ("attention", "rollout", "relevance")}
+    monkeypatch.setattr(measured, "BLOCK_ENTRIES", 50)
+    for method, maps in before.items():
+        torch.testing.assert_close(attention_maps(model, x, method=method).maps, maps)
+
+
+def test_images_are_explained_one_by_one_for_their_own_classes():
+    model, _ = small()
+    x = images(batch=3, dtype=torch.float64)
+    together = attention_maps(model, x, classes=[1, 0, 4])
+    for number, target in enumerate([1, 0, 4]):
+        alone = attention_maps(model, x[number : number + 1], classes=target)
+        torch.testing.assert_close(together.maps[number], alone.maps[0])
+    assert attention_maps(model, x).classes.tolist() == model(x).argmax(1).tolist()
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = small()
+    model.requires_grad_(False).train()
+    attention_maps(model, x, method="relevance")
+    assert model.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            dict(method="rolout"),
+            "unknown method 'rolout': choose one of 'attention', 'rollout'.*did you mean 'rollout'",
+        ),
+        (dict(classes=5), "class 5 does not exist: the model has 5 classes, from 0"),
+        (dict(classes=-1), "class -1 does not exist"),
+        (dict(classes=[1, 2]), "there are 2 classes for 1 images: give one, or one for each image"),
+        (dict(classes=1, method="rollout"), "method 'rollout' does not explain a class: leave `classes` out"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    model, x = small()
+    with pytest.raises(ValueError, match=words):
+        attention_maps(model, x, **arguments)
+
+
+def test_models_and_images_that_do_not_fit_are_refused():
+    model, x = small(projection="identity")
+    with pytest.raises(ValueError, match="ordinary attention alone, so there are no projected keys"):
+        attention_maps(model, x, method="keys")
+    with pytest.raises(ValueError, match=r"with at least one image, not \(0, 3, 28, 20\)"):
+        attention_maps(model, x[:0])
+    with pytest.raises(ValueError, match="is not a Vision Transformer"):
+        attention_maps(timm.create_model("resnet10t"), torch.zeros(1, 3, 64, 64))
