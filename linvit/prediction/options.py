@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.prediction.tiling import create_tiling
+from linvit.data.tiling import create_tiling
 from linvit.settings.fields import ImageSize
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from linvit.data.decode import UnreadableImage
 from linvit.data.loader import create_eval_loader, normalize
 from linvit.data.sources.loose import Input, LooseImages, find_images, iterate_images
+from linvit.data.tiles import read_tiles
+from linvit.data.tiling import Box, create_tiling
 from linvit.device import choose_device
 from linvit.distributed import usable_workers
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
 from linvit.prediction.options import PredictorOptions
-from linvit.prediction.tiles import read_tiles
-from linvit.prediction.tiling import Box, create_tiling
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.settings.fields import height_and_width, validate
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from linvit.data.augment.build import InputSpec, build_eval_pipeline
 from linvit.data.decode import UnreadableImage
 from linvit.data.sources.base import ImageSet
+from linvit.data.tiling import Box, Tiling
 from linvit.data.worker import start_worker
-from linvit.prediction.tiling import Box, Tiling
 
 # The tiles of an image of 2^30 pixels, the most that can be read, with an overlap of an eighth take less than this.
 _MAX_TILE_BYTES = 2**33

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from linvit.prediction.tiling import Box, Tiling, create_tiling
+from linvit.data.tiling import Box, Tiling, create_tiling
 
 SIDES = (1, 2, 15, 16, 17, 29, 31, 64, 100)
 
