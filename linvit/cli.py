@@ -33,6 +33,7 @@ COMMANDS = {
         "convert": "linvit.conversion.command",
     },
     "analyse": {
+        "explain": "linvit.explanation.command",
         "bench": "linvit.bench.command",
         "spectrum": "linvit.spectrum.command",
     },

@@ -1,0 +1,291 @@
+"""`linvit explain`: heat maps of where a model looks in images, as pictures and files.
+
+Heavy imports are inside functions to keep `--help` fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.data.tiling import create_tiling
+from linvit.settings.fields import ImageSize, height_and_width
+from linvit.settings.flags import UsageError, check_files, parse_options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from linvit.data.sources.loose import LooseImages
+    from linvit.explanation.explain import Explained, Explainer
+
+SUMMARY = "show where a model looks in images, as heat maps"
+# Methods that --deletion compares.
+_COMPARED: tuple[Literal["attention", "rollout", "relevance", "gradcam"], ...] = (
+    "attention",
+    "rollout",
+    "relevance",
+    "gradcam",
+)
+# Orders of patches at random whose mean is the measure for the methods.
+_RANDOM_ORDERS = 3
+
+
+class ExplainOptions(BaseModel):
+    """Which predictions to explain, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
+    images: tuple[str, ...] = Field(min_length=1, description="images, folders (searched at any depth) or quoted globs")
+    output: Path = Field(description="folder to write the maps to; created if missing")
+    method: Literal["attention", "rollout", "relevance", "gradcam", "keys"] = Field(
+        "relevance",
+        description="relevance: attention through all layers, weighted by gradients for the class; rollout: attention "
+        "through all layers; attention: of each layer and head; gradcam: last tokens, weighted by gradients for the "
+        "class; keys: what each projected key averages",
+    )
+    target: str | None = Field(
+        None, description="class to explain, by name or index (default: the predicted class of each image)"
+    )
+    deletion: bool = Field(
+        False,
+        description="measure which method to trust: how fast the probability falls when the patches that a map marks "
+        "are greyed out, and how fast it rises when they are revealed, against a random order",
+    )
+    json_file: Path | None = Field(None, description="also write predictions and curves to this file")
+
+    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
+    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
+    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
+
+    img_size: ImageSize | None = Field(
+        None, description="image size of the model, as 384 or 768x512 (default: the model's own)"
+    )
+    crop_pct: CropShare | None = Field(
+        None, description="fraction of the image that the centre crop keeps (default: the run's)"
+    )
+    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
+    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
+    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
+    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+    tile: ImageSize | None = Field(
+        None,
+        description="cut larger images into tiles of this size in pixels, and merge their maps (default: no tiles)",
+    )
+    overlap: int | None = Field(
+        None, ge=0, description="minimum number of pixels that neighbouring tiles share (default: an eighth of a tile)"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
+    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
+    amp_dtype: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ExplainOptions:
+        if self.target is not None and self.method not in ("relevance", "gradcam"):
+            raise ValueError(f"--class is for --method relevance and gradcam; {self.method} does not explain a class")
+        if self.tile is None and self.overlap is not None:
+            raise ValueError("--overlap needs --tile SIZE")
+        if self.tile is not None and (self.deletion or self.method == "keys"):
+            raise ValueError("--deletion and --method keys explain the model's own input: remove --tile")
+        create_tiling(self.tile, overlap=self.overlap)
+        return self
+
+
+def main(argv: Sequence[str]) -> int:
+    """Explain, and return the exit status."""
+    options = parse_options(
+        ExplainOptions,
+        argv,
+        prog="linvit explain",
+        description="Write heat maps of where a model looks in images: for each image a picture NAME.png, the values "
+        "of the patches NAME.npy, and the values at the image's size NAME.values.png.",
+        positionals={"source": "SOURCE", "images": "IMAGE"},
+        spellings={
+            "output": ["-o", "--output"],
+            "target": ["--class"],
+            "json_file": ["--json"],
+            "model": ["-m", "--model"],
+        },
+    )
+    return explain_command(options)
+
+
+def explain_command(options: ExplainOptions) -> int:
+    """Write a map for every image; returns 1 if none of the images can be read.
+
+    Raises UsageError, before anything is loaded, for a path that does not exist and a folder that cannot be written.
+    """
+    from linvit.data.sources.base import PackedStrings
+    from linvit.data.sources.loose import LooseImages, expand
+    from linvit.device import choose_device
+    from linvit.output.files import write_json
+    from linvit.output.terminal import note, printable, progress_bar
+
+    check_files(("--json", options.json_file))
+    try:
+        images = LooseImages(
+            PackedStrings.pack(path for image in options.images for path in expand(image, missing="refuse"))
+        )
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {options.output}: cannot create the folder ({error.strerror})") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    explainer = _create_explainer(options, choose_device(options.device))
+    if options.method == "keys":
+        return _write_keys(explainer, options)
+    target = None if options.target is None else explainer.class_index(options.target)
+    rows: list[dict[str, Any]] = []
+    told: set[str] = set()
+    with progress_bar() as bar:
+        for index, name in bar.track(list(enumerate(_names(images))), description="explaining"):
+            row, approximations = _explain_image(explainer, images, index, options, name=name, target=target)
+            rows.append(row)
+            if row["error"] is not None:
+                note(f"{printable(row['path'])}: {printable(row['error'])}")
+            for sentence in approximations:
+                if sentence not in told:
+                    note(f"approximate: {sentence}")
+                told.add(sentence)
+    if options.json_file is not None:
+        write_json(options.json_file, {"source": options.source, "method": options.method, "images": rows})
+    if options.deletion:
+        _print_areas(rows)
+    num_explained = sum(row["error"] is None for row in rows)
+    print(f"{printable(str(options.output))}: maps of {num_explained:,} of {len(rows):,} images")
+    return 0 if num_explained else 1
+
+
+def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
+    from dataclasses import replace
+
+    from linvit.evaluation.inference import override_settings
+    from linvit.explanation.explain import Explainer
+    from linvit.runs.folder import load_classifier
+
+    size = None if options.img_size is None else height_and_width(options.img_size)
+    classifier = load_classifier(
+        options.source,
+        weights=options.weights,
+        img_size=size,
+        model_name=options.model,
+        model_kwargs=options.model_kwargs,
+        use_ema=options.use_ema,
+    )
+    classifier = override_settings(classifier, options)
+    classifier = replace(classifier, model=classifier.model.to(device))
+    return Explainer(classifier, img_size=size, tiling=create_tiling(options.tile, overlap=options.overlap))
+
+
+def _explain_image(
+    explainer: Explainer, images: LooseImages, index: int, options: ExplainOptions, *, name: str, target: int | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write the files of one image; returns its row of the results, and why its map is not exact."""
+    import numpy as np
+
+    from linvit.data.decode import UnreadableImage
+    from linvit.explanation import overlay
+    from linvit.output.files import write_file
+
+    row: dict[str, Any] = {"path": images.name(index), "error": None}
+    try:
+        image = images.read(index)
+    except UnreadableImage as error:
+        return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
+    assert options.method != "keys"
+    found = explainer.explain(image, method=options.method, target=target)
+    title = _title(found, options.method)
+    overlay.save_overlay(options.output / f"{name}.png", image, found.heat, title=title)
+    overlay.save_values(options.output / f"{name}.values.png", found.heat)
+    if found.patches is not None:
+        patches = found.patches
+        write_file(options.output / f"{name}.npy", lambda file: np.save(file, patches))
+    if found.heads is not None:
+        overlay.save_heads(options.output / f"{name}.heads.png", found.heads, title=title)
+    row |= {"label": found.label, "probability": found.probability, "explained": found.explained}
+    if options.deletion:
+        row["areas"] = _areas(explainer, image, target)
+    return row, found.approximations
+
+
+def _title(found: Explained, method: str) -> str:
+    title = f"{found.label} {100 * found.probability:.1f} %"
+    return f"{title} ({method} for {found.explained})" if found.explained is not None else f"{title} ({method})"
+
+
+def _names(images: LooseImages) -> list[str]:
+    """A name for the files of each image: its own without the extension, numbered where it is not the only one."""
+    from linvit.output.terminal import printable
+
+    stems = [printable(images.path(index).stem) for index in range(len(images))]
+    count = {stem: 0 for stem in stems}
+    names = []
+    for stem in stems:
+        count[stem] += 1
+        names.append(stem if count[stem] == 1 else f"{stem}-{count[stem]}")
+    return names
+
+
+def _areas(explainer: Explainer, image: np.ndarray, target: int | None) -> dict[str, dict[str, float]]:
+    """Areas under the deletion and insertion curves of each method, and the mean over random orders."""
+    from statistics import fmean
+
+    import torch
+
+    from linvit.explanation.deletion import measure_curves, random_map
+
+    pixels, _ = explainer.prepare(image)
+    shown = int(explainer.probabilities(pixels)[0].argmax()) if target is None else target
+    maps: dict[str, list[torch.Tensor]] = {
+        method: [torch.from_numpy(explainer.patch_map(pixels, method, shown))] for method in _COMPARED
+    }
+    height, width = maps["rollout"][0].shape
+    maps["random"] = [random_map((height, width), seed=seed) for seed in range(_RANDOM_ORDERS)]
+    areas: dict[str, dict[str, float]] = {}
+    for method, drawn in maps.items():
+        curves = [measure_curves(explainer.probabilities, pixels, each, target=shown) for each in drawn]
+        areas[method] = {
+            "deletion": fmean(each.deletion_area for each in curves),
+            "insertion": fmean(each.insertion_area for each in curves),
+        }
+    return areas
+
+
+def _print_areas(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the mean areas of each method over all images."""
+    from statistics import fmean
+
+    from linvit.output.terminal import page, table
+
+    measured = [row["areas"] for row in rows if "areas" in row]
+    if not measured:
+        return
+    made = table(("method", "deletion (lower is better)", "insertion (higher is better)"), text=("method",))
+    for method in (*_COMPARED, "random"):
+        made.add_row(
+            method, *(f"{fmean(areas[method][curve] for areas in measured):.4f}" for curve in ("deletion", "insertion"))
+        )
+    page().print(made)
+
+
+def _write_keys(explainer: Explainer, options: ExplainOptions) -> int:
+    """Write what each projected key averages, which is the same for all images."""
+    import numpy as np
+
+    from linvit.explanation import overlay
+    from linvit.output.files import write_file
+
+    found, approximations = explainer.keys()
+    overlay.save_keys(options.output / "keys.png", found)
+    write_file(options.output / "keys.npz", lambda file: np.savez(file, **cast("dict[str, Any]", found)))
+    for sentence in approximations:
+        print(f"approximate: {sentence}")
+    print(f"{options.output}: what the keys of {len(found)} layers average")
+    return 0

@@ -1,0 +1,130 @@
+"""Maps over patches put back on the image that they are of, as pictures.
+
+h × w patches, H × W pixels of the image.
+"""
+
+import io
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from linvit.data.geometry import CropPlan
+from linvit.output.files import write_file
+from linvit.output.plots import drawable, save_figure
+
+# Even steps of a map are even steps to the eye, in grey too.
+COLOURS = "inferno"
+# The longest side of a picture, in pixels.
+LONGEST_SIDE = 1600
+MOST_KEYS = 12
+_INCH = 100
+
+
+def place(patches: np.ndarray, plan: CropPlan) -> np.ndarray:
+    """A map of patches (h, w) at the image's own size, (H, W) float32; NaN where the model does not look.
+
+    Values between the centres of patches are interpolated linearly.
+
+    Args:
+        plan: the crop that the model sees of the image.
+    """
+    (top, left, height, width), shape = plan.window, plan.shape
+    scales = height / plan.resized[0], width / plan.resized[1]
+    # The part of the image that the patches cover, which may extend beyond it.
+    edges = [
+        (start + offset * scale, start + (offset + length) * scale)
+        for start, offset, length, scale in zip((top, left), plan.offset, plan.size, scales)
+    ]
+    rows, columns = (
+        (np.arange(length) + 0.5 - first) / (last - first) * count - 0.5
+        for length, (first, last), count in zip(shape, edges, patches.shape)
+    )
+    is_seen = [(places >= -0.5) & (places < count - 0.5) for places, count in zip((rows, columns), patches.shape)]
+    x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
+    full = cv2.remap(patches.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.where(is_seen[0][:, None] & is_seen[1][None], full, np.float32(np.nan))
+
+
+def normalise(heat: np.ndarray) -> np.ndarray:
+    """A map from 0 (nothing, or negative) to 1 (its largest value); NaN stays."""
+    largest = np.nanmax(heat, initial=0)
+    return np.clip(heat, 0, None) / largest if largest > 0 else np.where(np.isnan(heat), heat, 0)
+
+
+def blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 under its map (H, W), which hides more of it where it is larger: (H, W, 3) uint8."""
+    strength = np.nan_to_num(normalise(heat))[..., None]
+    colours = matplotlib.colormaps[COLOURS](strength[..., 0])[..., :3] * 255
+    opacity = 0.25 + 0.5 * strength
+    shown = np.where(np.isnan(heat)[..., None], image * 0.4, image * (1 - opacity) + colours * opacity)
+    return shown.round().astype(np.uint8)
+
+
+def save_overlay(path: Path, image: np.ndarray, heat: np.ndarray, *, title: str) -> None:
+    """Write an image (H, W, 3) under its map (H, W) as a PNG, with a title and a legend.
+
+    Raises OSError, naming the file, where it cannot be written.
+    """
+    image, heat = shrink(image, LONGEST_SIDE), shrink(heat, LONGEST_SIDE)
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(max(width, 300) / _INCH + 0.9, height / _INCH + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(blend(image, heat))
+    axes.axis("off")
+    axes.set_title(drawable([title])[0], fontsize=11, wrap=True)
+    legend = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
+    bar = figure.colorbar(legend, ax=axes, fraction=0.04, pad=0.01, ticks=[0, 0.5, 1])
+    bar.set_label("share of the largest value", fontsize=9)
+    save_figure(path, figure, dpi=_INCH)
+
+
+def save_heads(path: Path, maps: np.ndarray, *, title: str) -> None:
+    """Write the maps of all layers and heads, (L, heads, h, w), as a grid of small pictures (PNG)."""
+    rows = {f"layer {number}": list(layer) for number, layer in enumerate(maps)}
+    _save_grid(path, rows, column="head", title=title)
+
+
+def save_keys(path: Path, layers: dict[str, np.ndarray]) -> None:
+    """Write the first rows of each layer's E, from (M, k, h, w) by the layer's name, as a grid of small pictures."""
+    rows = {name: list(maps[0, :MOST_KEYS]) for name, maps in layers.items()}
+    _save_grid(path, rows, column="key", title=f"the first {MOST_KEYS} keys of each layer")
+
+
+def _save_grid(path: Path, rows: dict[str, list[np.ndarray]], *, column: str, title: str) -> None:
+    num_columns = max(map(len, rows.values()))
+    height, width = next(iter(rows.values()))[0].shape
+    side = 1.1
+    figure = Figure(figsize=(side * num_columns + 0.6, side * len(rows) * height / width + 0.8), layout="constrained")
+    grid = figure.subplots(len(rows), num_columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for number in range(num_columns):
+        grid[0, number].set_title(f"{column} {number}", fontsize=8)
+    for line, (name, maps) in zip(grid, rows.items()):
+        line[0].set_ylabel(name, fontsize=8)
+        for axes, values in zip(line, maps):
+            axes.imshow(normalise(values), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
+    figure.suptitle(drawable([title])[0], fontsize=10)
+    save_figure(path, figure, dpi=_INCH)
+
+
+def save_values(path: Path, heat: np.ndarray) -> None:
+    """Write a map (H, W) as a 16-bit grey PNG of the image's size, 65,535 for its largest value."""
+    levels = (np.nan_to_num(normalise(heat)) * 65535).round().astype(np.uint16)
+    encoded = io.BytesIO()
+    Image.fromarray(levels).save(encoded, format="PNG")
+    write_file(path, lambda file: file.write(encoded.getbuffer()))
+
+
+def shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture (H, W) or (H, W, 3) whose longer side is at most `side` pixels."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return picture
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
