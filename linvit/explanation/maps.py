@@ -57,7 +57,8 @@ def attention_maps(
     - "rollout": attention through all layers, averaged over heads, with half of each layer's weight on the skip
       connection (Abnar and Zuidema 2020, arXiv 2005.00928).
     - "relevance": attention through all layers, each entry weighted by its gradient for a class if that is positive
-      (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6). On a Linformer layer the gradients are those of P̄.
+      (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6). On a Linformer layer the gradients are those of P̄. Where the
+      classifier reads an average over patches, v weights each patch by its own first-order share in the class's logit.
     - "gradcam": the last tokens that the classifier mixes, weighted by their mean gradient for a class (Selvaraju et
       al. 2017, arXiv 1610.02391).
     - "keys": what each projected key averages, the rows of E. It does not depend on the images.
@@ -148,13 +149,19 @@ class _Explanation:
         outputs = [part for layer in self.layers for part in layer.outputs]
         gradients = iter(torch.autograd.grad(self._logit, outputs, allow_unused=True))
         by_layer = [[next(gradients) for _ in layer.outputs] for layer in self.layers]
-        row = self._start
+        row = self._start if _reads_class_token(self._vit) else self._contributions()
         for layer, parts in zip(reversed(self.layers), reversed(by_layer)):
             # The classifier does not read what the last layer gives to most tokens.
             given = [torch.zeros_like(output) if part is None else part for output, part in zip(layer.outputs, parts)]
             weighted = _rows(layer, row, gradient=torch.cat(given, dim=2))
             row = row + layer.to_tokens(weighted).mean(dim=0)
-        return self._on_grid(row - self._start)
+        return self._on_grid(row)
+
+    def _contributions(self) -> Tensor:
+        """The share of each patch in the logit, to first order and where it is positive: (T), with sum 1."""
+        (gradient,) = torch.autograd.grad(self._logit, self._tokens, retain_graph=True)
+        given = (gradient * self._tokens.detach())[0].sum(dim=1).to(self._start.dtype).clamp(min=0) * (self._start > 0)
+        return given / given.sum().clamp(min=torch.finfo(given.dtype).tiny)
 
     def _gradcam(self) -> Tensor:
         (gradient,) = torch.autograd.grad(self._logit, self._tokens)

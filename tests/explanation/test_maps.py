@@ -24,7 +24,10 @@ class Dense:
         self.layers = []
         for block in model.blocks:
             block.attn.forward = self.forward_of(block.attn)
-        self.logits = model(x)
+        self.tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            self.tokens = block(self.tokens)
+        self.logits = model.forward_head(model.norm(self.tokens))
         for block in model.blocks:
             del block.attn.forward
 
@@ -109,11 +112,15 @@ def test_equals_dense_matrices(kind, share, prefix):
         product = (torch.eye(len(v)) + each.mean(0)) / 2 @ product
     torch.testing.assert_close(attention_maps(model, x, method="rollout").maps[0], on_grid(model, v @ product), **exact)
 
-    gradients = torch.autograd.grad(dense.logits[0, 3], [P for P, _ in dense.layers])
+    gradients = torch.autograd.grad(dense.logits[0, 3], [P for P, _ in dense.layers], retain_graph=True)
+    if model.global_pool != "token":
+        (gradient,) = torch.autograd.grad(dense.logits[0, 3], dense.tokens)
+        v = (gradient * dense.tokens)[0].sum(1).clamp(min=0).detach()
+        v = v / v.sum()
     relevance = torch.eye(len(v), dtype=torch.float64)
     for (P, F), gradient in zip(dense.layers, gradients):
         relevance = relevance + ((P * gradient)[0].clamp(min=0) @ F).mean(0) @ relevance
-    expected = on_grid(model, v @ relevance - v)
+    expected = on_grid(model, v @ relevance)
     found = attention_maps(model, x, method="relevance", classes=3)
     torch.testing.assert_close(found.maps[0], expected.detach(), **exact)
     assert found.classes.tolist() == [3]
