@@ -147,9 +147,10 @@ class _Explanation:
 
     def _relevance(self) -> Tensor:
         outputs = [part for layer in self.layers for part in layer.outputs]
-        gradients = iter(torch.autograd.grad(self._logit, outputs, allow_unused=True))
+        *by_output, of_tokens = torch.autograd.grad(self._logit, [*outputs, self._tokens], allow_unused=True)
+        gradients = iter(by_output)
         by_layer = [[next(gradients) for _ in layer.outputs] for layer in self.layers]
-        row = self._start if _reads_class_token(self._vit) else self._contributions()
+        row = self._start if _reads_class_token(self._vit) else self._contributions(of_tokens)
         for layer, parts in zip(reversed(self.layers), reversed(by_layer)):
             # The classifier does not read what the last layer gives to most tokens.
             given = [torch.zeros_like(output) if part is None else part for output, part in zip(layer.outputs, parts)]
@@ -157,9 +158,8 @@ class _Explanation:
             row = row + layer.to_tokens(weighted).mean(dim=0)
         return self._on_grid(row)
 
-    def _contributions(self) -> Tensor:
+    def _contributions(self, gradient: Tensor) -> Tensor:
         """The share of each patch in the logit, to first order and where it is positive: (T), with sum 1."""
-        (gradient,) = torch.autograd.grad(self._logit, self._tokens, retain_graph=True)
         given = (gradient * self._tokens.detach())[0].sum(dim=1).to(self._start.dtype).clamp(min=0) * (self._start > 0)
         return given / given.sum().clamp(min=torch.finfo(given.dtype).tiny)
 
