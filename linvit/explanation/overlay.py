@@ -18,8 +18,8 @@ from linvit.output.plots import drawable, save_figure
 
 # Even steps of a map are even steps to the eye, in grey too.
 COLOURS = "inferno"
-# The longest side of a picture, in pixels.
-LONGEST_SIDE = 1600
+# Longest side of a picture in pixels: larger images shrink, smaller ones are enlarged.
+LARGEST, SMALLEST = 1600, 400
 MOST_KEYS = 12
 _INCH = 100
 
@@ -69,11 +69,13 @@ def save_overlay(path: Path, image: np.ndarray, heat: np.ndarray, *, title: str)
 
     Raises OSError, naming the file, where it cannot be written.
     """
-    image, heat = shrink(image, LONGEST_SIDE), shrink(heat, LONGEST_SIDE)
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(max(width, 300) / _INCH + 0.9, height / _INCH + 0.5), layout="constrained")
+    shown = blend(_fit(image), _fit(heat))
+    height, width = shown.shape[:2]
+    figure = Figure(
+        figsize=(max(width, SMALLEST) / _INCH + 0.9, max(height, SMALLEST // 4) / _INCH + 0.6), layout="constrained"
+    )
     axes = figure.subplots()
-    axes.imshow(blend(image, heat))
+    axes.imshow(shown)
     axes.axis("off")
     axes.set_title(drawable([title])[0], fontsize=11, wrap=True)
     legend = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
@@ -120,11 +122,12 @@ def save_values(path: Path, heat: np.ndarray) -> None:
     write_file(path, lambda file: file.write(encoded.getbuffer()))
 
 
-def shrink(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture (H, W) or (H, W, 3) whose longer side is at most `side` pixels."""
+def _fit(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W) or (H, W, 3) whose longer side is within `SMALLEST` and `LARGEST`."""
     height, width = picture.shape[:2]
-    scale = side / max(height, width)
-    if scale >= 1:
+    longest = max(height, width)
+    scale = min(max(longest, SMALLEST), LARGEST) / longest
+    if scale == 1:
         return picture
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
