@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from linvit.data.options import CropMode, CropShare, Interpolation, Mean, Std
+from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
 from linvit.data.tiling import create_tiling
 from linvit.settings.fields import ImageSize, height_and_width
-from linvit.settings.flags import UsageError, check_files, parse_options
+from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +58,11 @@ class ExplainOptions(BaseModel):
     )
     json_file: Path | None = Field(None, description="also write predictions and curves to this file")
 
+    class_map: Path | None = Field(
+        None,
+        description="classes of weights without class names, in label order: a text file with one name per line, or a "
+        "JSON file such as class_to_idx.json",
+    )
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
     use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
     model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
@@ -73,6 +78,11 @@ class ExplainOptions(BaseModel):
     mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
     std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
     interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+    input_range: InputRange | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
+        description="values of 16-bit images that become black and white (default: the run's)",
+    )
     tile: ImageSize | None = Field(
         None,
         description="cut larger images into tiles of this size in pixels, and merge their maps (default: no tiles)",
@@ -126,9 +136,11 @@ def explain_command(options: ExplainOptions) -> int:
     from linvit.data.sources.loose import LooseImages, expand
     from linvit.device import choose_device
     from linvit.output.files import write_json
-    from linvit.output.terminal import note, printable, progress_bar
+    from linvit.output.terminal import note, print_line, progress_bar
+    from linvit.runs.folder import source_files
 
-    check_files(("--json", options.json_file))
+    check_inputs(("--class-map", options.class_map))
+    check_files(("--json", options.json_file), inputs=[*source_files(options.source), *options.images])
     try:
         images = LooseImages(
             PackedStrings.pack(path for image in options.images for path in expand(image, missing="refuse"))
@@ -149,7 +161,7 @@ def explain_command(options: ExplainOptions) -> int:
             row, approximations = _explain_image(explainer, images, index, options, name=name, target=target)
             rows.append(row)
             if row["error"] is not None:
-                note(f"{printable(row['path'])}: {printable(row['error'])}")
+                note(f"{row['path']}: {row['error']}")
             for sentence in approximations:
                 if sentence not in told:
                     note(f"approximate: {sentence}")
@@ -159,14 +171,15 @@ def explain_command(options: ExplainOptions) -> int:
     if options.deletion:
         _print_areas(rows)
     num_explained = sum(row["error"] is None for row in rows)
-    print(f"{printable(str(options.output))}: maps of {num_explained:,} of {len(rows):,} images")
+    print_line(f"{options.output}: maps of {num_explained:,} of {len(rows):,} images")
     return 0 if num_explained else 1
 
 
 def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
     from dataclasses import replace
 
-    from linvit.evaluation.inference import override_settings
+    from linvit.data.sources.classes import read_class_map
+    from linvit.evaluation.inference import add_class_names, override_settings
     from linvit.explanation.explain import Explainer
     from linvit.runs.folder import load_classifier
 
@@ -179,6 +192,8 @@ def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
         model_kwargs=options.model_kwargs,
         use_ema=options.use_ema,
     )
+    if options.class_map is not None:
+        classifier = add_class_names(classifier, read_class_map(options.class_map), source=options.source)
     classifier = override_settings(classifier, options)
     classifier = replace(classifier, model=classifier.model.to(device))
     return Explainer(classifier, img_size=size, tiling=create_tiling(options.tile, overlap=options.overlap))
@@ -196,7 +211,7 @@ def _explain_image(
 
     row: dict[str, Any] = {"path": images.name(index), "error": None}
     try:
-        image = images.read(index)
+        image = images.read(index, input_range=explainer.spec.input_range)
     except UnreadableImage as error:
         return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
     assert options.method != "keys"
@@ -281,11 +296,12 @@ def _write_keys(explainer: Explainer, options: ExplainOptions) -> int:
 
     from linvit.explanation import overlay
     from linvit.output.files import write_file
+    from linvit.output.terminal import note, print_line
 
     found, approximations = explainer.keys()
     overlay.save_keys(options.output / "keys.png", found)
     write_file(options.output / "keys.npz", lambda file: np.savez(file, **cast("dict[str, Any]", found)))
     for sentence in approximations:
-        print(f"approximate: {sentence}")
-    print(f"{options.output}: what the keys of {len(found)} layers average")
+        note(f"approximate: {sentence}")
+    print_line(f"{options.output}: what the keys of {len(found)} layers average")
     return 0

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from coloured import CLASSES, COLOURS, coloured_square
 from PIL import Image
 
 import linvit  # noqa: F401  registers the models
@@ -12,19 +12,6 @@ from linvit.data.augment.build import resolve_input
 from linvit.data.options import InputOptions
 from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
-
-COLOURS = ["blue", "green", "red"]
-CLASSES = [*COLOURS, "none"]
-
-
-def coloured_square(label: int, *, seed: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Grey noise (32, 32, 3) with a square of 8 pixels in one colour (or none), and the square's top and left."""
-    draw = np.random.default_rng(seed)
-    image = np.repeat(draw.integers(60, 110, (32, 32, 1), dtype=np.uint8), 3, axis=2)
-    top, left = 4 * draw.integers(0, 7, 2)
-    if label < len(COLOURS):
-        image[top : top + 8, left : left + 8, 2 - label] = 240
-    return image, (int(top), int(left))
 
 
 @pytest.fixture(scope="package")

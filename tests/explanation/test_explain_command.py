@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, coloured_square
+from coloured import COLOURS, coloured_square
 from PIL import Image
 
 from linvit.cli import main
