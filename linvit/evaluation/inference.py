@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
@@ -13,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from linvit.data.augment.build import InputSpec, resolve_input
 from linvit.data.loader import Batch, Loader
 from linvit.data.options import InputOptions
+from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
-from linvit.runs.folder import Classifier
+from linvit.evaluation.options import ClassifierOptions
+from linvit.runs.folder import Classifier, load_classifier
 from linvit.settings.fields import validate
 
 # Options of a command that override the run's settings of the same names.
@@ -28,6 +31,30 @@ def override_settings(classifier: Classifier, options: BaseModel) -> Classifier:
     """The classifier with the OVERRIDES that `options` sets in place of its run's settings."""
     given = options.model_dump(include=OVERRIDES, exclude_unset=True, exclude_none=True)
     return replace(classifier, settings={**classifier.settings, **given})
+
+
+def load_source(
+    source: str,
+    options: ClassifierOptions,
+    *,
+    weights: Literal["best", "last"],
+    img_size: tuple[int, int] | None,
+    class_map: Path | None = None,
+) -> Classifier:
+    """The classifier that a command names, with the options' overrides and the class names in `class_map`.
+
+    Raises ValueError if `source` cannot be loaded, or has other classes than `class_map`.
+    """
+    classifier = load_classifier(
+        source,
+        weights=weights,
+        img_size=img_size,
+        model_name=options.model,
+        model_kwargs=options.model_kwargs,
+        use_ema=options.use_ema,
+    )
+    classifier = override_settings(classifier, options)
+    return classifier if class_map is None else add_class_names(classifier, read_class_map(class_map), source=source)
 
 
 def add_class_names(classifier: Classifier, names: Sequence[str], *, source: str) -> Classifier:

@@ -1,4 +1,4 @@
-"""Options of `linvit eval`. Heavy imports are avoided to keep `--help` fast."""
+"""Options of `linvit eval`, some shared with predict and explain. Imports are light to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -11,10 +11,37 @@ from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, 
 from linvit.settings.fields import ImageSize, ModelKeywords, PositiveNumber
 
 
-class EvalOptions(BaseModel):
-    """What to evaluate, on which images, and how."""
+class ClassifierOptions(BaseModel):
+    """A saved model, and what overrides the settings of its run; for all commands that use one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
+    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
+
+    crop_pct: CropShare | None = Field(
+        None, description="fraction of the image that the centre crop keeps (default: the run's)"
+    )
+    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
+    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
+    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
+    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
+    input_range: InputRange | None = Field(
+        None,
+        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
+        description="values of 16-bit images that become black and white (default: the run's)",
+    )
+
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
+    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
+    amp_dtype: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
+    )
+
+
+class EvalOptions(ClassifierOptions):
+    """What to evaluate, on which images, and how."""
 
     source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
     data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
@@ -54,35 +81,13 @@ class EvalOptions(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the resamples and of the half to fit the temperature on")
 
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
-    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
-    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
-
     img_size: tuple[ImageSize, ...] = Field(
         (), description="one or more sizes, as 384 or 768x512 (default: the model's own)"
     )
-    crop_pct: CropShare | None = Field(
-        None, description="fraction of the image that the centre crop keeps (default: the run's)"
-    )
-    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
-    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
-    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
-    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
-    input_range: InputRange | None = Field(
-        None,
-        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
-        description="values of 16-bit images that become black and white (default: the run's)",
-    )
-
     batch_size: int | None = Field(None, gt=0, description="images per batch (default: the run's, else 64)")
     workers: int = Field(4, ge=0, description="number of processes that read images")
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="stop at an image that cannot be read, or skip and list it"
-    )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
-    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
-    amp_dtype: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
     )
     json_file: Path | None = Field(None, description="write the results to this JSON file")
     csv_file: Path | None = Field(None, description="write a CSV row per image: label, prediction, probability, loss")

@@ -23,7 +23,7 @@ from linvit.evaluation.inference import (
     add_class_names,
     amp_precision,
     input_spec,
-    override_settings,
+    load_source,
     run_batch_size,
     scaled_size,
 )
@@ -31,7 +31,7 @@ from linvit.evaluation.options import EvalOptions
 from linvit.evaluation.scores import MOST_CLASSES, calibration, fit_temperature, imagenet_numbers, random_halves
 from linvit.model.build import TimmModel
 from linvit.output.terminal import format_bytes, note, progress_bar
-from linvit.runs.folder import Classifier, load_classifier
+from linvit.runs.folder import Classifier
 
 DEFAULT_BATCH_SIZE = 64
 # With --tta-scales, sizes of models other than ViTs are rounded to multiples of this, the stride of most CNNs.
@@ -108,7 +108,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
 
     Raises ValueError if source, data and options do not fit together.
     """
-    classifier = _load(source, size, options)
+    classifier = load_source(source, options, weights=options.weights, img_size=size)
     images, match = _open_images(source, classifier, options, split=options.split)
     if options.confusion and len(match.present) > MOST_CLASSES:
         raise ValueError(
@@ -216,18 +216,6 @@ def num_patches(model: nn.Module, size: Size) -> int | None:
     return int(height * width)
 
 
-def _load(source: str, size: Size | None, options: EvalOptions) -> Classifier:
-    classifier = load_classifier(
-        source,
-        weights=options.weights,
-        img_size=size,
-        model_name=options.model,
-        model_kwargs=options.model_kwargs,
-        use_ema=options.use_ema,
-    )
-    return override_settings(classifier, options)
-
-
 def _views(
     classifier: Classifier, source: str, size: Size | None, options: EvalOptions, device: torch.device
 ) -> list[tuple[TimmModel, InputSpec]]:
@@ -239,7 +227,7 @@ def _views(
     sizes = dict.fromkeys(scaled_size(base.size, scale, multiple=multiple) for scale in options.tta_scales)
     for other in sizes:
         if other != base.size:
-            scaled = _load(source, other, options)
+            scaled = load_source(source, options, weights=options.weights, img_size=other)
             views.append((scaled.model.to(device), input_spec(scaled, img_size=other)))
     return views[1:] if sizes and base.size not in sizes else views
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
 from linvit.data.tiling import create_tiling
+from linvit.evaluation.options import ClassifierOptions
 from linvit.settings.fields import ImageSize, height_and_width
 from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
 
@@ -23,21 +23,12 @@ if TYPE_CHECKING:
     from linvit.explanation.explain import Explained, Explainer
 
 SUMMARY = "show where a model looks in images, as heat maps"
-# Methods that --deletion compares.
-_COMPARED: tuple[Literal["attention", "rollout", "relevance", "gradcam"], ...] = (
-    "attention",
-    "rollout",
-    "relevance",
-    "gradcam",
-)
 # Orders of patches at random whose mean is the measure for the methods.
 _RANDOM_ORDERS = 3
 
 
-class ExplainOptions(BaseModel):
+class ExplainOptions(ClassifierOptions):
     """Which predictions to explain, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
     images: tuple[str, ...] = Field(min_length=1, description="images, folders (searched at any depth) or quoted globs")
@@ -56,7 +47,9 @@ class ExplainOptions(BaseModel):
         description="measure which method to trust: how fast the probability falls when the patches that a map marks "
         "are greyed out, and how fast it rises when they are revealed, against a random order",
     )
-    json_file: Path | None = Field(None, description="also write predictions and curves to this file")
+    json_file: Path | None = Field(
+        None, description="also write predictions and the areas under the curves to this file"
+    )
 
     class_map: Path | None = Field(
         None,
@@ -64,24 +57,9 @@ class ExplainOptions(BaseModel):
         "JSON file such as class_to_idx.json",
     )
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
-    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
-    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra arguments of the model")
 
     img_size: ImageSize | None = Field(
         None, description="image size of the model, as 384 or 768x512 (default: the model's own)"
-    )
-    crop_pct: CropShare | None = Field(
-        None, description="fraction of the image that the centre crop keeps (default: the run's)"
-    )
-    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
-    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
-    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
-    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
-    input_range: InputRange | None = Field(
-        None,
-        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
-        description="values of 16-bit images that become black and white (default: the run's)",
     )
     tile: ImageSize | None = Field(
         None,
@@ -89,11 +67,6 @@ class ExplainOptions(BaseModel):
     )
     overlap: int | None = Field(
         None, ge=0, description="minimum number of pixels that neighbouring tiles share (default: an eighth of a tile)"
-    )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
-    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
-    amp_dtype: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
     )
 
     @model_validator(mode="after")
@@ -178,23 +151,13 @@ def explain_command(options: ExplainOptions) -> int:
 def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
     from dataclasses import replace
 
-    from linvit.data.sources.classes import read_class_map
-    from linvit.evaluation.inference import add_class_names, override_settings
+    from linvit.evaluation.inference import load_source
     from linvit.explanation.explain import Explainer
-    from linvit.runs.folder import load_classifier
 
     size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_classifier(
-        options.source,
-        weights=options.weights,
-        img_size=size,
-        model_name=options.model,
-        model_kwargs=options.model_kwargs,
-        use_ema=options.use_ema,
+    classifier = load_source(
+        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
     )
-    if options.class_map is not None:
-        classifier = add_class_names(classifier, read_class_map(options.class_map), source=options.source)
-    classifier = override_settings(classifier, options)
     classifier = replace(classifier, model=classifier.model.to(device))
     return Explainer(classifier, img_size=size, tiling=create_tiling(options.tile, overlap=options.overlap))
 
@@ -255,11 +218,12 @@ def _areas(explainer: Explainer, image: np.ndarray, target: int | None) -> dict[
     import torch
 
     from linvit.explanation.deletion import measure_curves, random_map
+    from linvit.explanation.maps import METHODS
 
     pixels, _ = explainer.prepare(image)
     shown = int(explainer.probabilities(pixels)[0].argmax()) if target is None else target
     maps: dict[str, list[torch.Tensor]] = {
-        method: [torch.from_numpy(explainer.patch_map(pixels, method, shown))] for method in _COMPARED
+        method: [torch.from_numpy(explainer.patch_map(pixels, method, shown))] for method in METHODS if method != "keys"
     }
     height, width = maps["rollout"][0].shape
     maps["random"] = [random_map((height, width), seed=seed) for seed in range(_RANDOM_ORDERS)]
@@ -283,7 +247,7 @@ def _print_areas(rows: Sequence[dict[str, Any]]) -> None:
     if not measured:
         return
     made = table(("method", "deletion (lower is better)", "insertion (higher is better)"), text=("method",))
-    for method in (*_COMPARED, "random"):
+    for method in measured[0]:
         made.add_row(
             method, *(f"{fmean(areas[method][curve] for areas in measured):.4f}" for curve in ("deletion", "insertion"))
         )

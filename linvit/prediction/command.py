@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
+from linvit.evaluation.options import ClassifierOptions
 from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
-from linvit.settings.fields import ModelKeywords, height_and_width
+from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SUMMARY = "predict the classes of loose images"
 
 
-class PredictOptions(PredictorOptions):
+class PredictOptions(PredictorOptions, ClassifierOptions):
     """What to predict with, on which images, and how."""
 
     source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
@@ -52,30 +52,8 @@ class PredictOptions(PredictorOptions):
         description="classes of weights without class names, in label order: a text file with one name per line, or a "
         "JSON file such as class_to_idx.json",
     )
-    use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
-    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
-
-    crop_pct: CropShare | None = Field(
-        None, description="fraction of the image that the centre crop keeps (default: the run's)"
-    )
-    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
-    mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
-    std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
-    interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
-    input_range: InputRange | None = Field(
-        None,
-        title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
-        description="values of 16-bit images that become black and white (default: the run's)",
-    )
 
     tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
-
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
-    amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
-    amp_dtype: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
-    )
 
     @model_validator(mode="after")
     def _check(self) -> PredictOptions:
@@ -170,24 +148,14 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
 
 
 def _create_predictor(options: PredictOptions) -> Predictor:
-    from linvit.data.sources.classes import read_class_map
-    from linvit.evaluation.inference import add_class_names, override_settings
+    from linvit.evaluation.inference import load_source
     from linvit.output.terminal import note
     from linvit.prediction.predictor import Predictor
-    from linvit.runs.folder import load_classifier
 
     size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_classifier(
-        options.source,
-        weights=options.weights,
-        img_size=size,
-        model_name=options.model,
-        model_kwargs=options.model_kwargs,
-        use_ema=options.use_ema,
+    classifier = load_source(
+        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
     )
-    classifier = override_settings(classifier, options)
-    if options.class_map is not None:
-        classifier = add_class_names(classifier, read_class_map(options.class_map), source=options.source)
     return Predictor(
         replace(classifier, class_names=_labels(classifier, options)),
         img_size=size,

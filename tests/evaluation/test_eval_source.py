@@ -273,7 +273,7 @@ def test_an_output_that_is_not_finite_is_an_error(
         classifier.model.register_forward_hook(lambda *_: _[-1].index_fill(0, torch.tensor([0]), math.nan))
         return classifier
 
-    monkeypatch.setattr(linvit.evaluation.source, "load_classifier", load)
+    monkeypatch.setattr("linvit.evaluation.inference.load_classifier", load)
     with pytest.raises(
         ValueError, match=r"model\.safetensors: the model's output is NaN or infinite for 2 of 15 images"
     ):

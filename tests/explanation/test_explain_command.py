@@ -97,6 +97,7 @@ def test_an_unreadable_image_is_named_and_the_rest_is_explained(
         (["--class", "gren"], 1, "did you mean 'green'"),
         (["--class", "4"], 1, "unknown class '4'"),
         (["--method", "rollout", "--class", "0"], 2, "--class is for --method relevance and gradcam"),
+        (["--model-kwargs", "pretrained=true"], 2, "--model-kwargs takes arguments of the model's class"),
         (["--overlap", "4"], 2, "--overlap needs --tile SIZE"),
         (["--tile", "32", "--deletion"], 2, "explain the model's own input: remove --tile"),
         (["--method", "rolout"], 2, "did you mean 'rollout'"),
