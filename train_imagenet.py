@@ -177,8 +177,11 @@ def validate(step: "TrainStep", loader: "Loader") -> "dict[str, Metrics]":
     """Metrics of the raw weights and, if the run keeps one, of their moving average ("raw", "ema")."""
     from linvit.evaluation.collect import evaluate
 
+    ranks = step.ranks
     return {
-        name: evaluate(step.to_evaluate(name), loader, device=step.ranks.device, amp_dtype=step.amp_dtype)
+        name: evaluate(
+            step.to_evaluate(name), loader, device=ranks.device, amp_dtype=step.amp_dtype, is_shown=ranks.is_primary
+        )
         for name in step.weights
     }
 

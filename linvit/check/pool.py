@@ -116,7 +116,7 @@ def _exit_with_parent() -> None:
 
 
 class ProgressBar:
-    """A progress bar on stderr, shown only on a terminal.
+    """The progress on stderr.
 
     It must be entered before `Reader` or `Pool`, which redirect stderr to capture what decoders print.
     """

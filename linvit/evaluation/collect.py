@@ -13,7 +13,7 @@ from linvit.data.loader import Loader
 from linvit.distributed import largest_over_ranks, sum_over_ranks
 from linvit.evaluation.inference import BatchForward, Flips, ShardedForward, forward_views
 from linvit.evaluation.metrics import ImageRecords, ImageResults, Metrics
-from linvit.output.terminal import note
+from linvit.output.terminal import note, progress_bar
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class Collected:
 
 
 def evaluate(
-    model: nn.Module, loader: Loader, *, device: torch.device, amp_dtype: torch.dtype | None = None
+    model: nn.Module,
+    loader: Loader,
+    *,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    is_shown: bool = False,
 ) -> Metrics:
     """Metrics of a model over all images of a loader and of the loaders of the other processes.
 
@@ -38,10 +43,20 @@ def evaluate(
         model: keeps its mode; if it is on another device, a copy is evaluated.
         loader: from `create_eval_loader`, with its images on `device`.
         amp_dtype: precision of automatic mixed precision; None disables it.
+        is_shown: whether this process shows the progress.
     """
     if next(model.parameters()).device != device:
         model = copy.deepcopy(model).to(device)
-    collected = collect([model], [loader], device=device, amp_dtype=amp_dtype, log=note)
+    with progress_bar(is_shown=is_shown) as bar:
+        task = bar.add_task("evaluating", total=loader.num_images)
+        collected = collect(
+            [model],
+            [loader],
+            device=device,
+            amp_dtype=amp_dtype,
+            log=note,
+            advance=lambda count: bar.advance(task, count),
+        )
     return collected.results.metrics(loader.class_names)
 
 

@@ -1,6 +1,7 @@
 """What commands print: tables on stdout, progress on stderr, and numbers in one format."""
 
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,8 @@ from linvit.output.streams import goes_to_stdout
 
 # Columns of a table that goes to a file or a pipe.
 PAGE_WIDTH = 100
+# Where progress is printed as lines.
+SECONDS_BETWEEN_LINES = 10.0
 # A cell without a value.
 EMPTY = "–"
 
@@ -89,11 +92,43 @@ def note(*texts: str) -> None:
     print(*map(printable, texts), sep="\t", file=sys.stderr, flush=True)
 
 
+class _PlainProgress(Progress):
+    """Prints lines in place of bars, for a log file: how much is done, and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True, auto_refresh=False, get_time=time.perf_counter)
+        self._last_line = self.get_time()
+
+    def update(self, task_id: TaskID, **settings: Any) -> None:
+        super().update(task_id, **settings)
+        self._report(self.tasks[task_id])
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._report(self.tasks[task_id])
+
+    def _report(self, task: Task) -> None:
+        now = self.get_time()
+        if now - self._last_line < SECONDS_BETWEEN_LINES or not task.total or not task.completed:
+            return
+        self._last_line = now
+        seconds_left = (task.total - task.completed) * (task.elapsed or 0.0) / task.completed
+        line = f"{task.description}  {task.completed:,.0f}/{task.total:,.0f}  left {format_duration(seconds_left)}"
+        print(printable(line), file=self.console.file, flush=True)
+
+
 def progress_bar(console: Console | None = None, *, is_shown: bool = True) -> Progress:
-    """A bar for each task, removed when it is done; on stderr by default, and only on a terminal."""
+    """A bar for each task with the time left, on stderr by default; it is removed when the task is done.
+
+    Where that is no terminal, a line every ten seconds.
+    """
     console = console or Console(stderr=True)
+    if is_shown and not console.is_terminal:
+        return _PlainProgress(console)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal))
+    # A step of `convert` may take minutes, and the time left is estimated from the steps of this period.
+    period = timedelta(hours=1).total_seconds()
+    return Progress(*columns, console=console, speed_estimate_period=period, transient=True, disable=not is_shown)
 
 
 def format_bytes(count: float | None) -> str:

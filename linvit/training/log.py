@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from linvit.output.files import reason
-from linvit.output.terminal import format_duration, note, print_line
+from linvit.output.terminal import SECONDS_BETWEEN_LINES, format_duration, note, print_line
 from linvit.training.config import TrainConfig
 
 Item = TypeVar("Item")
@@ -74,9 +74,10 @@ class EpochLog:
         epoch, num_epochs: this epoch, and the number of epochs in the run.
         first_batch, num_batches: where this process starts in the epoch, and the number of batches in the epoch.
         images_per_batch: images per batch in all processes together.
-        log_interval: batches between two plain lines; also the number of updates over which the loss is averaged.
+        log_interval: batches between two plain lines, which are also printed after ten seconds without one; and the
+            number of updates over which the loss is averaged.
         is_shown: whether this process prints.
-        track: also logs the numbers of every plain line.
+        track: also logs the numbers, every `log_interval` batches.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class EpochLog:
                 self.refreshed = now
                 self.bar.update(self.task, completed=self.batch, text=self._text(lr))
                 self.bar.refresh()
-        elif is_due and self.is_shown:
+        elif self.is_shown and (is_due or time.perf_counter() - self.refreshed >= SECONDS_BETWEEN_LINES):
+            self.refreshed = time.perf_counter()
             print_line(f"epoch {self.epoch}  {self.batch}/{self.num_batches}  {self._text(lr)}")
 
     def _numbers(self, lr: float) -> dict[str, float]:

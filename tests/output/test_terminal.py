@@ -1,10 +1,14 @@
 """Numbers and names as commands print them."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from linvit.output.terminal import (
     format_bytes,
@@ -16,6 +20,7 @@ from linvit.output.terminal import (
     page,
     print_line,
     printable,
+    progress_bar,
     show_line,
     table,
 )
@@ -81,3 +86,43 @@ def test_numbers_are_to_the_right_and_text_is_not_cut() -> None:
     rows = [line for line in text.splitlines() if line.rstrip().endswith(("1", "100"))]
     assert len({len(row.rstrip()) for row in rows}) == 1
     assert "…" not in text
+
+
+def plain_progress(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Progress, Callable[[float], None]]:
+    """A progress bar that is not on a terminal, and a function that lets seconds pass."""
+    now = [0.0]
+    monkeypatch.setattr("linvit.output.terminal.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return progress_bar(**settings), lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_progress_is_lines_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress, wait = plain_progress(monkeypatch)
+    with progress as bar:
+        task = bar.add_task("planning\n", total=None)
+        wait(60)
+        bar.update(task, completed=0)
+        bar.update(task, completed=1, total=4)
+        for _ in range(3):
+            wait(6)
+            bar.advance(task)
+        later = bar.add_task("timing", total=10)
+        wait(1)
+        bar.advance(later)
+        wait(9)
+        bar.advance(later, 4)
+    assert capsys.readouterr() == (
+        "",
+        "planning\ufffd  1/4  left 0:03:00\nplanning\ufffd  3/4  left 0:00:24\ntiming  5/10  left 0:00:10\n",
+    )
+
+
+def test_progress_that_is_not_shown_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress, wait = plain_progress(monkeypatch, is_shown=False)
+    with progress as bar:
+        for _ in bar.track(range(3)):
+            wait(60)
+    assert capsys.readouterr() == ("", "")

@@ -52,6 +52,22 @@ def test_updates_of_several_batches_do_not_miss_the_interval(capsys: pytest.Capt
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_a_slow_machine_prints_a_line_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("linvit.training.log.time", SimpleNamespace(perf_counter=lambda: now))
+    tracked = []
+    with log(log_interval=7, track=lambda numbers, batch: tracked.append(batch)) as epoch_log:
+        for batch in range(1, 11):
+            now += 4.0
+            epoch_log.update(batch=batch, loss=1.0, lr=1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"epoch 1  (\d+)/10", line).group(1) for line in lines] == ["3", "6", "7", "10"]
+    # What trackers log does not depend on the machine.
+    assert tracked == [17]
+
+
 def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(log(is_shown=False))
     assert capsys.readouterr().out == ""
