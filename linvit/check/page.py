@@ -1,21 +1,15 @@
 """The report as one self-contained HTML page with thumbnails."""
 
-import base64
 from collections.abc import Sequence
 from typing import Any
-
-import cv2
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from linvit.check.inspect import DecoderMessages
 from linvit.check.listing import ImageEntry, Listing
 from linvit.check.reader import Source
 from linvit.check.report import describe_images, describe_splits, describe_verdict
 from linvit.data.decode import UnreadableImage, decode_image
-from linvit.output.terminal import printable
+from linvit.output.page import image_uri, render
 
-# Longest side of a thumbnail in pixels.
-_THUMBNAIL_SIDE = 180
 # Cases shown per finding, and images shown per case.
 _CASES = 8
 _IMAGES_PER_CASE = 4
@@ -25,20 +19,13 @@ _CLASSES = 40
 
 def render_page(report: dict[str, Any], listing: Listing, source: Source) -> str:
     """The HTML page of a report, with thumbnails of the first cases of each finding."""
-    templates = Environment(
-        loader=PackageLoader("linvit.check", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters["printable"] = printable
     bombs = report["findings"].get("decompression_bomb", {"cases": []})["cases"]
     thumbnails = _Thumbnails(listing.images, source, exclude={case["path"] for case in bombs})
     with DecoderMessages():
         findings = [_finding(code, entry, thumbnails) for code, entry in report["findings"].items()]
-    return templates.get_template("page.html.j2").render(
+    return render(
+        "linvit.check",
+        "page.html.j2",
         report=report,
         verdict=describe_verdict(report),
         summary=[describe_splits(report), *describe_images(report)],
@@ -66,12 +53,7 @@ class _Thumbnails:
             image = decode_image(self._source.read(self._index[path], path), name=path)
         except UnreadableImage:
             return None
-        height, width = image.shape[:2]
-        scale = min(1.0, _THUMBNAIL_SIDE / max(height, width))
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-        return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+        return image_uri(image)
 
 
 def _finding(code: str, entry: dict[str, Any], thumbnails: _Thumbnails) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from linvit.output.files import write_file
 # Okabe and Ito's colours and a wine red: distinguishable under red-green blindness. Markers tell lines apart in grey.
 PALETTE = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+# The same hues for a dark background.
+DARK_PALETTE = ("#e8eaed", "#58a6e0", "#f0b429", "#2fc99b", "#e29bc4", "#f08040", "#8accf5", "#d0729a")
 BLACK, BLUE, ORANGE, GREEN, PINK, RED, SKY, WINE = PALETTE
 GREY, LIGHT_GREY = "#666666", "#bbbbbb"
 
