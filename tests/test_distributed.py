@@ -85,7 +85,11 @@ def test_an_error_names_the_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     bug = KeyError("bug")
     assert failure(bug, monkeypatch, report) is bug
     assert bug.__notes__ == ["in the process of rank 1"]
-    assert "KeyError: 'bug'" in json.loads(report.read_text())["message"]["message"]
+    # What torchrun prints.
+    message = json.loads(report.read_text())["message"]
+    assert "KeyError: 'bug'" in message["message"]
+    assert "Traceback (most recent call last)" in message["extraInfo"]["py_callstack"]
+    assert "in the process of rank 1" in message["extraInfo"]["py_callstack"]
 
 
 def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -153,13 +153,3 @@ def test_a_failed_process_ends_the_others_and_its_error_is_reported(data: Path, 
     cause = done.stderr.split("Root Cause")[1]
     assert "(local_rank: 1)" in cause
     assert "traceback : rank 1: image 7 bites\n" in cause
-
-
-def test_torchrun_prints_the_traceback_of_a_bug(data: Path, tmp_path: Path) -> None:
-    done = torchrun(*free_ports(1), "ddp_failure.py", data, tmp_path, "bug")
-    assert done.returncode == 1
-    cause = done.stderr.split("Root Cause")[1]
-    assert "(local_rank: 1)" in cause
-    assert "Traceback (most recent call last)" in cause
-    assert "KeyError: 'image 7 bites'" in cause
-    assert "in the process of rank 1" in cause
