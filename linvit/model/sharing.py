@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from linvit.model.local import LocalConv
 from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
 from linvit.model.projections.base import is_list_of_lengths, parse_length
+from linvit.model.stem import ConvPatchEmbed
 from linvit.settings.fields import unknown_choice
 
 Share = Literal["none", "headwise", "kv", "layerwise"]
@@ -128,8 +129,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Patch and position embeddings are resampled as in timm, E and F by overlap area. `model` takes over the shapes that
     a checkpoint's E and F fix, such as the rows and columns of `separable`. A checkpoint without E and F comes from a
     plain ViT: the model keeps its own, and a warning is logged; likewise for convolutions beside attention. Raises
-    ValueError if the shapes do not fit the grid.
+    ValueError if the shapes do not fit the grid, and if only one of the two has a convolutional stem.
     """
+    _check_stem(state_dict, model)
     out: dict[str, Tensor] = vit_checkpoint_filter_fn(state_dict, model)
     convolutions = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LocalConv)}
     lacking = convolutions.keys() - out.keys()
@@ -156,6 +158,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         if key in out:
             out[key] = module.remap_weight(parameter, out[key], module.grid_size)
     return out
+
+
+def _check_stem(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    has_stem = isinstance(getattr(model, "patch_embed", None), ConvPatchEmbed)
+    if has_stem and "patch_embed.proj.weight" in state_dict:
+        raise ValueError("its patch embedding is one matrix, and the model has stem='conv': leave stem out")
+    if not has_stem and "patch_embed.proj.0.conv.weight" in state_dict:
+        raise ValueError("it has a convolutional stem, and the model has none: set stem='conv'")
 
 
 def store_shared_once(model: nn.Module) -> None:

@@ -29,10 +29,12 @@ from linvit.model.sharing import ProjectedLength, Share, check_share_of_fixed, l
 
 # Where timm keeps the filter of a model: in the module of its class.
 from linvit.model.sharing import checkpoint_filter_fn as checkpoint_filter_fn
+from linvit.model.stem import ConvPatchEmbed
 from linvit.model.tokens import TokenLayout, mask_of_kept, takes_layout, with_layout
 from linvit.settings.fields import unknown_choice
 
 Checkpointing = Literal["mlp", "full"]
+Stem = Literal["patch", "conv"]
 _NORM_LAYERS = ("norm_layer", "embed_norm_layer")
 _NOT_NEW = r"(?!.*\.(?:key_projection|value_projection|local)\b)"
 
@@ -50,6 +52,7 @@ class LinformerViT(VisionTransformer):
         projection_init: `"pool"`, `"average"` or `"jl"`, see `Projection`.
         local: side of the kernel of a depth-wise convolution beside attention, in patches (3 is usual), see
             `linvit.model.local`; None for the paper's attention alone.
+        stem: `"patch"` for timm's patch embedding, or `"conv"` for a stem of convolutions, see `linvit.model.stem`.
         norm_eps: epsilon of every normalisation layer; None keeps timm's.
         mlp_layer: a class as in timm, or a name: `"mlp"`, `"swiglu"`, `"swiglu_packed"`.
         block_fn: timm's `Block`, `ResPostBlock`, or a block with one `attn_layer`. With `dynamic_img_size` or
@@ -57,7 +60,7 @@ class LinformerViT(VisionTransformer):
             `linvit.model.tokens` do.
 
     Raises ValueError if k does not shorten the sequence (here and on every change of size) or does not match `share`,
-    and TypeError for an unknown keyword.
+    and for a `stem` that is unknown or does not fit the patch; TypeError for an unknown keyword.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class LinformerViT(VisionTransformer):
         share: Share = "kv",
         projection_init: ProjectionInit = "pool",
         local: int | None = None,
+        stem: Stem = "patch",
         norm_eps: float | None = None,
         mlp_layer: MlpLayer = "mlp",
         block_fn: Callable[..., nn.Module] = Block,
@@ -76,6 +80,12 @@ class LinformerViT(VisionTransformer):
     ) -> None:
         if "attn_layer" in vit_kwargs:
             raise TypeError("LinformerViT has its own attention layer: choose it by projection=, not by attn_layer=")
+        if stem not in get_args(Stem):
+            raise ValueError(unknown_choice("stem", stem, get_args(Stem)))
+        if stem == "conv":
+            if "embed_layer" in vit_kwargs:
+                raise TypeError("stem='conv' is the embedding layer: leave embed_layer= out")
+            vit_kwargs["embed_layer"] = ConvPatchEmbed
         if norm_eps is not None:
             given = {"norm_layer": None} | vit_kwargs
             vit_kwargs |= {

@@ -40,7 +40,7 @@ _SPELLINGS = {
 # Values of flags that are given without one.
 _BARE = {"torchcompile": "inductor", "grad_checkpointing": "full"}
 
-_LINFORMER_OPTIONS = ("k", "projection", "share", "projection_init", "local")
+_LINFORMER_OPTIONS = ("k", "projection", "share", "projection_init", "local", "stem")
 # Optimizers known to make the same steps on sharded weights as on full ones. Others compute norms, products or factors
 # of full matrices.
 SHARDED_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadam", "nadamw", "nesterov", "sgd")

@@ -52,6 +52,12 @@ class ModelOptions(_Options):
         description="side in patches of a depth-wise convolution beside attention, such as 3 (default: the model's "
         "own; the named models have none)",
     )
+    stem: Literal["patch", "conv"] | None = Field(
+        None,
+        description="how an image becomes patches: one matrix for the pixels of a patch ('patch'), or a stack of "
+        "convolutions with stride 2 ('conv'), which learns faster from scratch (default: the model's own; the named "
+        "models have 'patch')",
+    )
     model_kwargs: ModelKeywords = Field(
         default_factory=dict,
         description="extra keyword arguments of the model, such as class_token=false init_values=1e-5",
@@ -93,6 +99,7 @@ MODEL_ARGUMENTS = {
     "share": "share",
     "projection_init": "projection_init",
     "local": "local",
+    "stem": "stem",
     "img_size": "img_size",
     "gp": "global_pool",
     "drop": "drop_rate",
