@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from linvit.data.sources.loose import LooseImages
-    from linvit.explanation.explain import Explained, Explainer
+    from linvit.explanation.explain import Explainer
 
 SUMMARY = "show where a model looks in images, as heat maps"
 # Orders of patches at random whose mean is the measure for the methods.
@@ -108,6 +108,7 @@ def explain_command(options: ExplainOptions) -> int:
     from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages, expand
     from linvit.device import choose_device
+    from linvit.explanation.naming import FileNames, check_maps
     from linvit.output.files import write_json
     from linvit.output.terminal import note, print_line, progress_bar
     from linvit.runs.folder import source_files
@@ -123,14 +124,19 @@ def explain_command(options: ExplainOptions) -> int:
         raise UsageError(f"--output {options.output}: cannot create the folder ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if options.method != "keys":
+        paths = map(images.path, range(len(images)))
+        check_maps("--output", options.output, paths, extensions=(".png", ".values.png", ".heads.png"))
     explainer = _create_explainer(options, choose_device(options.device))
     if options.method == "keys":
         return _write_keys(explainer, options)
     target = None if options.target is None else explainer.class_index(options.target)
+    names = FileNames()
     rows: list[dict[str, Any]] = []
     told: set[str] = set()
     with progress_bar() as bar:
-        for index, name in bar.track(list(enumerate(_names(images))), description="explaining"):
+        for index in bar.track(range(len(images)), description="explaining"):
+            name = names.name(images.path(index))
             row, approximations = _explain_image(explainer, images, index, options, name=name, target=target)
             rows.append(row)
             if row["error"] is not None:
@@ -170,6 +176,7 @@ def _explain_image(
 
     from linvit.data.decode import UnreadableImage
     from linvit.explanation import overlay
+    from linvit.explanation.explain import one_map
     from linvit.output.files import write_file
 
     row: dict[str, Any] = {"path": images.name(index), "error": None}
@@ -179,36 +186,18 @@ def _explain_image(
         return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
     assert options.method != "keys"
     found = explainer.explain(image, method=options.method, target=target)
-    title = _title(found, options.method)
+    title = overlay.title_of(found.label, found.probability, method=options.method, explained=found.explained)
     overlay.save_overlay(options.output / f"{name}.png", image, found.heat, title=title)
     overlay.save_values(options.output / f"{name}.values.png", found.heat)
-    if found.patches is not None:
-        patches = found.patches
+    if found.plan is not None:
+        patches = one_map(options.method, found.maps[options.method])
         write_file(options.output / f"{name}.npy", lambda file: np.save(file, patches))
-    if found.heads is not None:
-        overlay.save_heads(options.output / f"{name}.heads.png", found.heads, title=title)
+        if options.method == "attention":
+            overlay.save_heads(options.output / f"{name}.heads.png", found.maps["attention"], title=title)
     row |= {"label": found.label, "probability": found.probability, "explained": found.explained}
     if options.deletion:
         row["areas"] = _areas(explainer, image, target)
     return row, found.approximations
-
-
-def _title(found: Explained, method: str) -> str:
-    title = f"{found.label} {100 * found.probability:.1f} %"
-    return f"{title} ({method} for {found.explained})" if found.explained is not None else f"{title} ({method})"
-
-
-def _names(images: LooseImages) -> list[str]:
-    """A name for the files of each image: its own without the extension, numbered where it is not the only one."""
-    from linvit.output.terminal import printable
-
-    stems = [printable(images.path(index).stem) for index in range(len(images))]
-    count = {stem: 0 for stem in stems}
-    names = []
-    for stem in stems:
-        count[stem] += 1
-        names.append(stem if count[stem] == 1 else f"{stem}-{count[stem]}")
-    return names
 
 
 def _areas(explainer: Explainer, image: np.ndarray, target: int | None) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Explain a classifier's predictions on images of any size, by maps at the images' own size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,31 +13,41 @@ from linvit.data.loader import normalize
 from linvit.data.tiling import Box, Tiling
 from linvit.device import autocast
 from linvit.evaluation.inference import amp_precision, input_spec
-from linvit.explanation.maps import OF_A_CLASS, AttentionMaps, Method, attention_maps
+from linvit.explanation.maps import OF_A_CLASS, AttentionMaps, Explanation, Method, approximations, attention_maps
+from linvit.explanation.mosaic import Mosaic, shrunk
 from linvit.explanation.overlay import place
+from linvit.measure.attention import as_vit
 from linvit.runs.folder import Classifier
 from linvit.settings.fields import unknown
+
+# Longest side in pixels of the maps of further methods over a tiled image.
+_SMALL_SIDE = 256
 
 
 @dataclass(frozen=True)
 class Explained:
-    """An image's prediction and its map.
+    """An image's prediction and its maps.
 
     Attributes:
+        probabilities: of all classes, (C,).
         label, probability: the most probable class.
         explained: the class that the map explains; None for methods that do not explain a class.
-        heat: the map at the image's size, (H, W); NaN where the model does not look.
-        patches: the map of the patches (h, w); None with tiles.
-        heads: the maps of all layers and heads (L, heads, h, w); None without method "attention", and with tiles.
+        heat: the map over the image, (H, W), or smaller if requested; NaN where the model does not look.
+        maps: the maps of all requested methods: of the patches (h, w), for "attention" of all layers and
+            heads (L, heads, h, w); with tiles, one over the image, those of further methods shrunk.
+        plan: the crop of the image that the patches cover; None with tiles.
+        seen: the model's attention on the image; None with tiles.
         approximations: why the map is not exact; empty if it is.
     """
 
+    probabilities: np.ndarray
     label: str
     probability: float
     explained: str | None
     heat: np.ndarray
-    patches: np.ndarray | None
-    heads: np.ndarray | None
+    maps: dict[Method, np.ndarray]
+    plan: CropPlan | None
+    seen: Explanation | None
     approximations: tuple[str, ...]
 
 
@@ -72,19 +83,40 @@ class Explainer:
             return int(name)
         raise ValueError(unknown("class", name, self.class_names))
 
-    def explain(self, image: np.ndarray, *, method: Method, target: int | None = None) -> Explained:
+    def explain(
+        self,
+        image: np.ndarray,
+        *,
+        method: Method,
+        target: int | None = None,
+        more: Sequence[Method] = (),
+        longest_side: int | None = None,
+    ) -> Explained:
         """The prediction on an image (H, W, 3) uint8 and its map, of class `target` or of the predicted class.
+
+        Args:
+            more: further methods, whose maps come from the same pass through the model.
+            longest_side: pixels of the longest side of maps over the image, if they shall be smaller than it.
 
         Raises ValueError as `attention_maps` does.
         """
+        methods = list(dict.fromkeys([method, *more]))
         boxes = [] if self.tiling is None else self.tiling.boxes(*image.shape[:2])
         if len(boxes) > 1:
-            return self._explain_tiles(image, boxes, method, target)
+            return self._explain_tiles(image, boxes, methods, target, longest_side)
         pixels, plan = self.prepare(image)
-        found = self.maps(pixels, method, target)
-        patches = self._one_map(found)[0]
-        heads = found.maps[0].float().cpu().numpy() if method == "attention" else None
-        return self._explained(found, found.logits.softmax(1)[0], place(patches, plan), patches, heads)
+        seen, maps = self._look(pixels, methods, target)
+        heat = place(one_map(method, maps[method]), plan, size=shrunk(image.shape[:2], longest_side))
+        return self._explained(methods, seen, seen.logits.float().softmax(0), heat, maps, plan)
+
+    def _look(
+        self, pixels: Tensor, methods: Sequence[Method], target: int | None
+    ) -> tuple[Explanation, dict[Method, np.ndarray]]:
+        """What the model sees in one input (1, 3, height, width), and its maps by several methods."""
+        of_a_class = any(method in OF_A_CLASS for method in methods)
+        with autocast(self.device, self._amp_dtype):
+            seen = Explanation(as_vit(self.model), pixels, target, with_gradients=of_a_class)
+            return seen, {method: seen.map(method).float().cpu().numpy() for method in methods}
 
     def prepare(self, image: np.ndarray) -> tuple[Tensor, CropPlan]:
         """The model's input (1, 3, height, width) for an image (H, W, 3) uint8, and the crop it is."""
@@ -104,8 +136,7 @@ class Explainer:
 
     def patch_map(self, pixels: Tensor, method: Method, target: int) -> np.ndarray:
         """The map (h, w) of one input (1, 3, height, width) of the model."""
-        found: np.ndarray = self._one_map(self.maps(pixels, method, target))[0]
-        return found
+        return one_map(method, self._look(pixels, [method], target)[1][method])
 
     def keys(self) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """The rows of E of each Linformer layer, (M, k, h, w), by its name, and why they are not exact.
@@ -125,43 +156,59 @@ class Explainer:
             logits: Tensor = self.model(pixels)
         return logits.float().softmax(1)
 
-    def _explain_tiles(self, image: np.ndarray, boxes: list[Box], method: Method, target: int | None) -> Explained:
+    def _explain_tiles(
+        self,
+        image: np.ndarray,
+        boxes: list[Box],
+        methods: Sequence[Method],
+        target: int | None,
+        longest_side: int | None,
+    ) -> Explained:
         assert self.tiling is not None
-        prepared = [
-            self._prepare(image[top : top + height, left : left + width], self._tile)
-            for top, left, height, width in boxes
-        ]
-        by_tile = torch.cat([self.probabilities(pixels) for pixels, _ in prepared])
+        # A tile is prepared again for its maps: all prepared tiles of a large image do not fit in memory.
+        by_tile = torch.cat([self.probabilities(self._prepare_tile(image, box)[0]) for box in boxes])
         merged = by_tile.mean(0) if self.tiling.merge == "mean" else by_tile.amax(0)
         shown = int(merged.argmax()) if target is None else target
-        total, count = np.zeros(image.shape[:2], np.float32), np.zeros(image.shape[:2], np.float32)
-        for (top, left, height, width), (pixels, plan) in zip(boxes, prepared):
-            found = self.maps(pixels, method, shown)
-            window = slice(top, top + height), slice(left, left + width)
-            total[window] += place(self._one_map(found)[0], plan)
-            count[window] += 1
-        return self._explained(found, merged, total / count, None, None)
+        sides = [longest_side, *[_SMALL_SIDE] * (len(methods) - 1)]
+        mosaics = {
+            method: Mosaic(image.shape[:2], longest_side=side) for method, side in zip(methods, sides, strict=True)
+        }
+        for box in boxes:
+            pixels, plan = self._prepare_tile(image, box)
+            seen, maps = self._look(pixels, methods, shown)
+            for method, mosaic in mosaics.items():
+                mosaic.add(box, one_map(method, maps[method]), plan)
+        merged_maps = {method: mosaic.mean() for method, mosaic in mosaics.items()}
+        return self._explained(methods, seen, merged, merged_maps[methods[0]], merged_maps, None)
 
-    def _one_map(self, found: AttentionMaps) -> np.ndarray:
-        """One map per image, (B, h, w): for "attention" the mean over the heads of the last layer."""
-        maps: Tensor = found.maps[:, -1].mean(1) if found.method == "attention" else found.maps
-        return maps.float().cpu().numpy()
+    def _prepare_tile(self, image: np.ndarray, box: Box) -> tuple[Tensor, CropPlan]:
+        top, left, height, width = box
+        return self._prepare(image[top : top + height, left : left + width], self._tile)
 
     def _explained(
         self,
-        found: AttentionMaps,
+        methods: Sequence[Method],
+        seen: Explanation,
         probabilities: Tensor,
         heat: np.ndarray,
-        patches: np.ndarray | None,
-        heads: np.ndarray | None,
+        maps: dict[Method, np.ndarray],
+        plan: CropPlan | None,
     ) -> Explained:
         best = int(probabilities.argmax())
         return Explained(
+            probabilities=probabilities.float().cpu().numpy(),
             label=self.class_names[best],
             probability=float(probabilities[best]),
-            explained=None if found.classes is None else self.class_names[int(found.classes[0])],
+            explained=self.class_names[seen.target] if methods[0] in OF_A_CLASS else None,
             heat=heat,
-            patches=patches,
-            heads=heads,
-            approximations=found.approximations,
+            maps=maps,
+            plan=plan,
+            seen=None if plan is None else seen,
+            approximations=tuple(approximations(as_vit(self.model), methods[0])),
         )
+
+
+def one_map(method: Method, found: np.ndarray) -> np.ndarray:
+    """One map (h, w): for "attention", of (L, heads, h, w), the mean over the heads of the last layer."""
+    mean: np.ndarray = found[-1].mean(0) if method == "attention" else found
+    return mean

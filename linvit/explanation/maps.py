@@ -80,8 +80,7 @@ def attention_maps(
     chosen = _chosen_classes(classes, len(images), method)
     found, logits, explained = [], [], []
     for number, image in enumerate(images):
-        with torch.set_grad_enabled(method in OF_A_CLASS):
-            explanation = _Explanation(vit, image[None], chosen[number])
+        explanation = Explanation(vit, image[None], chosen[number], with_gradients=method in OF_A_CLASS)
         found.append(explanation.map(method))
         logits.append(explanation.logits)
         explained.append(explanation.target)
@@ -90,14 +89,27 @@ def attention_maps(
         method=method,
         classes=torch.tensor(explained) if method in OF_A_CLASS else None,
         logits=torch.stack(logits),
-        approximations=tuple(_approximations(vit, method)),
+        approximations=tuple(approximations(vit, method)),
     )
 
 
-class _Explanation:
-    """One image's forward pass, and the maps that can be made from it."""
+class Explanation:
+    """One image's forward pass, and the maps that can be made from it.
 
-    def __init__(self, vit: Vit, image: Tensor, target: int | None) -> None:
+    Args:
+        image: (1, 3, height, width).
+        target: the class to explain; None for the predicted one.
+        with_gradients: keep what the methods of a class need.
+
+    Raises ValueError as `attention_maps` does.
+
+    Attributes:
+        layers: attention of each layer.
+        logits: the model's output, (C).
+        target: index of the class to explain.
+    """
+
+    def __init__(self, vit: Vit, image: Tensor, target: int | None, *, with_gradients: bool) -> None:
         self._vit = vit
         seen: list[Tensor] = []
         block = vit.blocks[-1]
@@ -107,23 +119,24 @@ class _Explanation:
         else:
             handle = block.register_forward_hook(lambda _, arguments, output: seen.append(output))
         try:
-            # So that there is a graph even where all parameters are frozen.
-            image = image.detach().requires_grad_(torch.is_grad_enabled())
-            self.layers, output = capture_attention(vit, image)
+            with torch.set_grad_enabled(with_gradients):
+                # So that there is a graph even where all parameters are frozen.
+                self.layers, output = capture_attention(vit, image.detach().requires_grad_(with_gradients))
+                if target is not None and not 0 <= target < output.shape[1]:
+                    raise ValueError(f"class {target} does not exist: the model has {output.shape[1]} classes, from 0")
+                self.target = int(output[0].argmax()) if target is None else target
+                self._logit = output[0, self.target]
         finally:
             handle.remove()
         self._tokens = seen[0]
         self.logits = output[0].detach()
-        if target is not None and not 0 <= target < output.shape[1]:
-            raise ValueError(f"class {target} does not exist: the model has {output.shape[1]} classes, from 0")
-        self.target = int(output[0].argmax()) if target is None else target
-        self._logit = output[0, self.target]
 
     def map(self, method: Method) -> Any:
+        """The map of one image in `AttentionMaps.maps`."""
         return getattr(self, f"_{method}")()
 
     @property
-    def _start(self) -> Tensor:
+    def start(self) -> Tensor:
         """The weights v (T) of the tokens that the classifier reads."""
         layer = self.layers[-1]
         num_tokens, num_patches = layer.queries.shape[2], layer.grid_size[0] * layer.grid_size[1]
@@ -136,35 +149,37 @@ class _Explanation:
         return weights
 
     def _attention(self) -> Tensor:
-        start = self._start
-        return torch.stack([self._on_grid(layer.to_tokens(_rows(layer, start))) for layer in self.layers])
+        start = self.start
+        return torch.stack([self._on_grid(layer.to_tokens(weighted_rows(layer, start))) for layer in self.layers])
 
     def _rollout(self) -> Tensor:
-        row = self._start
+        row = self.start
         for layer in reversed(self.layers):
-            row = (row + layer.to_tokens(_rows(layer, row)).mean(dim=0)) / 2
+            row = (row + layer.to_tokens(weighted_rows(layer, row)).mean(dim=0)) / 2
         return self._on_grid(row)
 
     def _relevance(self) -> Tensor:
         outputs = [part for layer in self.layers for part in layer.outputs]
-        *by_output, of_tokens = torch.autograd.grad(self._logit, [*outputs, self._tokens], allow_unused=True)
+        *by_output, of_tokens = torch.autograd.grad(
+            self._logit, [*outputs, self._tokens], allow_unused=True, retain_graph=True
+        )
         gradients = iter(by_output)
         by_layer = [[next(gradients) for _ in layer.outputs] for layer in self.layers]
-        row = self._start if _reads_class_token(self._vit) else self._contributions(of_tokens)
+        row = self.start if _reads_class_token(self._vit) else self._contributions(of_tokens)
         for layer, parts in zip(reversed(self.layers), reversed(by_layer)):
             # The classifier does not read what the last layer gives to most tokens.
             given = [torch.zeros_like(output) if part is None else part for output, part in zip(layer.outputs, parts)]
-            weighted = _rows(layer, row, gradient=torch.cat(given, dim=2))
+            weighted = weighted_rows(layer, row, gradient=torch.cat(given, dim=2))
             row = row + layer.to_tokens(weighted).mean(dim=0)
         return self._on_grid(row)
 
     def _contributions(self, gradient: Tensor) -> Tensor:
         """The share of each patch in the logit, to first order and where it is positive: (T), with sum 1."""
-        given = (gradient * self._tokens.detach())[0].sum(dim=1).to(self._start.dtype).clamp(min=0) * (self._start > 0)
+        given = (gradient * self._tokens.detach())[0].sum(dim=1).to(self.start.dtype).clamp(min=0) * (self.start > 0)
         return given / given.sum().clamp(min=torch.finfo(given.dtype).tiny)
 
     def _gradcam(self) -> Tensor:
-        (gradient,) = torch.autograd.grad(self._logit, self._tokens)
+        (gradient,) = torch.autograd.grad(self._logit, self._tokens, retain_graph=True)
         num_patches = self.layers[-1].grid_size[0] * self.layers[-1].grid_size[1]
         tokens, gradient = (each[0, -num_patches:].detach() for each in (self._tokens, gradient))
         return self._on_grid((tokens @ gradient.mean(dim=0)).clamp(min=0))
@@ -179,7 +194,7 @@ class _Explanation:
             if pair is None:
                 maps.append(None)
                 continue
-            one_each = torch.eye(pair[0].k, dtype=self._start.dtype, device=layer.keys.device)
+            one_each = torch.eye(pair[0].k, dtype=self.start.dtype, device=layer.keys.device)
             by_key = spread(pair[0], one_each[:, None].expand(-1, pair[0].num_maps, -1), layer.grid_size)
             maps.append(self._on_grid(by_key.transpose(0, 1)))
         return maps
@@ -191,7 +206,7 @@ class _Explanation:
 
 
 @torch.no_grad()
-def _rows(layer: LayerAttention, weights: Tensor, *, gradient: Tensor | None = None) -> Tensor:
+def weighted_rows(layer: LayerAttention, weights: Tensor, *, gradient: Tensor | None = None) -> Tensor:
     """vᵀ P̄ for weights v (T): (H, K). With the gradient of the outputs (1, H, T, d), P̄ is max(∂y/∂P̄ ⊙ P̄, 0)."""
     # A class token alone needs one row.
     needed = weights.nonzero().squeeze(1)
@@ -227,7 +242,7 @@ def _linformer_attention(block: nn.Module) -> LinformerAttention | None:
     return next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
 
 
-def _approximations(vit: Vit, method: Method) -> list[str]:
+def approximations(vit: Vit, method: Method) -> list[str]:
     notes = []
     attentions = [attention for attention in map(_linformer_attention, vit.blocks) if attention is not None]
     reducing = {

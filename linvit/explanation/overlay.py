@@ -24,29 +24,45 @@ MOST_KEYS = 12
 _INCH = 100
 
 
-def place(patches: np.ndarray, plan: CropPlan) -> np.ndarray:
-    """A map of patches (h, w) at the image's own size, (H, W) float32; NaN where the model does not look.
+def place(patches: np.ndarray, plan: CropPlan, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A map of patches (h, w) over the whole image, float32; NaN where the model does not look.
 
     Values between the centres of patches are interpolated linearly.
 
     Args:
         plan: the crop that the model sees of the image.
+        size: (height, width) of the result; by default the image's own.
     """
-    (top, left, height, width), shape = plan.window, plan.shape
+    rows, columns = (
+        _interpolation(count, edges, length, full)
+        for count, edges, length, full in zip(patches.shape, patch_edges(plan), size or plan.shape, plan.shape)
+    )
+    placed: np.ndarray = rows @ patches.astype(np.float32) @ columns.T
+    return placed
+
+
+def patch_edges(plan: CropPlan) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Top and bottom, left and right of the part of the image that the patches cover, which may extend beyond it."""
+    top, left, height, width = plan.window
     scales = height / plan.resized[0], width / plan.resized[1]
-    # The part of the image that the patches cover, which may extend beyond it.
-    edges = [
+    vertical, horizontal = (
         (start + offset * scale, start + (offset + length) * scale)
         for start, offset, length, scale in zip((top, left), plan.offset, plan.size, scales)
-    ]
-    rows, columns = (
-        (np.arange(length) + 0.5 - first) / (last - first) * count - 0.5
-        for length, (first, last), count in zip(shape, edges, patches.shape)
     )
-    is_seen = [(places >= -0.5) & (places < count - 0.5) for places, count in zip((rows, columns), patches.shape)]
-    x, y = np.meshgrid(columns.astype(np.float32), rows.astype(np.float32))
-    full = cv2.remap(patches.astype(np.float32), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return np.where(is_seen[0][:, None] & is_seen[1][None], full, np.float32(np.nan))
+    return vertical, horizontal
+
+
+def _interpolation(count: int, edges: tuple[float, float], length: int, full: int) -> np.ndarray:
+    """Weights of `count` patches between two edges for each of `length` points along an axis of `full` pixels.
+
+    (length, count) float32; rows of NaN outside of the edges.
+    """
+    first, last = edges
+    places = ((np.arange(length) + 0.5) * (full / length) - first) / (last - first) * count - 0.5
+    is_seen = (places >= -0.5) & (places < count - 0.5)
+    places = places.clip(0, count - 1)
+    weights = np.maximum(1 - np.abs(places[:, None] - np.arange(count)), 0)
+    return np.where(is_seen[:, None], weights, np.nan).astype(np.float32)
 
 
 def normalise(heat: np.ndarray) -> np.ndarray:
@@ -62,6 +78,12 @@ def blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     opacity = 0.25 + 0.5 * strength
     shown = np.where(np.isnan(heat)[..., None], image * 0.4, image * (1 - opacity) + colours * opacity)
     return shown.round().astype(np.uint8)
+
+
+def title_of(label: str, probability: float, *, method: str, explained: str | None) -> str:
+    """What stands above a map: the predicted class, the method, and the class that it explains, if any."""
+    title = f"{label} {100 * probability:.1f} %"
+    return f"{title} ({method} for {explained})" if explained is not None else f"{title} ({method})"
 
 
 def save_overlay(path: Path, image: np.ndarray, heat: np.ndarray, *, title: str) -> None:

@@ -21,9 +21,11 @@ from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
 from linvit.settings.fields import height_and_width
-from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
+from linvit.settings.flags import UsageError, check_file, check_files, check_folder, check_inputs, parse_options
 
 if TYPE_CHECKING:
+    from linvit.data.sources.loose import LooseImages
+    from linvit.prediction.heatmaps import HeatMaps
     from linvit.prediction.predictor import Prediction, Predictor
     from linvit.prediction.writers import Row, WriteRow
     from linvit.runs.folder import Classifier
@@ -55,6 +57,15 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
 
     tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
 
+    heatmap: Path | None = Field(
+        None,
+        description="write a picture of where the model looks in each image to this folder, created if missing; its "
+        "path is in the column `heatmap`",
+    )
+    heatmap_method: Literal["relevance", "gradcam", "rollout", "attention"] = Field(
+        "relevance", description="method of --heatmap, as in linvit explain"
+    )
+
     @model_validator(mode="after")
     def _check(self) -> PredictOptions:
         for name, path in (("--output", self.output), ("--tile-output", self.tile_output)):
@@ -62,6 +73,8 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
                 raise ValueError(f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         if self.tile is None and self.tile_output is not None:
             raise ValueError("--tile-output needs --tile")
+        if self.heatmap is None and "heatmap_method" in self.model_fields_set:
+            raise ValueError("--heatmap-method needs --heatmap FOLDER")
         return self
 
 
@@ -93,7 +106,7 @@ def predict_command(options: PredictOptions) -> int:
     from linvit.data.sources.loose import LooseImages
     from linvit.device import choose_device
     from linvit.output.terminal import note, print_line
-    from linvit.prediction.writers import IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
+    from linvit.prediction.writers import HEATMAP_COLUMNS, IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
     from linvit.runs.folder import source_files
 
     check_inputs(("--class-map", options.class_map))
@@ -107,24 +120,35 @@ def predict_command(options: PredictOptions) -> int:
         images = LooseImages(PackedStrings.pack(_paths(options.images)))
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if options.heatmap is not None:
+        _check_heatmaps(options.heatmap, images)
     choose_device(options.device)
-    predictor = _create_predictor(options)
+    classifier = _load(options)
+    predictor = _create_predictor(classifier, options)
+    heatmaps = None if options.heatmap is None else _create_heatmaps(options.heatmap, classifier, predictor, options)
+    columns = IMAGE_COLUMNS if heatmaps is None else HEATMAP_COLUMNS
     with ExitStack() as stack:
         is_shown = sys.stderr.isatty() if show is note else sys.stdout.isatty()
         write_image: WriteRow = (
-            partial(_show_row, show=show) if is_shown else partial(_print_row, topk=predictor.topk, show=show)
+            partial(_show_row, show=show)
+            if is_shown
+            else partial(_print_row, columns=columns, topk=predictor.topk, show=show)
         )
         write_tile: WriteRow = _discard
         if options.output is not None:
-            write_image = stack.enter_context(open_rows(options.output, IMAGE_COLUMNS, topk=predictor.topk))
+            write_image = stack.enter_context(open_rows(options.output, columns, topk=predictor.topk))
         if options.tile_output is not None:
             write_tile = stack.enter_context(open_rows(options.tile_output, TILE_COLUMNS, topk=predictor.topk))
         predictions = predictor.predict(images)
         if options.output is not None:
             predictions = _with_progress(predictions, len(images))
-        num_unreadable = _write(predictions, write_image, write_tile)
+        num_unreadable = _write(predictions, write_image, write_tile, images=images, heatmaps=heatmaps)
     if options.output is not None:
         show(f"{options.output}: predictions on {len(images) - num_unreadable:,} of {len(images):,} images")
+    if heatmaps is not None:
+        # Without --output, lines on stdout are predictions.
+        tell = note if options.output is None else show
+        tell(f"{options.heatmap}: heat maps of {heatmaps.num_written:,} of {len(images):,} images")
     if num_unreadable:
         note(f"{num_unreadable:,} of {len(images):,} images have no prediction; their rows give the reasons")
     return 1 if len(images) and num_unreadable == len(images) else 0
@@ -147,18 +171,35 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
             yield from expand(image, missing="refuse")
 
 
-def _create_predictor(options: PredictOptions) -> Predictor:
+def _check_heatmaps(folder: Path, images: LooseImages) -> None:
+    """Create the folder; raises UsageError if it cannot be written, or if a map would replace an image."""
+    from linvit.explanation.naming import check_maps
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--heatmap {folder} is not a folder; give a folder")
+    check_folder("--heatmap", folder)
+    check_maps("--heatmap", folder, map(images.path, range(len(images))), extensions=(".png",))
+    folder.mkdir(parents=True, exist_ok=True)
+    check_file("--heatmap", folder / "map.png")
+
+
+def _load(options: PredictOptions) -> Classifier:
     from linvit.evaluation.inference import load_source
-    from linvit.output.terminal import note
-    from linvit.prediction.predictor import Predictor
 
     size = None if options.img_size is None else height_and_width(options.img_size)
     classifier = load_source(
         options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
     )
+    return replace(classifier, class_names=_labels(classifier, options))
+
+
+def _create_predictor(classifier: Classifier, options: PredictOptions) -> Predictor:
+    from linvit.output.terminal import note
+    from linvit.prediction.predictor import Predictor
+
     return Predictor(
-        replace(classifier, class_names=_labels(classifier, options)),
-        img_size=size,
+        classifier,
+        img_size=None if options.img_size is None else height_and_width(options.img_size),
         topk=options.topk,
         tile=options.tile,
         overlap=options.overlap,
@@ -168,6 +209,13 @@ def _create_predictor(options: PredictOptions) -> Predictor:
         device=options.device,
         say=note,
     )
+
+
+def _create_heatmaps(folder: Path, classifier: Classifier, predictor: Predictor, options: PredictOptions) -> HeatMaps:
+    from linvit.prediction.heatmaps import HeatMaps
+
+    # The predictor has moved the model to its device.
+    return HeatMaps(folder, options.heatmap_method, classifier, img_size=predictor.spec.size, tiling=predictor.tiling)
 
 
 def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:
@@ -187,14 +235,24 @@ def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None
     return [descriptions[name] for name in names]
 
 
-def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile: WriteRow) -> int:
-    """Write a row for every prediction and for each of its tiles; returns the number of unreadable images."""
+def _write(
+    predictions: Iterable[Prediction],
+    write_image: WriteRow,
+    write_tile: WriteRow,
+    *,
+    images: LooseImages,
+    heatmaps: HeatMaps | None,
+) -> int:
+    """Write a row for every prediction and for each of its tiles; returns the number of images without a prediction."""
     from linvit.prediction.writers import IMAGE_COLUMNS
 
     num_unreadable = 0
-    for prediction in predictions:
+    for index, prediction in enumerate(predictions):
         num_unreadable += prediction.error is not None
-        write_image({name: getattr(prediction, name) for name in IMAGE_COLUMNS})
+        heatmap = None
+        if heatmaps is not None:
+            heatmap, prediction = heatmaps.write(images, index, prediction)
+        write_image({**{name: getattr(prediction, name) for name in IMAGE_COLUMNS}, "heatmap": heatmap})
         for tile in prediction.tiles:
             best = {"labels": tile.labels, "probabilities": tile.probabilities}
             write_tile({"path": prediction.path, **tile.box._asdict(), **best})
@@ -203,14 +261,15 @@ def _write(predictions: Iterable[Prediction], write_image: WriteRow, write_tile:
 
 def _show_row(row: Row, *, show: Callable[[str], None]) -> None:
     """Print a line for a reader."""
-    best = (f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"]))
-    show(f"{row['path']}: {'; '.join(best) if row['error'] is None else row['error']}")
+    best = [f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"])]
+    error = [] if row["error"] is None else [row["error"]]
+    show(f"{row['path']}: {'; '.join([*best, *error])}")
 
 
-def _print_row(row: Row, *, topk: int, show: Callable[..., None]) -> None:
+def _print_row(row: Row, *, columns: Sequence[str], topk: int, show: Callable[..., None]) -> None:
     """Print a line for a program: the columns of a CSV file, separated by tabs."""
     best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
-    show(row["path"], *best, row["error"] or "")
+    show(row["path"], *best, *(row[name] or "" for name in columns if name in ("heatmap", "error")))
 
 
 def _discard(row: Row) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from linvit.data.geometry import EvalCrop
+from linvit.data.tiling import Box
+from linvit.explanation.mosaic import Mosaic
 from linvit.explanation.overlay import blend, normalise, place
 
 PATCHES = np.arange(16, dtype=np.float32).reshape(4, 4)
@@ -59,3 +61,28 @@ def test_what_the_model_does_not_see_is_dark():
     shown = blend(image, np.array([[0.0, 1.0], [0.5, np.nan]]))
     assert (shown[1, 1] == 80).all()
     assert shown[0, 1].mean() > shown[0, 0].mean()
+
+
+def test_a_smaller_map_has_the_values_at_the_centres_of_its_pixels():
+    plan = EvalCrop((8, 8), 0.5).plan(90, 60)
+    full, small = place(PATCHES, plan), place(PATCHES, plan, size=(30, 20))
+    np.testing.assert_allclose(small, full[1::3, 1::3], atol=1e-6)
+
+
+def test_tiles_are_averaged_where_they_overlap_at_any_size():
+    plan = EvalCrop((8, 8), 1.0, "squash").plan(20, 40)
+    for side, width in ((None, 60), (30, 30)):
+        mosaic = Mosaic((20, 60), longest_side=side)
+        for left, value in ((0, 1.0), (20, 2.0)):
+            mosaic.add(Box(0, left, 20, 40), np.full((4, 4), value, np.float32), plan)
+        third = width // 3
+        expected = np.repeat([1, 1.5, 2], third)[None].repeat(third, axis=0)
+        np.testing.assert_allclose(mosaic.mean(), expected, rtol=1e-6)
+
+
+def test_an_image_of_a_few_pixels_keeps_one_per_tile():
+    mosaic = Mosaic((1, 1000), longest_side=10)
+    for left in range(0, 1000, 50):
+        mosaic.add(Box(0, left, 1, 50), PATCHES, EvalCrop((8, 8), 1.0, "squash").plan(1, 50))
+    assert mosaic.mean().shape == (1, 10)
+    assert not np.isnan(mosaic.mean()).any()
