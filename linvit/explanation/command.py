@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from linvit.data.sources.loose import LooseImages
     from linvit.explanation.explain import Explainer
+    from linvit.explanation.page import MapPage
 
 SUMMARY = "show where a model looks in images, as heat maps"
 # Orders of patches at random whose mean is the measure for the methods.
@@ -46,6 +47,12 @@ class ExplainOptions(ClassifierOptions):
         False,
         description="measure which method to trust: how fast the probability falls when the patches that a map marks "
         "are greyed out, and how fast it rises when they are revealed, against a random order",
+    )
+    page_size: int = Field(
+        20,
+        ge=0,
+        description="largest size of index.html in MB, about: rows of single heads are left out first, then rows of "
+        "later images; 0 writes no page",
     )
     json_file: Path | None = Field(
         None, description="also write predictions and the areas under the curves to this file"
@@ -87,8 +94,9 @@ def main(argv: Sequence[str]) -> int:
         ExplainOptions,
         argv,
         prog="linvit explain",
-        description="Write heat maps of where a model looks in images: for each image a picture NAME.png, the values "
-        "of the patches NAME.npy, and the values at the image's size NAME.values.png.",
+        description="Write heat maps of where a model looks in images: a page index.html to click through, and for "
+        "each image a picture NAME.png, the values of the patches NAME.npy, and the values at the image's size "
+        "NAME.values.png.",
         positionals={"source": "SOURCE", "images": "IMAGE"},
         spellings={
             "output": ["-o", "--output"],
@@ -109,7 +117,8 @@ def explain_command(options: ExplainOptions) -> int:
     from linvit.data.sources.loose import LooseImages, expand
     from linvit.device import choose_device
     from linvit.explanation.naming import FileNames, check_maps
-    from linvit.output.files import write_json
+    from linvit.explanation.page import PAGE_METHODS
+    from linvit.output.files import write_json, write_text
     from linvit.output.terminal import note, print_line, progress_bar
     from linvit.runs.folder import source_files
 
@@ -132,12 +141,13 @@ def explain_command(options: ExplainOptions) -> int:
         return _write_keys(explainer, options)
     target = None if options.target is None else explainer.class_index(options.target)
     names = FileNames()
+    page = None if options.page_size == 0 else _create_page(explainer, options, num_images=len(images))
     rows: list[dict[str, Any]] = []
     told: set[str] = set()
     with progress_bar() as bar:
         for index in bar.track(range(len(images)), description="explaining"):
             name = names.name(images.path(index))
-            row, approximations = _explain_image(explainer, images, index, options, name=name, target=target)
+            row, approximations = _explain_image(explainer, images, index, options, name=name, target=target, page=page)
             rows.append(row)
             if row["error"] is not None:
                 note(f"{row['path']}: {row['error']}")
@@ -147,6 +157,8 @@ def explain_command(options: ExplainOptions) -> int:
                 told.add(sentence)
     if options.json_file is not None:
         write_json(options.json_file, {"source": options.source, "method": options.method, "images": rows})
+    if page is not None and page.has_images:
+        write_text(options.output / "index.html", page.html(explainer.approximations(PAGE_METHODS)))
     if options.deletion:
         _print_areas(rows)
     num_explained = sum(row["error"] is None for row in rows)
@@ -168,15 +180,35 @@ def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
     return Explainer(classifier, img_size=size, tiling=create_tiling(options.tile, overlap=options.overlap))
 
 
+def _create_page(explainer: Explainer, options: ExplainOptions, *, num_images: int) -> MapPage:
+    from linvit.explanation.page import MEGABYTE, MapPage
+
+    return MapPage(
+        options.source,
+        method=options.method,
+        class_names=explainer.class_names,
+        num_images=num_images,
+        budget=options.page_size * MEGABYTE,
+    )
+
+
 def _explain_image(
-    explainer: Explainer, images: LooseImages, index: int, options: ExplainOptions, *, name: str, target: int | None
+    explainer: Explainer,
+    images: LooseImages,
+    index: int,
+    options: ExplainOptions,
+    *,
+    name: str,
+    target: int | None,
+    page: MapPage | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Write the files of one image; returns its row of the results, and why its map is not exact."""
+    """Write the files of one image and add it to the page; returns its row of results, and why its map is not exact."""
     import numpy as np
 
     from linvit.data.decode import UnreadableImage
     from linvit.explanation import overlay
     from linvit.explanation.explain import one_map
+    from linvit.explanation.page import PAGE_METHODS
     from linvit.output.files import write_file
 
     row: dict[str, Any] = {"path": images.name(index), "error": None}
@@ -185,7 +217,9 @@ def _explain_image(
     except UnreadableImage as error:
         return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
     assert options.method != "keys"
-    found = explainer.explain(image, method=options.method, target=target)
+    found = explainer.explain(image, method=options.method, target=target, more=() if page is None else PAGE_METHODS)
+    if not np.isfinite(found.probabilities).all():
+        return row | {"error": "the model's output for this image is NaN or infinite"}, ()
     title = overlay.title_of(found.label, found.probability, method=options.method, explained=found.explained)
     overlay.save_overlay(options.output / f"{name}.png", image, found.heat, title=title)
     overlay.save_values(options.output / f"{name}.values.png", found.heat)
@@ -194,6 +228,8 @@ def _explain_image(
         write_file(options.output / f"{name}.npy", lambda file: np.save(file, patches))
         if options.method == "attention":
             overlay.save_heads(options.output / f"{name}.heads.png", found.maps["attention"], title=title)
+    if page is not None:
+        page.add(images.name(index) or name, image, found)
     row |= {"label": found.label, "probability": found.probability, "explained": found.explained}
     if options.deletion:
         row["areas"] = _areas(explainer, image, target)

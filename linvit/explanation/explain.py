@@ -1,6 +1,6 @@
 """Explain a classifier's predictions on images of any size, by maps at the images' own size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -156,6 +156,11 @@ class Explainer:
             logits: Tensor = self.model(pixels)
         return logits.float().softmax(1)
 
+    def approximations(self, methods: Iterable[Method]) -> list[str]:
+        """Why maps of these methods are not exact, in whole sentences; empty if they are."""
+        vit = as_vit(self.model)
+        return list(dict.fromkeys(sentence for method in methods for sentence in approximations(vit, method)))
+
     def _explain_tiles(
         self,
         image: np.ndarray,
@@ -204,7 +209,7 @@ class Explainer:
             maps=maps,
             plan=plan,
             seen=None if plan is None else seen,
-            approximations=tuple(approximations(as_vit(self.model), methods[0])),
+            approximations=tuple(self.approximations(methods[:1])),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linvit.measure.attention import LayerAttention, Vit, as_vit, capture_attention, spread
 from linvit.model.attention import LinformerAttention
-from linvit.model.projections import MatrixProjection
+from linvit.model.projections import MatrixProjection, Projection
 from linvit.settings.fields import unknown_choice
 
 Method = Literal["attention", "rollout", "relevance", "gradcam", "keys"]
@@ -184,25 +184,37 @@ class Explanation:
         tokens, gradient = (each[0, -num_patches:].detach() for each in (self._tokens, gradient))
         return self._on_grid((tokens @ gradient.mean(dim=0)).clamp(min=0))
 
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the classifier reads the class token; else it reads an average over patches."""
+        return _reads_class_token(self._vit)
+
+    @property
+    def projections(self) -> list[tuple[Projection, Projection] | None]:
+        """E and F of each layer; None for ordinary attention."""
+        attentions = map(_linformer_attention, self._vit.blocks)
+        return [None if attention is None else attention.projections() for attention in attentions]
+
     def _keys(self) -> list[Tensor | None]:
-        attentions = [_linformer_attention(block) for block in self._vit.blocks]
-        if not any(attention is not None and attention.projections() for attention in attentions):
+        pairs = self.projections
+        if not any(pairs):
             raise ValueError("this model has ordinary attention alone, so there are no projected keys to show")
-        maps: list[Tensor | None] = []
-        for attention, layer in zip(attentions, self.layers):
-            pair = None if attention is None else attention.projections()
-            if pair is None:
-                maps.append(None)
-                continue
-            one_each = torch.eye(pair[0].k, dtype=self.start.dtype, device=layer.keys.device)
-            by_key = spread(pair[0], one_each[:, None].expand(-1, pair[0].num_maps, -1), layer.grid_size)
-            maps.append(self._on_grid(by_key.transpose(0, 1)))
-        return maps
+        return [
+            None if pair is None else self._on_grid(dense_rows(pair[0], layer.grid_size, like=self.start))
+            for pair, layer in zip(pairs, self.layers)
+        ]
 
     def _on_grid(self, tokens: Tensor) -> Tensor:
         """The patches of (…, T) as (…, h, w)."""
         height, width = self.layers[-1].grid_size
         return tokens[..., tokens.shape[-1] - height * width :].unflatten(-1, (height, width)).detach()
+
+
+def dense_rows(projection: Projection, grid_size: tuple[int, int], *, like: Tensor) -> Tensor:
+    """E on a grid, (M, k, N), with the dtype and device of `like`; see `spread` for kinds that reduce tokens."""
+    one_each = torch.eye(projection.k, dtype=like.dtype, device=like.device)
+    by_key = spread(projection, one_each[:, None].expand(-1, projection.num_maps, -1), grid_size)
+    return by_key.transpose(0, 1).detach()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from linvit.runs.folder import save_classifier
 @pytest.fixture(scope="package")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with config.json and weights made by hand: the first dimensions of a token are its colours."""
+    torch.manual_seed(0)
     model = create_model(
         "linvit_mini_patch4_64", num_classes=4, img_size=(32, 32), depth=2, k=16, class_token=False, global_pool="avg"
     )

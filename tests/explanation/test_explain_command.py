@@ -39,7 +39,13 @@ def test_maps_point_at_the_square(
 
 def test_attention_also_shows_every_layer_and_head(model_folder: Path, images: Path, tmp_path: Path) -> None:
     assert explain(model_folder, images / COLOURS[0], "-o", tmp_path, "--method", "attention") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.heads.png", "a.npy", "a.png", "a.values.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.heads.png",
+        "a.npy",
+        "a.png",
+        "a.values.png",
+        "index.html",
+    ]
 
 
 def test_keys_are_written_once(model_folder: Path, images: Path, tmp_path: Path) -> None:
@@ -71,7 +77,7 @@ def test_tiles_cover_a_large_image(model_folder: Path, tmp_path: Path) -> None:
     Image.fromarray(image).save(tmp_path / "wide.png")
     arguments = ["--tile", "32", "--overlap", "4", "--class", COLOURS[0], "--method", "gradcam"]
     assert explain(model_folder, tmp_path / "wide.png", "-o", tmp_path / "maps", *arguments) == 0
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["wide.png", "wide.values.png"]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["index.html", "wide.png", "wide.values.png"]
     values = np.asarray(Image.open(tmp_path / "maps/wide.values.png"))
     assert values.shape == (32, 88)
     row, column = np.unravel_index(values.argmax(), values.shape)

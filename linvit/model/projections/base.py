@@ -229,7 +229,10 @@ class PerHeadProjection(Projection):
         return torch.cat(reduced, dim=1)
 
     def row_mass(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
-        masses = [head.row_mass(x, grid_size) for head in self.each_head()]
+        masses = []
+        for index, head in enumerate(self.each_head()):
+            own = x if x.shape[1] == 1 else x[:, index : index + 1]
+            masses.append(head.row_mass(own, grid_size))
         return torch.cat([pad(mass, (0, 0, 0, self.k - mass.shape[2])) for mass in masses], dim=1)
 
     def check_grid_size(self, grid_size: GridSize) -> None:
