@@ -24,6 +24,8 @@ from linvit.model.projections.separable import SeparableProjection
 
 # Projections take at most this share of a page.
 _MOST_PROJECTIONS = 0.4
+# Tokens whose rows show how well all of them compress.
+_SAMPLE = 128
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class RowPlan:
         num_images: the number of images with rows of patches.
         each_head: rows of each head; else the mean over heads, where they share F.
         ordinary: rows of layers with ordinary attention.
-        complete: bytes of a page that leaves nothing out.
+        complete: bytes of a page that leaves nothing out, about.
     """
 
     has_projections: bool
@@ -51,11 +53,11 @@ def plan_rows(seen: Explanation, *, num_images: int, budget: int, other: int) ->
     Heads are left out first, then rows of ordinary layers, then rows of the last images.
     """
 
+    sizes = {each: [_size_of_rows(layer, each_head=each) for layer in seen.layers] for each in (True, False)}
+
     def rows(*, each_head: bool, ordinary: bool) -> float:
-        chosen = [layer for layer in seen.layers if ordinary or layer.projection is not None]
-        return TEXT * sum(
-            num_rows(layer, each_head=each_head) * layer.queries.shape[2] * layer.keys.shape[2] for layer in chosen
-        )
+        pairs = zip(seen.layers, sizes[each_head])
+        return sum(size for layer, size in pairs if ordinary or layer.projection is not None)
 
     shared = TEXT * sum(_entries(projection, seen) for projection in _distinct(seen))
     left = budget - shared - num_images * other
@@ -112,12 +114,21 @@ def pack_attention(pack: Pack, seen: Explanation, plan: RowPlan, *, with_rows: b
     return places
 
 
+def _size_of_rows(layer: LayerAttention, *, each_head: bool) -> float:
+    """Bytes of a layer's P̄ in a page, from how well a sample of its rows compresses."""
+    num_tokens = layer.queries.shape[2]
+    sample = torch.linspace(0, num_tokens - 1, min(_SAMPLE, num_tokens), device=layer.queries.device).long()
+    pack = Pack()
+    pack.add_quantised(_token_rows(layer, each_head=each_head, tokens=sample))
+    return len(pack.text()) * num_tokens / len(sample)
+
+
 @torch.no_grad()
-def _token_rows(layer: LayerAttention, *, each_head: bool) -> np.ndarray:
-    """P̄ of each head, or the mean over heads: (H or 1, T, K)."""
+def _token_rows(layer: LayerAttention, *, each_head: bool, tokens: torch.Tensor | slice = slice(None)) -> np.ndarray:
+    """P̄ of each head, or the mean over heads, of some or all tokens: (H or 1, T, K)."""
 
     def by_head(head: int) -> torch.Tensor:
-        return torch.cat([block for _, block in layer.matrix(head).row_blocks()])
+        return torch.cat([block for _, block in layer.matrix(head, rows=tokens).row_blocks()])
 
     if num_rows(layer, each_head=each_head) > 1:
         return np.stack([_numbers(by_head(head)) for head in range(layer.num_heads)])

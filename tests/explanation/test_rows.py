@@ -1,7 +1,5 @@
 """The 8 bit factors of a page give the rows of the attention matrix, for every kind, sharing and pooling."""
 
-import math
-
 import numpy as np
 import pytest
 import timm
@@ -12,7 +10,7 @@ from unpacked import Unpacked, token_row
 
 from linvit.explanation.maps import Explanation, weighted_rows
 from linvit.explanation.packing import Pack, quantise
-from linvit.explanation.rows import pack_attention, pack_projections, plan_rows
+from linvit.explanation.rows import RowPlan, pack_attention, pack_projections, plan_rows
 
 KINDS = ["linear", "separable", "avgpool", "dct", *REDUCING]
 CASES = [(kind, share) for kind in KINDS for share in PER_LAYER if kind not in FIXED or share in ("kv", "layerwise")]
@@ -43,16 +41,12 @@ def exact_row(layer, token):
 @pytest.mark.parametrize(("kind", "share"), CASES)
 def test_rows_are_exact_to_rounding(kind, share, prefix, each_head):
     seen = look(make(projection=kind, share=share, k=PER_LAYER[share], **PREFIXES[prefix]))
-    everything = plan_rows(seen, num_images=1, budget=LARGE, other=0)
-    # One byte too few for every head.
-    plan = plan_rows(seen, num_images=1, budget=everything.complete - (0 if each_head else 1), other=0)
-    if share in ("kv", "layerwise"):
-        assert (plan.each_head, plan.num_images) == (each_head, 1)
-    model, shared, own, places = packed(seen, plan if plan.num_images else everything)
+    plan = RowPlan(True, 1, each_head=each_head, ordinary=True, complete=0)
+    model, shared, own, places = packed(seen, plan)
     for number, layer in enumerate(seen.layers):
         num_tokens = layer.queries.shape[2]
         rows = places[number]["tokens"]["values"]["shape"][0]
-        has_mean = not plan.each_head and (layer.projection is None or layer.projection.num_maps == 1)
+        has_mean = not each_head and (layer.projection is None or layer.projection.num_maps == 1)
         assert rows == (1 if has_mean else layer.num_heads)
         for token in (0, num_tokens // 2, num_tokens - 1):
             found, error = token_row(model, shared, own, places, layer=number, token=token)
@@ -76,20 +70,26 @@ def test_what_the_classifier_reads_is_there_for_every_head():
 
 def test_heads_go_first_then_ordinary_layers_then_images():
     seen = look(make(share="kv", projection="avgpool", k=[6, None, 6]))
-    tokens, keys = 36, (7, 36, 7)
-    sizes = [4 / 3 * tokens * sum(keys) * 3, 4 / 3 * tokens * sum(keys), 4 / 3 * tokens * 14]
-    shared = 4 / 3 * 2 * 6 * 35
-    found = [
-        plan_rows(seen, num_images=10, budget=int(10 * size + shared + spare), other=0)
-        for size, spare in ((sizes[0], 1), (sizes[0], -9), (sizes[1], -9), (sizes[2] / 2, 1))
-    ]
-    assert [(plan.num_images, plan.each_head, plan.ordinary) for plan in found[:2]] == [
-        (10, True, True),
-        (10, False, True),
-    ]
-    assert (found[2].num_images, found[2].ordinary) == (10, False)
-    assert found[3].num_images < 10
-    assert all(plan.complete == math.ceil(10 * sizes[0] + shared) for plan in found)
+    everything = plan_rows(seen, num_images=10, budget=LARGE, other=0)
+    assert (everything.num_images, everything.each_head, everything.ordinary) == (10, True, True)
+    budgets = np.linspace(everything.complete, 2000, 50).astype(int)
+    plans = [plan_rows(seen, num_images=10, budget=int(budget), other=0) for budget in budgets]
+    assert all(plan.complete == everything.complete for plan in plans)
+    found = list(dict.fromkeys((plan.num_images, plan.each_head, plan.ordinary) for plan in plans))
+    assert found[:3] == [(10, True, True), (10, False, True), (10, False, False)]
+    fewer = [num_images for num_images, each_head, _ in found[3:] if not each_head]
+    assert fewer
+    assert all(num_images < 10 for num_images in fewer)
+
+
+def test_the_size_of_rows_is_foreseen():
+    for kwargs in (dict(share="kv"), dict(share="headwise", k=12)):
+        seen = look(make(projection="linear", **kwargs))
+        plan = plan_rows(seen, num_images=1, budget=LARGE, other=0)
+        shared, own = Pack(), Pack()
+        pack_projections(shared, seen)
+        pack_attention(own, seen, plan, with_rows=True)
+        assert len(shared.text()) + len(own.text()) == pytest.approx(plan.complete, rel=0.2)
 
 
 def test_projections_that_do_not_fit_leave_the_maps_of_the_classifier():
