@@ -5,7 +5,8 @@
 DATA/test has a folder of images for each class. The CSV file has the columns split, class, file, left, top, right and
 bottom, in pixels; `split` is the name of the folder. A map hits if its largest value lies in a box of the image, grown
 by --margin pixels. Only images with a box and a right prediction count. "random" is the share of the image that the
-grown boxes cover. Intervals are Wilson's, at 95 %.
+grown boxes cover. Intervals are Wilson's, at 95 %. On the first --num-curves of these images it also measures the areas
+under the deletion and insertion curves, see linvit.explanation.deletion.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
 
 from linvit.data.decode import decode_image
+from linvit.explanation.deletion import Curves, measure_curves, random_map
 from linvit.explanation.explain import Explainer
 from linvit.explanation.maps import METHODS, Method
 from linvit.measure.provenance import provenance, script_command
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--boxes", type=Path, required=True)
     parser.add_argument("--margin", type=int, default=8)
     parser.add_argument("--num-images", type=int, default=300, help="images with a box, drawn at random")
+    parser.add_argument("--num-curves", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -63,6 +67,7 @@ def main() -> None:
     chosen = random.Random(options.seed).sample(sorted(boxes), min(options.num_images, len(boxes)))
     methods: list[Method] = [method for method in METHODS if method != "keys"]
     hits: dict[str, list[bool]] = {method: [] for method in methods}
+    areas: dict[str, list[Curves]] = {method: [] for method in (*methods, "random")}
     chances, labels = [], []
     for label, name in chosen:
         path = options.images / label / name
@@ -75,26 +80,43 @@ def main() -> None:
         labels.append(label)
         chances.append(float(mask.mean()))
         for method in methods:
-            heat = explainer.explain(image, method=method, target=target).heat
-            hits[method].append(bool(mask.flat[np.nanargmax(heat)]))
+            found = explainer.explain(image, method=method, target=target)
+            hits[method].append(bool(mask.flat[np.nanargmax(found.heat)]))
+        if len(labels) <= options.num_curves:
+            maps = {method: torch.from_numpy(explainer.patch_map(pixels, method, target)) for method in methods}
+            orders = {**maps, "random": random_map(tuple(maps["relevance"].shape), seed=len(labels))}
+            for method, order in orders.items():
+                areas[method].append(measure_curves(explainer.probabilities, pixels, order, target=target))
     count = len(labels)
     rows: dict[str, Any] = {"random": {"accuracy": 100 * float(np.mean(chances))}}
-    for method, found in hits.items():
-        interval = binomtest(sum(found), count).proportion_ci(method="wilson")
+    for method, hit in hits.items():
+        interval = binomtest(sum(hit), count).proportion_ci(method="wilson")
         by_class = {
-            each: 100 * float(np.mean([hit for hit, label in zip(found, labels) if label == each]))
+            each: 100 * float(np.mean([one for one, label in zip(hit, labels) if label == each]))
             for each in sorted(set(labels))
         }
         rows[method] = {
-            "accuracy": 100 * sum(found) / count,
+            "accuracy": 100 * sum(hit) / count,
             "interval": [100 * interval.low, 100 * interval.high],
             "per_class": by_class,
         }
+    for method, curves in areas.items():
+        rows[method] |= {
+            "deletion": float(np.mean([each.deletion_area for each in curves])),
+            "insertion": float(np.mean([each.insertion_area for each in curves])),
+        }
     print(f"{count} of {len(chosen)} images are predicted rightly")
+    print("method     points at the defect   deletion  insertion")
     for name, row in rows.items():
-        print(f"{name:<10} {row['accuracy']:5.1f} %")
+        print(f"{name:<10} {row['accuracy']:18.1f} %   {row['deletion']:8.3f}  {row['insertion']:9.3f}")
     if options.json:
-        results = {"margin": options.margin, "num_images": len(chosen), "num_right": count, "methods": rows}
+        results = {
+            "margin": options.margin,
+            "num_images": len(chosen),
+            "num_right": count,
+            "num_curves": min(count, options.num_curves),
+            "methods": rows,
+        }
         write_json(options.json, {**provenance(script_command(), seed=options.seed, n=count), **results})
 
 
