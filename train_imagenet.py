@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> int:
     """
     from linvit.data.augment.build import resolve_input
     from linvit.distributed import joined_ranks, stop_on_signals
+    from linvit.report.write import report_training
     from linvit.training import setup
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan
@@ -102,7 +103,9 @@ def train(config: TrainConfig) -> int:
                 recorder.end_epoch(result, step, progress, best=best)
 
             recorder.end(progress)
-            return 0
+        if config.report and ranks.is_primary:
+            report_training(recorder.run.path, config, train_set, val_set, device=ranks.device)
+        return 0
 
 
 def train_one_epoch(
@@ -116,6 +119,7 @@ def train_one_epoch(
 ) -> "EpochResult | None":
     """Train on the remaining batches of an epoch; returns None if a signal requested a stop."""
     from linvit.distributed import stop_requested
+    from linvit.measure.memory import peak_bytes
     from linvit.training.log import EpochLog
     from linvit.training.optim import current_lr
     from linvit.training.setup import seed_step
@@ -170,6 +174,7 @@ def train_one_epoch(
         num_skipped=step.num_skipped,
         num_bad=progress.num_bad,
         timing=log.timing(),
+        peak_memory=peak_bytes(ranks.device),
     )
 
 

@@ -25,8 +25,9 @@ COMMANDS = {
         "data": "linvit.data.demo",
     },
     "evaluate": {
-        "eval": "linvit.evaluation.command",
+        "eval": "linvit.report.evaluate",
         "predict": "linvit.prediction.command",
+        "report": "linvit.report.command",
     },
     "models": {
         "models": "linvit.model.catalog",

@@ -104,7 +104,7 @@ def test_version(capsys):
         (
             [],
             "no command given: choose one of 'train', 'lr-find', 'average', 'check', 'data', 'eval', 'predict', "
-            "'models', 'convert', 'explain', 'bench', 'spectrum' (see linvit --help)",
+            "'report', 'models', 'convert', 'explain', 'bench', 'spectrum' (see linvit --help)",
         ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
@@ -169,7 +169,7 @@ def test_a_closed_pipe_does_not_print_a_traceback():
 
 def test_eval_passes_its_options_on(monkeypatch):
     seen = []
-    monkeypatch.setattr("linvit.evaluation.command.evaluate_command", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr("linvit.evaluation.command.evaluate_command", lambda options, _: seen.append(options) or 0)
     sizes = ["--img-size", "224", "384x256"]
     others = ["--split", "test", "-b", "8", "-j", "0", "--amp", "--json", "out.json"]
     assert cli.main(["eval", "run", "DATA", *sizes, *others]) == 0

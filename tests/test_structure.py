@@ -24,6 +24,7 @@ WINGS = [
     "evaluation",
     "explanation",
     "training",
+    "report",
     "train_imagenet",
     "prediction",
     "spectrum",

@@ -126,6 +126,7 @@ def test_a_run_writes_the_documented_files(full_run: Path) -> None:
         "best",
         "checkpoints",
         "last",
+        "predictions.csv",
         "summary.csv",
     ]
     rows = read_summary(full_run)

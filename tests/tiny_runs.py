@@ -31,9 +31,10 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "workers": 0,
     "device": "cpu",
+    "report": False,
 }
 # Columns of summary.csv that depend on the clock.
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "peak_memory")
 
 
 def make_images(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from linvit.evaluation.options import EvalOptions
     from linvit.evaluation.source import Evaluation
 
+    # Writes the page of `--html`. Pages are above evaluation, so the caller passes this function.
+    WritePage = Callable[[Sequence["Evaluation"], "EvalOptions", Path], None]
+
 SUMMARY = "evaluate a run, a checkpoint or a timm model"
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], *, write_page: WritePage) -> int:
     """Evaluate, and return the exit status."""
     from linvit.evaluation.options import EvalOptions
     from linvit.settings.flags import parse_options
@@ -28,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
             "csv_file": ["--csv"],
             "markdown_file": ["--markdown"],
             "plot_file": ["--plot"],
+            "html_file": ["--html"],
             "batch_size": ["-b", "--batch-size"],
             "workers": ["-j", "--workers"],
             "model": ["-m", "--model"],
@@ -35,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
     )
     from linvit.distributed import record_errors
 
-    return record_errors(evaluate_command)(options)
+    return record_errors(evaluate_command)(options, write_page)
 
 
-def evaluate_command(options: EvalOptions) -> int:
+def evaluate_command(options: EvalOptions, write_page: WritePage | None = None) -> int:
     """Evaluate each source at each size, write files and print tables; returns the exit status.
 
     Raises UsageError for a file that cannot be written, and ValueError if sources, data or options do not fit together.
@@ -61,11 +66,11 @@ def evaluate_command(options: EvalOptions) -> int:
     with joined_ranks(options.device) as ranks:
         evaluations = [evaluate_source(source, size, options, ranks) for source in sources for size in sizes or [None]]
         if ranks.is_primary:
-            _report(evaluations, options)
+            _report(evaluations, options, write_page)
     return 0
 
 
-def _report(evaluations: list[Evaluation], options: EvalOptions) -> None:
+def _report(evaluations: list[Evaluation], options: EvalOptions, write_page: WritePage | None) -> None:
     from linvit.evaluation.report import add_comparisons, build_report
     from linvit.evaluation.scores import confusion, write_confusion
     from linvit.evaluation.show import show
@@ -84,6 +89,9 @@ def _report(evaluations: list[Evaluation], options: EvalOptions) -> None:
         write_markdown(reports, options.markdown_file)
     if options.plot_file is not None:
         write_size_plot(reports, options.plot_file)
+    if options.html_file is not None:
+        assert write_page is not None, "--html needs the function that writes the page"
+        write_page(evaluations, options, options.html_file)
     for path in options.confusion:
         collected = evaluations[0].collected
         write_confusion(confusion(collected.masked or collected.results, evaluations[0].match.class_names), path)

@@ -7,7 +7,7 @@ not at all is detected, and accuracy per class needs no extra work.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Metrics:
     images_per_class: dict[str, int]
     # Indices of the images that could not be read.
     unreadable: tuple[int, ...] = ()
+    # What the metrics were computed from.
+    results: "ImageResults | None" = field(default=None, compare=False, repr=False)
 
     def value(self, metric: str) -> float:
         """The value of the metric "top1", "top5" or "loss"."""
@@ -102,6 +104,7 @@ class ImageResults:
             },
             images_per_class=dict(zip(class_names, images)),
             unreadable=self.unreadable,
+            results=self,
         )
 
 

@@ -92,6 +92,9 @@ class EvalOptions(ClassifierOptions):
     json_file: Path | None = Field(None, description="write the results to this JSON file")
     csv_file: Path | None = Field(None, description="write a CSV row per image: label, prediction, probability, loss")
     markdown_file: Path | None = Field(None, description="write the results as Markdown tables")
+    html_file: Path | None = Field(
+        None, description="write a page with scores, confusion matrix, classes, calibration and the worst images"
+    )
     confusion: tuple[Path, ...] = Field((), description="write the confusion matrix as .png, .csv or both")
     plot_file: Path | None = Field(None, description="plot top-1 over --img-size as .png")
 
@@ -121,6 +124,7 @@ class EvalOptions(ClassifierOptions):
             ("--json", self.json_file),
             ("--csv", self.csv_file),
             ("--markdown", self.markdown_file),
+            ("--html", self.html_file),
             *(("--confusion", path) for path in self.confusion),
             ("--plot", self.plot_file),
         ]

@@ -49,6 +49,16 @@ def can_read_peaks() -> bool:
         return False
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: of torch's allocator on a GPU, else of this process; None where it cannot be read."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _status_bytes("VmHWM")
+    except (OSError, StopIteration):
+        return None
+
+
 def cuda_step_memory(step: Callable[[], object]) -> StepMemory:
     """Memory of one step on the GPU; the peak includes everything that was allocated before."""
     torch.cuda.synchronize()

@@ -4,6 +4,8 @@ args.yaml       the resolved configuration; training from it alone repeats the r
 summary.csv     one row per epoch
 best/ last/     config.json and model.safetensors, for `timm.create_model("local-dir:RUN/best", pretrained=True)`
 checkpoints/    training states to resume from (`linvit.runs.checkpoint`)
+predictions.csv predictions of the best weights for each validation image (`linvit.evaluation.predictions`)
+report.html     what the run did, as one page (`linvit.report`)
 README.md       model card
 bad_images.txt  images that could not be read and were skipped, if there are any
 .lock           locked by the process that trains in the folder
@@ -69,6 +71,14 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def card(self) -> Path:

@@ -378,6 +378,9 @@ class RunOptions(_Options):
         description="print configuration, model and cost, save one batch as dry-run.png in --output, and exit "
         "without training",
     )
+    report: bool = Field(
+        True, description="write report.html into the run folder at the end: curves, confusions, worst images"
+    )
     eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="metric that selects the best weights")
     val_interval: int = Field(1, ge=1, description="epochs between evaluations")
     log_interval: int = Field(50, ge=1, description="batches between progress lines")

@@ -10,6 +10,7 @@ from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch, Loader
 from linvit.data.sources.base import ImageSet
 from linvit.distributed import Ranks, on_primary
+from linvit.evaluation.predictions import write_predictions
 from linvit.output.files import printable, remove_leftovers
 from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, retire_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
@@ -342,6 +343,9 @@ class Recorder:
 
     def _write_best(self, result: EpochResult, step: TrainStep, snapshot: Snapshot, which: str) -> None:
         self._write_weights(self.run.best, result, step, snapshot, which)
+        results = result.metrics[which].results
+        if results is not None:
+            write_predictions(self.run.predictions, results, self.val_set)
         write_card(
             self.run.card,
             config=self.config,

@@ -18,7 +18,7 @@ from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
 
 # These say where a run is or when it ends, not how it trains.
-_IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run"}
+_IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run", "report"}
 # These may not change: always, with the optimizer's state, and within an epoch (where they order the images).
 _FIXED = ("model", "k", "projection", "share", "local", "stem", "gp", "model_kwargs", "input_range", "eval_metric")
 _FIXED_WITH_OPTIMIZER = ("opt", "opt_kwargs", "freeze")

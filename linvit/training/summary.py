@@ -36,6 +36,8 @@ class EpochResult:
     num_bad: int
     # images_per_second, data_wait (share of the time) and seconds.
     timing: Mapping[str, float]
+    # Peak memory since the process began, in bytes, of the GPU or else of the process; None if unknown.
+    peak_memory: int | None = None
     # Metrics of the evaluated weights, "raw" and "ema"; empty in an epoch without evaluation.
     metrics: Mapping[str, Metrics] = field(default_factory=dict)
 
@@ -46,7 +48,8 @@ class EpochResult:
             prefix = _PREFIXES[weights]
             row |= {f"{prefix}_loss": metrics.loss, f"{prefix}_top1": metrics.top1, f"{prefix}_top5": metrics.top5}
         counts = {"skipped_updates": self.num_skipped, "bad_updates": self.num_bad}
-        return row | {"lr": self.lr} | counts | dict(self.timing)
+        memory = {} if self.peak_memory is None else {"peak_memory": self.peak_memory}
+        return row | {"lr": self.lr} | counts | dict(self.timing) | memory
 
     def describe(self) -> str:
         """One line of progress output."""

@@ -104,3 +104,11 @@ document.querySelectorAll(".tabs").forEach((tabs, group) => {
   tabs.prepend(list);
   show(0);
 });
+
+// A button with data-toggles="CLASS" data-of="ID" adds and removes a class of an element.
+for (const button of document.querySelectorAll("[data-toggles]")) {
+  button.addEventListener("click", () => {
+    const on = document.getElementById(button.dataset.of).classList.toggle(button.dataset.toggles);
+    button.setAttribute("aria-pressed", String(on));
+  });
+}

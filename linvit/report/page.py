@@ -1,0 +1,131 @@
+"""Put the pages together: the page of one or several runs, and the page of an evaluation."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from linvit.evaluation.predictions import Predictions
+from linvit.output.page import render
+from linvit.report.curves import build_charts, describe_idle_counts
+from linvit.report.evaluated import compare_predictions, evaluate_predictions, wilson
+from linvit.report.examples import Worst
+from linvit.report.facts import Facts, settings_table
+from linvit.report.run import Run
+
+_SCRIPTS = ("chart.js", "templates/confusion.js")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions for the page, with the pictures of the worst images."""
+
+    name: str
+    subject: str
+    predictions: Predictions
+    worst: Worst
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """A run for the page, with what was computed from its weights and its images."""
+
+    run: Run
+    training: Facts
+    cost: Facts
+    evaluated: Evaluated | None
+    augmented: list[dict[str, Any]] = field(default_factory=list)
+    augmented_note: str | None = None
+
+
+def render_runs(pages: Sequence[RunPage]) -> str:
+    """The page of one run, or of several side by side."""
+    runs = [page.run for page in pages]
+    charts = build_charts(runs)
+    evaluated = [page.evaluated for page in pages]
+    sections = [
+        ("overview", "Overview"),
+        ("curves", "Curves"),
+        ("evaluation", "Evaluation"),
+        ("augmentation", "Augmentation"),
+        ("settings", "Settings"),
+        ("use", "Use it"),
+    ]
+    return render(
+        "linvit.report",
+        "templates/run.html.j2",
+        scripts=_SCRIPTS,
+        title=f"Training of {', '.join(run.name for run in runs)}",
+        sections=sections,
+        pages=pages,
+        figures=[figures_of(run) for run in runs],
+        comparisons=_comparisons(evaluated),
+        charts=charts,
+        idle=describe_idle_counts(runs),
+        evaluations=[_context(each, index) if each else None for index, each in enumerate(evaluated)],
+        settings=settings_table(runs),
+        quote=lambda value: shlex.quote(str(value)),
+        repr=lambda value: repr(str(value)),
+    )
+
+
+def render_evaluations(evaluated: Sequence[Evaluated], *, title: str, facts: Facts) -> str:
+    """The page of `linvit eval --html`."""
+    return render(
+        "linvit.report",
+        "templates/eval.html.j2",
+        scripts=_SCRIPTS,
+        title=title,
+        facts=facts,
+        names=[each.name for each in evaluated],
+        comparisons=_comparisons(evaluated),
+        evaluations=[_context(each, index) for index, each in enumerate(evaluated)],
+    )
+
+
+def figures_of(run: Run) -> list[dict[str, Any]]:
+    """Epoch, accuracies and loss of the best weights and of the last ones, with Wilson's interval of top-1."""
+    count = len(run.predictions.paths) if run.predictions is not None else 0
+    found = []
+    if run.best is not None:
+        metrics = run.best.get("metrics", {})
+        averaged = ", averaged (EMA)" if run.best.get("weights") == "ema" else ""
+        name = f"best by {run.setting('eval_metric')}{averaged}"
+        found.append(_figure(name, run.best.get("epoch"), metrics.get("top1"), metrics.get("loss"), count))
+    for prefix, name in (("eval", "last"), ("eval_ema", "last, averaged (EMA)")):
+        evaluated = [row for row in run.rows if row.get(f"{prefix}_loss") is not None or row.get(f"{prefix}_top1")]
+        if evaluated:
+            row = evaluated[-1]
+            found.append(_figure(name, row["epoch"], row.get(f"{prefix}_top1"), row.get(f"{prefix}_loss"), count))
+    return found
+
+
+def _figure(name: str, epoch: Any, top1: float | None, loss: float | None, count: int) -> dict[str, Any]:
+    interval = wilson(round(top1 * count / 100), count) if top1 is not None and count else None
+    return {"name": name, "epoch": epoch, "top1": top1, "interval": interval, "loss": loss}
+
+
+def _context(evaluated: Evaluated, index: int) -> dict[str, Any]:
+    found = evaluate_predictions(evaluated.predictions)
+    return {
+        "index": index,
+        "name": evaluated.name,
+        "subject": evaluated.subject,
+        "notes": evaluated.notes,
+        "worst": evaluated.worst.images,
+        "worst_note": evaluated.worst.note,
+        **found,
+    }
+
+
+def _comparisons(evaluated: Sequence[Evaluated | None]) -> list[dict[str, Any]]:
+    """Top-1 of each evaluation against the first, on the same images."""
+    if len(evaluated) < 2 or evaluated[0] is None:
+        return []
+    found = []
+    for each in evaluated[1:]:
+        against = None if each is None else compare_predictions(each.predictions, evaluated[0].predictions)
+        if each is not None and against is not None:
+            found.append({"name": each.name, "first": evaluated[0].name, **against})
+    return found
