@@ -74,8 +74,6 @@ def report_command(options: ReportOptions) -> int:
     pages = []
     for run in runs:
         data = open_data(run, options.data_dir)
-        if options.data_dir is not None and data.missing is not None:
-            raise ValueError(data.missing)
         pages.append(gather(run, data, device=device, evaluate=options.data_dir is not None, num_runs=len(runs)))
     write_text(output, render_runs(pages))
     print_line(f"report: {output}")

@@ -7,7 +7,7 @@ from linvit.report.run import Run
 
 # Colours of the quantities of one run, and of several runs, by their place in the palette.
 _KIND_COLOURS = {"train": 7, "raw": 1, "ema": 5}
-_RUN_COLOURS = (1, 5, 3, 7, 2, 4, 6, 0)
+_RUN_COLOURS = (1, 5, 3, 7, 4, 0, 2, 6)
 _KIND_DASHES = {"train": "2 3", "raw": "", "ema": "7 4"}
 _KIND_NAMES = {"train": "training", "raw": "validation", "ema": "validation, averaged (EMA)"}
 

@@ -27,6 +27,8 @@ from linvit.runs.folder import Classifier
 PICTURES_PER_PAGE, MOST_WORST = 72, 12
 # Longest side of a picture in pixels, and the quality of its JPEG.
 _SIDE, _QUALITY = 200, 80
+# The percentile of a heat map that is shown at full brightness.
+_BRIGHTEST = 98
 # Heat maps of large images may take seconds each.
 SECONDS_FOR_HEAT_MAPS = 60.0
 AUGMENTED_IMAGES, VERSIONS_PER_IMAGE = 4, 4
@@ -117,7 +119,10 @@ def _heat_map(explainer: Explainer, image: np.ndarray, target: int) -> str:
     scale = min(1.0, _SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small, small_heat = (cv2.resize(each, size, interpolation=cv2.INTER_AREA) for each in (image, heat))
-    return image_uri(blend(small, small_heat), side=None, quality=_QUALITY)
+    # A few patches often outweigh all others by far, which a thumbnail would not show.
+    brightest = np.nanpercentile(small_heat, _BRIGHTEST)
+    shown = np.minimum(small_heat, brightest) if brightest > 0 else small_heat
+    return image_uri(blend(small, shown), side=None, quality=_QUALITY)
 
 
 def augmented_images(images: ImageSet, augment: AugmentOptions, spec: InputSpec, *, seed: int) -> list[dict[str, Any]]:

@@ -34,7 +34,10 @@ class RunData:
 
 
 def open_data(run: Run, data: Path | None) -> RunData:
-    """The images that a run was trained and evaluated on, at their old place or in `data`."""
+    """The images that a run was trained and evaluated on, at their old place or in `data`.
+
+    Raises ValueError if `data` is given and cannot be opened.
+    """
     try:
         config = TrainConfig.load(run.folder.args)
         if data is not None:
@@ -42,8 +45,9 @@ def open_data(run: Run, data: Path | None) -> RunData:
         train_set = open_train_set(config)
         val_set = open_val_set(config, class_names=run.class_names or train_set.class_names)
     except (ValueError, OSError) as error:
-        where = "--data" if data is not None else "the data of the run"
-        return RunData(None, None, None, f"There are no images: {where} cannot be opened ({reason(error)}).")
+        if data is not None:
+            raise ValueError(f"--data: {error}") from error
+        return RunData(None, None, None, f"There are no images: the run's data cannot be opened ({reason(error)}).")
     return RunData(config, train_set, val_set)
 
 
@@ -72,7 +76,7 @@ def gather(run: Run, data: RunData, *, device: torch.device, evaluate: bool, num
         spec = input_spec(classifier)
         augmented = augmented_images(data.train_set, data.config, spec, seed=data.config.seed)
     elif data.missing is None:
-        augmented_note = "There are no images: they are shown once the run has best weights."
+        augmented_note = problem or "There are no images: they are shown once the run has best weights."
     return RunPage(
         run=run,
         training=describe_training(run, data.train_set, classifier),
@@ -90,7 +94,7 @@ def _load(run: Run, device: torch.device) -> tuple[Classifier | None, str | None
     try:
         classifier = load_classifier(str(run.folder.path))
     except (ValueError, OSError) as error:
-        return None, f"There are no heat maps: the best weights cannot be loaded ({reason(error)})."
+        return None, f"The best weights cannot be loaded ({reason(error)})."
     classifier.model.to(device)
     return classifier, None
 

@@ -44,6 +44,7 @@ def render_runs(pages: Sequence[RunPage]) -> str:
     runs = [page.run for page in pages]
     charts = build_charts(runs)
     evaluated = [page.evaluated for page in pages]
+    contexts = [_context(each, index) if each else None for index, each in enumerate(evaluated)]
     sections = [
         ("overview", "Overview"),
         ("curves", "Curves"),
@@ -59,11 +60,11 @@ def render_runs(pages: Sequence[RunPage]) -> str:
         title=f"Training of {', '.join(run.name for run in runs)}",
         sections=sections,
         pages=pages,
-        figures=[figures_of(run) for run in runs],
+        figures=[figures_of(run, each) for run, each in zip(runs, contexts)],
         comparisons=_comparisons(evaluated),
         charts=charts,
         idle=describe_idle_counts(runs),
-        evaluations=[_context(each, index) if each else None for index, each in enumerate(evaluated)],
+        evaluations=contexts,
         settings=settings_table(runs),
         quote=lambda value: shlex.quote(str(value)),
         repr=lambda value: repr(str(value)),
@@ -84,8 +85,11 @@ def render_evaluations(evaluated: Sequence[Evaluated], *, title: str, facts: Fac
     )
 
 
-def figures_of(run: Run) -> list[dict[str, Any]]:
-    """Epoch, accuracies and loss of the best weights and of the last ones, with Wilson's interval of top-1."""
+def figures_of(run: Run, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Epoch, top-1 and loss of the best weights and of the last ones.
+
+    The interval of top-1 is that of the evaluation for the best weights, and Wilson's for the others.
+    """
     count = len(run.predictions.paths) if run.predictions is not None else 0
     found = []
     if run.best is not None:
@@ -93,6 +97,8 @@ def figures_of(run: Run) -> list[dict[str, Any]]:
         averaged = ", averaged (EMA)" if run.best.get("weights") == "ema" else ""
         name = f"best by {run.setting('eval_metric')}{averaged}"
         found.append(_figure(name, run.best.get("epoch"), metrics.get("top1"), metrics.get("loss"), count))
+        if evaluation is not None:
+            found[-1]["interval"] = evaluation["scores"][0]["interval"]
     for prefix, name in (("eval", "last"), ("eval_ema", "last, averaged (EMA)")):
         evaluated = [row for row in run.rows if row.get(f"{prefix}_loss") is not None or row.get(f"{prefix}_top1")]
         if evaluated:
