@@ -64,11 +64,12 @@ SETTINGS: dict[str, Any] = {
     "model_ema_decay": 0.9,
     "amp": True,
     "device": "cpu",
+    "report": False,
     "checkpoint_interval": 1,
     "checkpoint_hist": 2,
 }
 # Columns of summary.csv that depend on the clock.
-TIMING = {"images_per_second", "data_wait", "seconds"}
+TIMING = {"images_per_second", "data_wait", "seconds", "peak_memory"}
 # Worker processes must make no difference either.
 WORKERS = (0, 0, 0, 2)
 

@@ -166,7 +166,7 @@ def test_the_confusion_matrix_answers_to_pointer_keys_and_controls(page: Any) ->
     matrix.locator("input[name=diagonal]").check()
     assert counts.count() == shown - 3
     matrix.locator("select[name=unit]").select_option("shares")
-    assert all(0 < int(text) <= 100 for text in counts.all_inner_texts())
+    assert all(0 < int(text) <= 100 for text in counts.all_text_contents())
 
 
 def test_settings_show_differences_or_all(page: Any) -> None:

@@ -140,6 +140,7 @@ EVERYTHING = {
     "seed": 1,
     "deterministic": True,
     "dry_run": True,
+    "report": False,
     "eval_metric": "loss",
     "val_interval": 2,
     "log_interval": 10,
