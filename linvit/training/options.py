@@ -54,9 +54,8 @@ class ModelOptions(_Options):
     )
     stem: Literal["patch", "conv"] | None = Field(
         None,
-        description="how an image becomes patches: one matrix for the pixels of a patch ('patch'), or a stack of "
-        "convolutions with stride 2 ('conv'), which learns faster from scratch (default: the model's own; the named "
-        "models have 'patch')",
+        description="patch embedding: one matrix ('patch'), or convolutions with stride 2 ('conv'), which learn "
+        "faster from scratch (default: the model's own; the named models have 'patch')",
     )
     model_kwargs: ModelKeywords = Field(
         default_factory=dict,
