@@ -32,6 +32,7 @@ COMMANDS = {
     "models": {
         "models": "linvit.model.catalog",
         "convert": "linvit.conversion.command",
+        "export": "linvit.export.command",
     },
     "analyse": {
         "explain": "linvit.explanation.command",

@@ -18,6 +18,7 @@ from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
 from linvit.evaluation.options import ClassifierOptions
 from linvit.runs.folder import Classifier, load_classifier
+from linvit.runtimes.model import ExportedModel, is_exported, open_exported
 from linvit.settings.fields import validate
 
 # Options of a command that override the run's settings of the same names.
@@ -45,16 +46,41 @@ def load_source(
 
     Raises ValueError if `source` cannot be loaded, or has other classes than `class_map`.
     """
-    classifier = load_classifier(
-        source,
-        weights=weights,
-        img_size=img_size,
-        model_name=options.model,
-        model_kwargs=options.model_kwargs,
-        use_ema=options.use_ema,
-    )
+    if is_exported(source):
+        _check_exported(source, options)
+        classifier = open_exported(source, img_size=img_size, device=options.device, trust_code=options.trust_code)
+        _check_preparation(classifier, options)
+    else:
+        classifier = load_classifier(
+            source,
+            weights=weights,
+            img_size=img_size,
+            model_name=options.model,
+            model_kwargs=options.model_kwargs,
+            use_ema=options.use_ema,
+        )
     classifier = override_settings(classifier, options)
     return classifier if class_map is None else add_class_names(classifier, read_class_map(class_map), source=source)
+
+
+def _check_exported(source: str, options: ClassifierOptions) -> None:
+    """Raise ValueError for options that concern weights or precision, which an exported model has fixed."""
+    for flag, is_given in (
+        ("--model", options.model is not None),
+        ("--model-kwargs", bool(options.model_kwargs)),
+        ("--use-ema", options.use_ema),
+        ("--amp", options.amp),
+    ):
+        if is_given:
+            raise ValueError(
+                f"{flag}: {source} is an exported model, which is fixed; remove the option or export again"
+            )
+
+
+def _check_preparation(classifier: Classifier, options: ClassifierOptions) -> None:
+    assert isinstance(classifier.model, ExportedModel)
+    if classifier.model.metadata.input == "uint8" and not (options.mean is options.std is None):
+        raise ValueError(f"--mean and --std: {classifier.weights} normalises images itself; remove the options")
 
 
 def add_class_names(classifier: Classifier, names: Sequence[str], *, source: str) -> Classifier:

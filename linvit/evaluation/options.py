@@ -33,6 +33,9 @@ class ClassifierOptions(BaseModel):
         description="values of 16-bit images that become black and white (default: the run's)",
     )
 
+    trust_code: bool = Field(
+        False, description="open a .pt2 file, which can run code; only for files from people you trust"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
     amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
     amp_dtype: Literal["bfloat16", "float16"] = Field(
@@ -43,7 +46,9 @@ class ClassifierOptions(BaseModel):
 class EvalOptions(ClassifierOptions):
     """What to evaluate, on which images, and how."""
 
-    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
+    source: str = Field(
+        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
+    )
     data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
     split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
     val_fraction: float | None = Field(

@@ -171,7 +171,10 @@ def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
 
     from linvit.evaluation.inference import load_source
     from linvit.explanation.explain import Explainer
+    from linvit.runtimes.model import is_exported
 
+    if is_exported(options.source):
+        raise UsageError(f"{options.source}: heat maps need attention and gradients, which an exported model lacks")
     size = None if options.img_size is None else height_and_width(options.img_size)
     classifier = load_source(
         options.source, options, weights=options.weights, img_size=size, class_map=options.class_map

@@ -105,7 +105,14 @@ class _PretrainedCfg(BaseModel):
 
 def read_config(path: Path) -> ModelDescription:
     """Read a config.json of timm. Raises ValueError, naming the file, if it does not describe a model."""
-    config = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path, config: dict[str, Any]) -> ModelDescription:
+    """The model that the contents of a config.json of timm describe; `path` is the file that holds them.
+
+    Raises ValueError, naming the file, if they do not describe a model.
+    """
     first = validated(path, _Config, config)
     try:
         cfg, architecture, model_args = _parse_model_cfg({**config, "model_args": first.model_args}, {})

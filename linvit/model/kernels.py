@@ -24,13 +24,14 @@ length, K keys (prefix tokens + k), S chunks of c queries.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import _AttrProxy
 from torch.nn import functional as F
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
@@ -50,11 +51,15 @@ def is_plain_linear(module: nn.Module) -> bool:
     False for subclasses (adapters, quantised layers), for layers with hooks, and if the weight or bias is a tensor
     subclass (quantised weights in a plain layer).
     """
+    # torch.export wraps the modules of a model in which several names lead to one module, as with share="layerwise".
+    base: Any = module
+    kind = type(base.get_base()) if isinstance(module, _AttrProxy) else type(module)
+    return kind is nn.Linear and _is_plain(module)
+
+
+def _is_plain(module: Any) -> bool:
     return (
-        type(module) is nn.Linear
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
+        not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and is_plain_tensor(module.weight)
         and (module.bias is None or is_plain_tensor(module.bias))
     )

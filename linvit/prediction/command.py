@@ -36,7 +36,9 @@ SUMMARY = "predict the classes of loose images"
 class PredictOptions(PredictorOptions, ClassifierOptions):
     """What to predict with, on which images, and how."""
 
-    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
+    source: str = Field(
+        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
+    )
     images: tuple[str, ...] = Field(
         description="images, folders (searched at any depth) or quoted globs; - reads paths from stdin, one per line"
     )

@@ -23,6 +23,7 @@ from linvit.distributed import usable_workers
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
 from linvit.prediction.options import PredictorOptions
 from linvit.runs.folder import Classifier, load_classifier
+from linvit.runtimes.model import is_exported, open_exported
 from linvit.settings.fields import height_and_width, validate
 
 # Pixels per batch that keep a device busy: 32 or 256 images of 224 px.
@@ -62,7 +63,8 @@ class Predictor:
             print(prediction.path, prediction.labels[0], prediction.probabilities[0])
 
     Args:
-        source: run folder, folder with config.json and weights, checkpoint, timm model name, or a `Classifier`.
+        source: run folder, folder with config.json and weights, checkpoint, exported model, timm model name, or a
+            `Classifier`.
         weights: which weights of a run folder to use.
         img_size: image size of the model, one number or (height, width); by default its own.
         topk: number of most probable classes to return, or all if there are fewer.
@@ -74,6 +76,7 @@ class Predictor:
         workers: number of processes that read images; 0 reads them in this process.
         device: "cpu", "cuda", "cuda:1", ...; "auto" uses a GPU if there is one.
         amp: whether to use automatic mixed precision; by default as in the run.
+        trust_code: open a `.pt2` file, which can run code.
         say: called with messages, such as that the batch size was halved.
 
     Raises ValueError if `source` cannot be loaded or the options do not fit it.
@@ -93,6 +96,7 @@ class Predictor:
         workers: int = 0,
         device: str = "auto",
         amp: bool | None = None,
+        trust_code: bool = False,
         say: Callable[[str], object] = warnings.warn,
     ) -> None:
         settings = {
@@ -112,7 +116,9 @@ class Predictor:
         self.device = torch.device(choose_device(str(device)))
         size = None if options.img_size is None else height_and_width(options.img_size)
         classifier = source
-        if not isinstance(classifier, Classifier):
+        if not isinstance(classifier, Classifier) and is_exported(str(source)):
+            classifier = open_exported(str(source), img_size=size, device=str(device), trust_code=trust_code)
+        elif not isinstance(classifier, Classifier):
             classifier = load_classifier(str(source), weights=options.weights, img_size=size)
         if amp is not None:
             classifier = replace(classifier, settings={**classifier.settings, "amp": amp})

@@ -92,7 +92,10 @@ def source_files(source: str) -> list[Path]:
         return [run.path]
     folders = (run.path, run.best, run.last, *run.checkpoints.glob("*"))
     weights = [
-        file for folder in folders for name in ("config.json", "*.safetensors", "*.bin") for file in folder.glob(name)
+        file
+        for folder in folders
+        for name in ("config.json", "*.safetensors", "*.bin", "*.xml")
+        for file in folder.glob(name)
     ]
     return [run.args, run.summary, run.checkpoints, *weights]
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict, model_entrypoint
 from torch import Tensor
 
 from linvit.model.build import TimmModel
-from linvit.model.description import CONFIG, ModelDescription, read_config, read_json, validated
-from linvit.output.files import reason
+from linvit.model.description import CONFIG, ModelDescription, parse_config, read_json, validated
+from linvit.output.files import parse_json, reason
 from linvit.output.terminal import note, printable
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
 from linvit.runs.layouts import to_timm, wrap_like
@@ -87,6 +88,8 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
         raise ValueError(f"{source} is not a regular file: give a file with weights")
     checkpoint = read_checkpoint(source) if source.is_dir() else _read_file(source)
     state_dict = _state_dict(source, checkpoint, use_ema=use_ema)
+    if source.suffix == ".safetensors" and (config := _header_config(source)) is not None:
+        return _described(source, config, state_dict)
     if not {"arch", "model_args"} <= checkpoint.keys():
         return SavedWeights(source, state_dict, img_size=_timm_size(checkpoint.get("args")))
     recorded = validated(
@@ -123,14 +126,30 @@ def _read_folder(folder: Path, *, use_ema: bool) -> SavedWeights:
     config = read_json(folder / CONFIG)
     state_dict = _state_dict(file, _read_file(file), use_ema=use_ema)
     if "architecture" in config:
-        description = read_config(folder / CONFIG)
-        about = config.get("linvit")
-        # timm's format has no place for the input range. A run's own settings replace it.
-        settings = {"input_range": about["input_range"]} if isinstance(about, dict) and "input_range" in about else {}
-        return SavedWeights(file, state_dict, description.img_size, description.class_names, description, settings)
+        return replace(_described(folder / CONFIG, config, state_dict), path=file)
     # Hugging Face's own config.json.
     size = config.get("image_size")
     return SavedWeights(file, state_dict, img_size=(size, size) if isinstance(size, int) else None)
+
+
+def _described(source: Path, config: dict[str, Any], state_dict: dict[str, Tensor]) -> SavedWeights:
+    """Weights with the contents of timm's config.json, which `source` holds."""
+    description = parse_config(source, config)
+    about = config.get("linvit")
+    # timm's format has no place for the input range. A run's own settings replace it.
+    settings = {"input_range": about["input_range"]} if isinstance(about, dict) and "input_range" in about else {}
+    return SavedWeights(source, state_dict, description.img_size, description.class_names, description, settings)
+
+
+def _header_config(path: Path) -> dict[str, Any] | None:
+    """The config.json in the header of a .safetensors file that `linvit export` wrote; None if there is none."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("linvit")
+    try:
+        config = None if text is None else parse_json(text)
+    except ValueError:
+        config = None
+    return {name: value for name, value in config.items() if value is not None} if isinstance(config, dict) else None
 
 
 def _read_file(path: Path) -> Any:

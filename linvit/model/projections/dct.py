@@ -39,9 +39,14 @@ class CosineProjection(MatrixProjection):
         radius = math.sqrt(4 * self.k / (math.pi * height * width))
         num_h, num_w = (size if radius > 1 else min(size, int(size * radius) + 1) for size in grid_size)
         # With integers, equal frequencies compare equal, and a stable sort orders them by (u, v).
-        u = torch.arange(num_h, device=device)[:, None] * width
-        v = torch.arange(num_w, device=device)[None, :] * height
-        order = (u.square() + v.square()).flatten().argsort(stable=True)[: self.k]
+        if torch.compiler.is_exporting() and isinstance(height, int) and isinstance(width, int):
+            # As a constant, because ONNX has no stable sort.
+            energies = [(u * width) ** 2 + (v * height) ** 2 for u in range(num_h) for v in range(num_w)]
+            order = torch.tensor(sorted(range(len(energies)), key=energies.__getitem__)[: self.k], device=device)
+        else:
+            u = torch.arange(num_h, device=device)[:, None] * width
+            v = torch.arange(num_w, device=device)[None, :] * height
+            order = (u.square() + v.square()).flatten().argsort(stable=True)[: self.k]
         modes_h, modes_w = (
             cosine_modes(count, size, device=device, dtype=dtype) for count, size in ((num_h, height), (num_w, width))
         )

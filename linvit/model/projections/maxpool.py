@@ -8,6 +8,7 @@ Differs from the paper: the tokens are pooled, before Wk and Wv.
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,8 @@ class MaxPoolProjection(Projection):
     def forward(self, x: Tensor, grid_size: GridSize | None = None) -> Tensor:
         grid_size = grid_size or self.grid_size
         image = x.squeeze(1).unflatten(1, grid_size).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
-        pooled = F.adaptive_max_pool2d(image, factor_pair(self.k, grid_size))
+        cells = factor_pair(self.k, grid_size)
+        pooled = _max_by_axis(image, cells) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(image, cells)
         pooled = pooled.masked_fill(pooled == self.absent, 0.0)
         return pooled.flatten(2).mT[:, None]
 
@@ -35,3 +37,12 @@ class MaxPoolProjection(Projection):
     def check_grid_size(self, grid_size: GridSize) -> None:
         super().check_grid_size(grid_size)
         factor_pair(self.k, grid_size)
+
+
+def _max_by_axis(image: Tensor, cells: GridSize) -> Tensor:
+    """`adaptive_max_pool2d` as maxima of slices, for exporters, which know it only for cells that divide the grid."""
+    for dim, number in zip((2, 3), cells):
+        size = image.shape[dim]
+        bounds = [(cell * size // number, -(-(cell + 1) * size // number)) for cell in range(number)]
+        image = torch.stack([image.narrow(dim, a, b - a).amax(dim) for a, b in bounds], dim)
+    return image
