@@ -21,11 +21,12 @@ from linvit.output.files import write_json
 METRICS = ("top1", "top5", "loss", "num_images", "img_size", "num_tokens", "per_class", "images_per_class")
 
 
-def evaluate(run: Path, data: Path) -> dict[str, Any]:
+def evaluate(run: Path, data: Path, *options: str) -> dict[str, Any]:
+    """What `linvit eval` measures with these options."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "eval.json"
         subprocess.run(
-            [sys.executable, "-m", "linvit", "eval", str(run), str(data), "--json", str(report)],
+            [sys.executable, "-m", "linvit", "eval", str(run), str(data), *options, "--json", str(report)],
             check=True,
             stdout=subprocess.DEVNULL,
         )
