@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from linvit.evaluation.classes import first_lemma
-from linvit.evaluation.metrics import ImageResults
+from linvit.evaluation.metrics import ImageResults, Metrics
 from linvit.evaluation.predictions import Predictions
 from linvit.evaluation.scores import NUM_BINS, confidence_bins, confusion, most_confused, scorer
 from linvit.evaluation.uncertainty import bootstrap, compare
@@ -46,7 +46,7 @@ def evaluate_predictions(found: Predictions, *, num_resamples: int = NUM_RESAMPL
     score = scorer(results, num_classes=len(names))
     exact = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss}
     scores = {**score(np.ones(metrics.num_images)), **exact}
-    intervals = bootstrap(score, metrics.num_images, num_resamples=num_resamples, seed=seed)
+    intervals = _intervals(bootstrap(score, metrics.num_images, num_resamples=num_resamples, seed=seed), exact, metrics)
     rows = _class_rows(results, names)
     return {
         "num_images": metrics.num_images,
@@ -79,6 +79,17 @@ def worst_rows(results: ImageResults, *, most: int) -> list[int]:
     """Positions of the images with the highest loss, the worst first."""
     order: list[int] = results.losses.argsort(descending=True, stable=True)[:most].tolist()
     return order
+
+
+def _intervals(
+    drawn: dict[str, tuple[float, float]], scores: dict[str, float], metrics: Metrics
+) -> dict[str, tuple[float, float]]:
+    """The intervals of the bootstrap. It gives none where all images agree, and shares then have Wilson's."""
+    intervals = {name: bounds for name, bounds in drawn.items() if bounds[0] < bounds[1]}
+    for name in ("top1", "top5"):
+        if name in drawn and name not in intervals:
+            intervals[name] = wilson(scores[name] * metrics.num_images / 100, metrics.num_images)
+    return intervals
 
 
 def _class_rows(results: ImageResults, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -66,6 +66,8 @@ def render_runs(pages: Sequence[RunPage]) -> str:
         idle=describe_idle_counts(runs),
         evaluations=contexts,
         settings=settings_table(runs),
+        # The first run with weights is the one whose use is shown.
+        usable=next((run for run in runs if run.best is not None), runs[0]),
         quote=lambda value: shlex.quote(str(value)),
         repr=lambda value: repr(str(value)),
     )

@@ -99,6 +99,18 @@ def test_a_single_class_and_a_single_image() -> None:
     assert page["confusion"]["orders"]["confused classes together"] == [0]
 
 
+def test_all_images_right_is_no_certainty() -> None:
+    found = predictions()
+    perfect = found.results.__class__(**{**found.results.__dict__, "predictions": found.results.labels})
+    page = evaluate_predictions(Predictions(perfect, found.class_names, found.paths), num_resamples=20)
+    scores = {score["id"]: score for score in page["scores"]}
+    assert scores["top1"]["interval"] == scores["top5"]["interval"] == wilson(200, 200)
+    assert scores["macro_f1"]["interval"] is None
+    low, high = scores["ece"]["interval"]
+    assert low < high
+    assert (page["pairs"], page["num_errors"]) == ([], 0)
+
+
 def test_runs_are_compared_on_the_same_images_only() -> None:
     found, other = predictions(), predictions(seed=1)
     same = Predictions(

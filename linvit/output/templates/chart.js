@@ -14,7 +14,7 @@ function niceTicks(low, high, count) {
 function showNumber(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return Number(value.toPrecision(3)).toExponential();
   return String(Number(value.toPrecision(4)));
 }
 
@@ -70,6 +70,7 @@ class Chart {
     const room = 0.05 * (high - low);
     if (low !== 0) low -= room;
     high += room;
+    if (spec.unit === "%") high = Math.min(high, 100);
     const [first, last] = [spec.x[0], spec.x[spec.x.length - 1]];
     this.left = index => first === last ? (pad.left + width - pad.right) / 2
       : pad.left + (spec.x[index] - first) / (last - first) * (width - pad.left - pad.right);

@@ -39,8 +39,11 @@ class Confusion {
     const width = Math.max(this.place.clientWidth, 260);
     const longest = Math.max(...matrix.columns.map(name => name.length));
     this.left = Math.min(longest * 6.6 + 14, width * 0.32, 190);
-    this.cell = Math.max(7, Math.min(72, (width - this.left - 4) / this.columns.length));
-    const named = this.cell >= 11;
+    const cell = left => Math.max(7, Math.min(72, (width - left - 4) / this.columns.length));
+    // Names need room for a line of text; without them the cells get the room.
+    const named = cell(this.left) >= 11;
+    if (!named) this.left = 2;
+    this.cell = Math.min(cell(this.left), named ? 72 : 11);
     this.top = named ? Math.min(longest * 6.6 + 14, 130) : 8;
     const short = (name, space) => name.length * 6.6 > space ? name.slice(0, Math.max(1, Math.floor(space / 6.6) - 1)) + "…" : name;
     const total = this.left + this.cell * this.columns.length + 2;
