@@ -22,6 +22,7 @@ from linvit.output.files import reason
 from linvit.output.page import image_uri
 from linvit.report.evaluated import worst_rows
 from linvit.runs.folder import Classifier
+from linvit.runtimes.model import ExportedModel
 
 # Pictures per page, shared by the runs on it, and at most this many per run.
 PICTURES_PER_PAGE, MOST_WORST = 72, 12
@@ -68,12 +69,8 @@ def worst_images(
         index_of = {name: index for index, name in enumerate(names) if name in wanted}
         if len(index_of) < len(wanted):
             note = f"{len(wanted) - len(index_of)} of these images are no longer in {images.root}."
-    explainer = None
-    if images is not None and classifier is not None:
-        try:
-            explainer = Explainer(classifier)
-        except ValueError as error:
-            note = note or f"There are no heat maps: {reason(error)}."
+    explainer, problem = (None, None) if images is None or classifier is None else _explainer(classifier)
+    note = note or problem
     deadline = time.monotonic() + seconds
     shown = []
     for row in rows:
@@ -93,6 +90,16 @@ def worst_images(
                 explainer, note = None, note or f"There are no heat maps: {reason(error)}."
         shown.append({**_describe(found, row), "picture": picture, "heat": heat})
     return Worst(shown, note)
+
+
+def _explainer(classifier: Classifier) -> tuple[Explainer | None, str | None]:
+    """What draws heat maps of a model; None and the reason if it cannot."""
+    if isinstance(classifier.model, ExportedModel):
+        return None, "There are no heat maps: they need the model itself, not an exported one."
+    try:
+        return Explainer(classifier), None
+    except ValueError as error:
+        return None, f"There are no heat maps: {reason(error)}."
 
 
 def _describe(found: Predictions, row: int) -> dict[str, Any]:

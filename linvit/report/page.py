@@ -13,6 +13,8 @@ from linvit.report.examples import Worst
 from linvit.report.facts import Facts, settings_table
 from linvit.report.run import Run
 
+# Classes in the table of several evaluations, those with the most errors first.
+MOST_SIDE_BY_SIDE = 200
 _SCRIPTS = ("chart.js", "templates/confusion.js")
 
 
@@ -65,6 +67,7 @@ def render_runs(pages: Sequence[RunPage]) -> str:
         charts=charts,
         idle=describe_idle_counts(runs),
         evaluations=contexts,
+        side_by_side=_side_by_side(contexts),
         settings=settings_table(runs),
         # The first run with weights is the one whose use is shown.
         usable=next((run for run in runs if run.best is not None), runs[0]),
@@ -75,6 +78,7 @@ def render_runs(pages: Sequence[RunPage]) -> str:
 
 def render_evaluations(evaluated: Sequence[Evaluated], *, title: str, facts: Facts) -> str:
     """The page of `linvit eval --html`."""
+    contexts = [_context(each, index) for index, each in enumerate(evaluated)]
     return render(
         "linvit.report",
         "templates/eval.html.j2",
@@ -83,7 +87,8 @@ def render_evaluations(evaluated: Sequence[Evaluated], *, title: str, facts: Fac
         facts=facts,
         names=[each.name for each in evaluated],
         comparisons=_comparisons(evaluated),
-        evaluations=[_context(each, index) for index, each in enumerate(evaluated)],
+        evaluations=contexts,
+        side_by_side=_side_by_side(contexts),
     )
 
 
@@ -124,6 +129,24 @@ def _context(evaluated: Evaluated, index: int) -> dict[str, Any]:
         "worst": evaluated.worst.images,
         "worst_note": evaluated.worst.note,
         **found,
+    }
+
+
+def _side_by_side(evaluations: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Scores and accuracies of classes of several evaluations in columns; None for a single one."""
+    found = [each for each in evaluations if each is not None]
+    if len(found) < 2:
+        return None
+    by_name = [{score["id"]: score for score in each["scores"]} for each in found]
+    accuracies = [{row["name"]: row["accuracy"] for row in each["classes"]} for each in found]
+    classes = list(dict.fromkeys(name for each in accuracies for name in each))
+    return {
+        "names": [each["name"] for each in found],
+        "scores": [{**score, "cells": [each.get(score["id"]) for each in by_name]} for score in found[0]["scores"]],
+        "classes": [
+            {"name": name, "values": [each.get(name) for each in accuracies]} for name in classes[:MOST_SIDE_BY_SIDE]
+        ],
+        "num_classes": len(classes),
     }
 
 

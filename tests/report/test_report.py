@@ -21,6 +21,7 @@ from linvit.report import write
 from linvit.report.examples import worst_images
 from linvit.report.run import read_run
 from linvit.runs.folder import load_classifier
+from linvit.runtimes.model import ExportedModel
 from linvit.training.config import TrainConfig
 
 MOST_BYTES = 5_000_000
@@ -218,6 +219,7 @@ def test_several_runs_are_side_by_side(run: Path, data: Path, copy: Path, tmp_pa
     loss = json.loads(page.scripts["data-curves"])[0]["series"]
     assert [series["name"] for series in loss[::3]] == ["run, training", "copy, training"]
     assert "copy against run" in page.text.replace("\n", " ")
+    assert "Accuracy of each class side by side" in page.text
     differing = [attributes for attributes in page.all("tr") if attributes.get("class") == "differs"]
     assert len(differing) == 1
 
@@ -256,7 +258,12 @@ def test_images_without_heat_maps_say_why(run: Path, data: Path) -> None:
     images = open_images(data, split="val", class_names=config["label_names"])
     classifier = load_classifier(str(run))
     other = replace(classifier, model=timm.create_model("test_resnet", num_classes=6))
-    for given, seconds, words in ((other, 60, "There are no heat maps: "), (classifier, -1, "Heat maps took")):
+    exported = replace(classifier, model=ExportedModel.__new__(ExportedModel))
+    for given, seconds, words in (
+        (other, 60, "There are no heat maps: "),
+        (exported, 60, "There are no heat maps: they need the model itself"),
+        (classifier, -1, "Heat maps took"),
+    ):
         worst = worst_images(found, images, given, most=2, seconds=seconds)
         assert str(worst.note).startswith(words)
         assert [image["heat"] for image in worst.images] == [None, None]
