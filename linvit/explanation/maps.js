@@ -82,7 +82,8 @@ function describe(found) {
   const most = `most at ${place(best)}`;
   const weight = `weight ${short(found.patches[best])}`;
   const prefix = found.prefix.reduce((sum, each) => sum + each, 0);
-  const rest = found.prefix.length ? `; the ${found.prefix.length} prefix token(s) get ${short(prefix)}` : "";
+  const others = found.prefix.length === 1 ? "the class token gets" : `${found.prefix.length} class and register tokens get`;
+  const rest = found.prefix.length ? `; ${others} ${short(prefix)}` : "";
   const negative = found.patches.some(each => each < 0) ? " Weights below 0 are drawn as 0." : "";
   switch (state.map) {
     case "attention": return `${layerText()}: ${page.reader} looks ${most} (${weight}${rest}).${negative}`;
@@ -124,7 +125,7 @@ function draw(found) {
     context.imageSmoothingEnabled = !entry().layers;
     context.drawImage(cells, ...box);
   }
-  if (state.patch !== null && entry().layers && ["patch", "keys"].includes(state.map)) {
+  if (state.map === "patch" && state.patch !== null) {
     const cell = [box[2] / columns, box[3] / rows];
     const corner = [box[0] + state.patch % columns * cell[0], box[1] + Math.floor(state.patch / columns) * cell[1]];
     for (const [colour, line] of [["#000", 6], ["#fff", 3]]) {
