@@ -9,7 +9,8 @@ v (T) weights the tokens that the classifier reads: 1 for the class token, or 1/
 T tokens, N = h·w patches, K keys, L layers, H heads, M maps of a projection, k projected length, B images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -119,8 +120,8 @@ class Explanation:
         else:
             handle = block.register_forward_hook(lambda _, arguments, output: seen.append(output))
         try:
-            with torch.set_grad_enabled(with_gradients):
-                # So that there is a graph even where all parameters are frozen.
+            with torch.set_grad_enabled(with_gradients), _frozen(vit):
+                # The graph begins at the image.
                 self.layers, output = capture_attention(vit, image.detach().requires_grad_(with_gradients))
                 if target is not None and not 0 <= target < output.shape[1]:
                     raise ValueError(f"class {target} does not exist: the model has {output.shape[1]} classes, from 0")
@@ -208,6 +209,19 @@ class Explanation:
         """The patches of (…, T) as (…, h, w)."""
         height, width = self.layers[-1].grid_size
         return tokens[..., tokens.shape[-1] - height * width :].unflatten(-1, (height, width)).detach()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """A context in which no parameter takes part in the graph: gradients of weights are a third of a backward pass."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def dense_rows(projection: Projection, grid_size: tuple[int, int], *, like: Tensor) -> Tensor:

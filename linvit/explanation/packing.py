@@ -8,6 +8,8 @@ import numpy as np
 
 # Bytes of base64 per byte.
 TEXT = 4 / 3
+# Level 6 takes twice as long for 2 % less.
+_LEVEL = 4
 _TYPES = {np.dtype(np.uint8): "u1", np.dtype(np.int8): "i1", np.dtype(np.float32): "f4"}
 
 
@@ -35,7 +37,7 @@ class Pack:
 
     def text(self) -> str:
         """The block, compressed by zlib and in base64."""
-        return base64.b64encode(zlib.compress(b"".join(self._parts))).decode()
+        return base64.b64encode(zlib.compress(b"".join(self._parts), _LEVEL)).decode()
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
