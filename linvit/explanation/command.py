@@ -133,6 +133,8 @@ def explain_command(options: ExplainOptions) -> int:
         raise UsageError(f"--output {options.output}: cannot create the folder ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
+    page_file = options.output / "index.html" if options.page_size and options.method != "keys" else None
+    check_files(("--output", page_file), ("--json", options.json_file))
     if options.method != "keys":
         paths = map(images.path, range(len(images)))
         check_maps("--output", options.output, paths, extensions=(".png", ".values.png", ".heads.png"))
@@ -141,7 +143,7 @@ def explain_command(options: ExplainOptions) -> int:
         return _write_keys(explainer, options)
     target = None if options.target is None else explainer.class_index(options.target)
     names = FileNames()
-    page = None if options.page_size == 0 else _create_page(explainer, options, num_images=len(images))
+    page = None if page_file is None else _create_page(explainer, options, num_images=len(images))
     rows: list[dict[str, Any]] = []
     told: set[str] = set()
     with progress_bar() as bar:
@@ -157,8 +159,8 @@ def explain_command(options: ExplainOptions) -> int:
                 told.add(sentence)
     if options.json_file is not None:
         write_json(options.json_file, {"source": options.source, "method": options.method, "images": rows})
-    if page is not None and page.has_images:
-        write_text(options.output / "index.html", page.html(explainer.approximations(PAGE_METHODS)))
+    if page_file is not None and page is not None and page.has_images:
+        write_text(page_file, page.html(explainer.approximations(PAGE_METHODS)))
     if options.deletion:
         _print_areas(rows)
     num_explained = sum(row["error"] is None for row in rows)

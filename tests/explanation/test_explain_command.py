@@ -9,6 +9,7 @@ from coloured import COLOURS, coloured_square
 from PIL import Image
 
 from linvit.cli import main
+from linvit.explanation import explain as explain_module
 
 
 def explain(*arguments: str | Path) -> int:
@@ -134,3 +135,24 @@ def test_paths_that_do_not_exist_are_refused_before_the_model_is_loaded(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert explain(tmp_path / "no model", tmp_path / "a.png", "-o", tmp_path / "file") == 2
     assert "cannot create the folder" in capsys.readouterr().err
+    (tmp_path / "maps/index.html").mkdir(parents=True)
+    assert explain(tmp_path / "no model", tmp_path / "a.png", "-o", tmp_path / "maps") == 2
+    assert "index.html is a folder" in capsys.readouterr().err
+    (tmp_path / "maps/index.html").rmdir()
+    page = ["--json", tmp_path / "maps/index.html"]
+    assert explain(tmp_path / "no model", tmp_path / "a.png", "-o", tmp_path / "maps", *page) == 2
+    assert "are both" in capsys.readouterr().err
+
+
+def test_a_map_of_an_output_that_is_not_finite_is_an_error_of_the_image(
+    model_folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    normalize = explain_module.normalize
+    monkeypatch.setattr(explain_module, "normalize", lambda *arguments: normalize(*arguments) * np.nan)
+    assert explain(model_folder, images / COLOURS[0], "-o", tmp_path / "maps") == 1
+    assert "a.png: the model's output for this image is NaN or infinite" in capsys.readouterr().err
+    assert list((tmp_path / "maps").iterdir()) == []
