@@ -4,6 +4,7 @@ h × w patches, H × W pixels of the image.
 """
 
 import io
+import textwrap
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,8 @@ COLOURS = "inferno"
 LARGEST, SMALLEST = 1600, 400
 MOST_KEYS = 12
 _INCH = 100
+# Of a title.
+_PIXELS_PER_CHARACTER = 9
 
 
 def place(patches: np.ndarray, plan: CropPlan, *, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -93,13 +96,19 @@ def save_overlay(path: Path, image: np.ndarray, heat: np.ndarray, *, title: str)
     """
     shown = blend(_fit(image), _fit(heat))
     height, width = shown.shape[:2]
+    # Matplotlib makes no room for lines that it breaks itself.
+    lines = textwrap.wrap(drawable([title])[0], max(width, SMALLEST) // _PIXELS_PER_CHARACTER)
     figure = Figure(
-        figsize=(max(width, SMALLEST) / _INCH + 0.9, max(height, SMALLEST // 4) / _INCH + 0.6), layout="constrained"
+        figsize=(
+            max(width, SMALLEST) / _INCH + 0.9,
+            max(height, SMALLEST // 4) / _INCH + 0.4 + 0.2 * len(lines),
+        ),
+        layout="constrained",
     )
     axes = figure.subplots()
     axes.imshow(shown)
     axes.axis("off")
-    axes.set_title(drawable([title])[0], fontsize=11, wrap=True)
+    axes.set_title("\n".join(lines), fontsize=11)
     legend = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
     bar = figure.colorbar(legend, ax=axes, fraction=0.04, pad=0.01, ticks=[0, 0.5, 1])
     bar.set_label("share of the largest value", fontsize=9)

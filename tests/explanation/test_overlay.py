@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from linvit.data.geometry import EvalCrop
 from linvit.data.tiling import Box
+from linvit.explanation import overlay
 from linvit.explanation.mosaic import Mosaic
 from linvit.explanation.overlay import blend, normalise, place
 
@@ -86,3 +88,24 @@ def test_an_image_of_a_few_pixels_keeps_one_per_tile():
         mosaic.add(Box(0, left, 1, 50), PATCHES, EvalCrop((8, 8), 1.0, "squash").plan(1, 50))
     assert mosaic.mean().shape == (1, 10)
     assert not np.isnan(mosaic.mean()).any()
+
+
+def test_a_long_title_is_not_cut_off(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(overlay, "save_figure", lambda path, figure, dpi: figures.append(figure))
+    image = np.zeros((300, 300, 3), np.uint8)
+    title = overlay.title_of(
+        "a monocrystalline cell with a defect",
+        0.825,
+        method="relevance",
+        explained="a monocrystalline cell with a defect",
+    )
+    overlay.save_overlay(tmp_path / "a.png", image, np.ones((300, 300)), title=title)
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    text = figure.axes[0].title
+    assert text.get_text().replace("\n", " ") == title
+    box, page = text.get_window_extent(), figure.bbox
+    assert box.x0 >= 0
+    assert box.y1 <= page.y1
+    assert box.x1 <= page.x1
