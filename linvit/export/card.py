@@ -117,7 +117,7 @@ Licence: {origin.license or "not stated"}. linvit {__version__}.
 def _metrics(classifier: Classifier, origin: Origin) -> str:
     rows = []
     if origin.evaluation:
-        intervals = origin.evaluation.get("intervals") or {}
+        intervals = origin.evaluation.get("confidence") or {}
         for key, label in _METRICS.items():
             if key in origin.evaluation:
                 low_high = intervals.get(key)
