@@ -79,9 +79,7 @@ def main() -> None:
 
     def save() -> None:
         seeds = sorted({row["seed"] for row in results})
-        # The command, without the folders of this machine.
-        command = " ".join(Path(word).name if Path(word).is_absolute() else word for word in script_command().split())
-        origin = provenance(command, seed=seeds, n=len(seeds))
+        origin = provenance(script_command(), seed=seeds, n=len(seeds))
         write_json(options.json, {"question": study["question"], "recipe": study["recipe"], **origin, "runs": results})
 
     for seed in options.seeds or study["seeds"]:

@@ -63,10 +63,6 @@ def main() -> None:
         "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
         "runs": runs,
     }
-    # Keep the names of runs and data, not their folders on this machine.
-    result["command"] = " ".join(
-        Path(word).name if Path(word).is_absolute() else word for word in result["command"].split()
-    )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.json, result)
     print(f"top-1 {result['top1_mean']} ± {result['top1_std']}, n = {len(runs)}: {[round(value, 2) for value in top1]}")

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--num-curves", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--recipe", help="how the model was trained, for the results")
     options = parser.parse_args()
 
     explainer = Explainer(load_classifier(options.run))
@@ -111,6 +112,7 @@ def main() -> None:
         print(f"{name:<10} {row['accuracy']:18.1f} %   {row['deletion']:8.3f}  {row['insertion']:9.3f}")
     if options.json:
         results = {
+            "recipe": options.recipe,
             "margin": options.margin,
             "num_images": len(chosen),
             "num_right": count,

@@ -35,9 +35,13 @@ def provenance(command: str, *, seed: int | Sequence[int], n: int | Sequence[int
 
 
 def script_command() -> str:
-    """The command line of the running script, such as "python benchmarks/loader.py --rounds 7"."""
+    """The command line of the running script, such as "python benchmarks/loader.py --rounds 7".
+
+    Absolute paths are reduced to their last part, so that results do not name folders of this machine.
+    """
     script = Path(sys.argv[0]).resolve()
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *words])
 
 
 def _commit() -> str:

@@ -27,5 +27,5 @@ def test_a_script_is_named_by_its_folder(path, monkeypatch, tmp_path):
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     monkeypatch.chdir(folder if path.startswith("./") else tmp_path)
-    monkeypatch.setattr(sys, "argv", [path, "--rounds", "7"])
-    assert script_command() == "python benchmarks/x.py --rounds 7"
+    monkeypatch.setattr(sys, "argv", [path, "--rounds", "7", "--json", str(tmp_path / "out.json"), "data/x"])
+    assert script_command() == "python benchmarks/x.py --rounds 7 --json out.json data/x"
