@@ -95,10 +95,10 @@ def test_a_long_title_is_not_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(overlay, "save_figure", lambda path, figure, dpi: figures.append(figure))
     image = np.zeros((300, 300, 3), np.uint8)
     title = overlay.title_of(
-        "a monocrystalline cell with a defect",
+        "mono_defective",
         0.825,
         method="relevance",
-        explained="a monocrystalline cell with a defect",
+        explained="mono_defective",
     )
     overlay.save_overlay(tmp_path / "a.png", image, np.ones((300, 300)), title=title)
     (figure,) = figures
