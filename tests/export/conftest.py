@@ -16,10 +16,6 @@ from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
 from linvit.runtimes.metadata import KEY, ExportMetadata
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'linvit[export]'")
-for package in ("onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package, reason="needs pip install 'linvit[export]'")
-
 CLASSES = ["green", "red", "=blue"]
 SPEC = InputSpec((32, 24), (0.1, 0.2, 0.3), (0.3, 0.3, 0.4), "bilinear", 0.8, "border", (0, 4095))
 
@@ -44,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def onnx_exported_once() -> Iterator[None]:
     """Exporting to ONNX takes seconds: a graph that was exported before is copied, with the record of the new one."""
+    import onnx
+
     files: dict[Any, bytes] = {}
 
     def write(program: Any, path: Path, metadata: ExportMetadata, *, opset: int) -> None:

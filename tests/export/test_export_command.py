@@ -5,8 +5,6 @@ import json
 import sys
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +15,11 @@ from linvit.export import write
 from linvit.runs.folder import load_classifier
 from linvit.runtimes import packages
 from linvit.runtimes.metadata import KEY
+
+onnx = pytest.importorskip("onnx", reason="needs pip install 'linvit[export]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'linvit[export]'")
+for package in ("onnxscript", "openvino"):
+    pytest.importorskip(package, reason="needs pip install 'linvit[export]'")
 
 GRAPHS = ["onnx", "pixels", "openvino", "torch-export"]
 FORMATS = [*GRAPHS, "hf", "safetensors"]

@@ -15,6 +15,9 @@ from linvit.model.build import create_model
 from linvit.runtimes.metadata import describe
 from linvit.runtimes.model import open_exported
 
+for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package, reason="needs pip install 'linvit[export]'")
+
 # kind → sharing, (height, width) in pixels, and arguments of the model. Patches have 4 px.
 TABLE = {
     "linear": ("layerwise", (24, 32), {"class_token": False, "global_pool": "avgmax", "depth": 2}),
