@@ -33,6 +33,7 @@ COMMANDS = {
         "models": "linvit.model.catalog",
         "convert": "linvit.conversion.command",
         "export": "linvit.export.command",
+        "push": "linvit.export.push",
     },
     "analyse": {
         "explain": "linvit.explanation.command",

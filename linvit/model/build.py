@@ -26,6 +26,8 @@ from linvit.settings.flags import UsageError
 CHECKPOINTING = ("none", "mlp", "full")
 # Before the folder of a model, as timm writes it.
 LOCAL = "local-dir:"
+# Before the name of a model on the Hugging Face hub.
+HUB = "hf-hub:"
 ONLY_VITS = "only timm's VisionTransformer, and linvit's, are compared here"
 
 
@@ -89,7 +91,7 @@ def create_model(
         if origin == "local-dir":
             description = read_config(Path(location) / CONFIG)
         elif origin == "hf-hub":
-            description = read_config(_download_config(location))
+            description = read_config(download_config(location))
             weights = {"source": "hf-hub", "hf_hub_id": location}
     else:
         description = model
@@ -120,7 +122,8 @@ def create_model(
         raise ValueError(f"{source}{name} cannot be built: {printable(reason(error))}") from error
 
 
-def _download_config(name: str) -> Path:
+def download_config(name: str) -> Path:
+    """The config.json of a model on the hub, from the cache if it is there; ValueError if it cannot be had."""
     try:
         return Path(download_from_hf(name, CONFIG))
     # The package has its own errors for names, access and the network.

@@ -26,11 +26,11 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from linvit.data.augment.build import InputSpec
-from linvit.model.build import LOCAL, TimmModel, create_model
-from linvit.model.description import ModelDescription
+from linvit.model.build import HUB, LOCAL, TimmModel, create_model, download_config
+from linvit.model.description import ModelDescription, read_json
 from linvit.output.files import cannot_write, replace_files, scratch_of
 from linvit.runs.checkpoint import write_weights
-from linvit.runs.weights import SavedWeights, check_finite, compact, fit_weights, read_weights
+from linvit.runs.weights import SavedWeights, check_finite, compact, fit_weights, read_weights, recorded_range
 from linvit.settings.yaml import read_settings
 
 LOCK = ".lock"
@@ -224,7 +224,9 @@ def load_classifier(
     check_finite(model.state_dict(), path=source)
     subset = infer_imagenet_subset(model)
     names = model.pretrained_cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else None)
-    return Classifier(model.eval(), names, weights=source, settings={})
+    # timm's configuration has no place for the input range; the file is in the cache by now.
+    config = read_json(download_config(source.removeprefix(HUB))) if source.startswith(HUB) else {}
+    return Classifier(model.eval(), names, weights=source, settings=recorded_range(config))
 
 
 def _saved_range(spec: InputSpec) -> dict[str, Any]:

@@ -135,10 +135,15 @@ def _read_folder(folder: Path, *, use_ema: bool) -> SavedWeights:
 def _described(source: Path, config: dict[str, Any], state_dict: dict[str, Tensor]) -> SavedWeights:
     """Weights with the contents of timm's config.json, which `source` holds."""
     description = parse_config(source, config)
-    about = config.get("linvit")
-    # timm's format has no place for the input range. A run's own settings replace it.
-    settings = {"input_range": about["input_range"]} if isinstance(about, dict) and "input_range" in about else {}
+    # A run's own settings replace the input range.
+    settings = recorded_range(config)
     return SavedWeights(source, state_dict, description.img_size, description.class_names, description, settings)
+
+
+def recorded_range(config: dict[str, Any]) -> dict[str, Any]:
+    """The input range in linvit's entry of a config.json, since timm's format has no place for it, as a setting."""
+    about = config.get("linvit")
+    return {"input_range": about["input_range"]} if isinstance(about, dict) and "input_range" in about else {}
 
 
 def _header_config(path: Path) -> dict[str, Any] | None:
