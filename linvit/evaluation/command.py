@@ -87,6 +87,8 @@ def _report(evaluations: list[Evaluation], options: EvalOptions, write_page: Wri
         write_images(evaluations, options.csv_file)
     if options.markdown_file is not None:
         write_markdown(reports, options.markdown_file)
+    if options.conformal_file is not None and evaluations[0].conformal is not None:
+        write_json(options.conformal_file, evaluations[0].conformal[0].model_dump())
     if options.plot_file is not None:
         write_size_plot(reports, options.plot_file)
     if options.html_file is not None:

@@ -76,6 +76,17 @@ class EvalOptions(ClassifierOptions):
         None,
         description="split to fit the temperature on (default: a random half of the images, the other half reported)",
     )
+    conformal: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="report sets of classes that miss the true one in this share of images, as 0.1; calibrated on a "
+        "random half of the images and reported on the other",
+    )
+    conformal_method: Literal["lac", "raps"] = Field(
+        "lac", description="lac: smallest sets; raps: sets that adapt to how hard an image is"
+    )
+    conformal_split: str | None = Field(None, description="split to calibrate the sets on, instead of a random half")
     tta: Literal["none", "hflip"] = Field(
         "none", description="test-time augmentation: average the probabilities of each image and its mirror image"
     )
@@ -100,6 +111,7 @@ class EvalOptions(ClassifierOptions):
     html_file: Path | None = Field(
         None, description="write a page with scores, confusion matrix, classes, calibration and the worst images"
     )
+    conformal_file: Path | None = Field(None, description="write the rule of --conformal for linvit predict")
     confusion: tuple[Path, ...] = Field((), description="write the confusion matrix as .png, .csv or both")
     plot_file: Path | None = Field(None, description="plot top-1 over --img-size as .png")
 
@@ -112,7 +124,16 @@ class EvalOptions(ClassifierOptions):
                 f"--temperature-split {self.split} is the split to evaluate; choose another, or omit the option to fit "
                 "on a random half"
             )
+        if self.conformal is None and (self.conformal_split is not None or self.conformal_file is not None):
+            raise ValueError("--conformal-split and --conformal-file need --conformal")
+        if self.conformal_split == self.split:
+            raise ValueError(
+                f"--conformal-split {self.split} is the split to evaluate; choose another, or omit the option to "
+                "calibrate on a random half"
+            )
         num_results = (1 + len(self.compare)) * max(len(self.img_size), 1)
+        if self.conformal_file is not None and num_results > 1:
+            raise ValueError("--conformal-file takes one source at one size; omit --compare")
         if self.confusion and num_results > 1:
             raise ValueError("--confusion takes one source at one size; omit --compare and give at most one --img-size")
         for path in self.confusion:
@@ -130,6 +151,7 @@ class EvalOptions(ClassifierOptions):
             ("--csv", self.csv_file),
             ("--markdown", self.markdown_file),
             ("--html", self.html_file),
+            ("--conformal-file", self.conformal_file),
             *(("--confusion", path) for path in self.confusion),
             ("--plot", self.plot_file),
         ]

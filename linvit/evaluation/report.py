@@ -54,6 +54,9 @@ def build_report(evaluation: Evaluation, options: EvalOptions) -> Report:
             "python": platform.python_version(),
         },
     }
+    if evaluation.conformal is not None:
+        rule, found = evaluation.conformal
+        report["conformal"] = {**rule.model_dump(exclude={"class_names", "num_calibration"}), **found}
     if evaluation.numbers is not None:
         report["real"] = real_accuracy(
             results, evaluation.numbers, match.class_names, num_resamples=options.bootstrap, seed=options.seed

@@ -93,6 +93,15 @@ def _show_extras(console: Console, report: Report, name: str) -> None:
         show_line(
             console, f"{name}: ReaL accuracy {real['top1']:.2f} % on {real['num_images']:,} images with ReaL labels"
         )
+    if "conformal" in report:
+        found = report["conformal"]
+        show_line(
+            console,
+            f"{name}: sets ({found['method']}, {found['calibrated_on']}) hold the true class of "
+            f"{found['coverage']:.1f} % of {found['num_images']:,} images (aim: {100 * (1 - found['alpha']):g} %), "
+            f"{found['mean_size']:.2f} classes on average; one class for {found['one_class']:.1f} %, none for "
+            f"{found['empty']:.1f} %",
+        )
     if report["calibration"] is not None:
         fit = report["calibration"]
         loss = f"loss {fit['loss_before']:.4f} → {fit['loss']:.4f}"

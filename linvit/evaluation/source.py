@@ -19,6 +19,7 @@ from linvit.data.sources.open import open_fraction, open_images
 from linvit.distributed import Ranks, usable_workers
 from linvit.evaluation.classes import ClassMatch, match_classes
 from linvit.evaluation.collect import Collected, collect
+from linvit.evaluation.conformal import ConformalRule, assess, calibrate
 from linvit.evaluation.inference import (
     add_class_names,
     amp_precision,
@@ -91,6 +92,8 @@ class Evaluation:
     collected: Collected
     seconds: float
     calibration: dict[str, Any] | None
+    # The rule of `--conformal` and how it does.
+    conformal: tuple[ConformalRule, dict[str, Any]] | None
     # Number of each image in ImageNet's validation set, with `--real-labels`.
     numbers: list[int] | None
 
@@ -121,8 +124,13 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
     if options.temperature_split is not None:
         split_images, _ = _open_images(source, classifier, options, split=options.temperature_split)
         temperature = evaluator.fit_temperature(split_images)
+    apart = None
+    if options.conformal_split is not None:
+        split_images, _ = _open_images(source, classifier, options, split=options.conformal_split)
+        apart = evaluator.collect(split_images, keep_logits=True)
     started = time.perf_counter()
-    collected = evaluator.collect(images, keep_logits=options.temperature is not None)
+    keep_logits = options.temperature is not None or options.conformal is not None
+    collected = evaluator.collect(images, keep_logits=keep_logits)
     seconds = time.perf_counter() - started
     model, spec = views[0]
     return Evaluation(
@@ -139,6 +147,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
         collected=replace(collected, logits=None),
         seconds=seconds,
         calibration=_calibrate(collected, temperature, options),
+        conformal=_conform(collected, apart, match, options),
         numbers=numbers,
     )
 
@@ -168,8 +177,8 @@ class _Evaluator:
         num_bytes = 4 * len(images) * len(self.match.class_names)
         if keep_logits and num_bytes > MOST_LOGIT_BYTES:
             raise ValueError(
-                f"--temperature keeps all logits in memory, {format_bytes(num_bytes)} for {len(images):,} images; "
-                "evaluate fewer images or omit --temperature"
+                f"--temperature and --conformal keep all logits in memory, {format_bytes(num_bytes)} for "
+                f"{len(images):,} images; evaluate fewer images or omit them"
             )
         loaders = [self._loader(images, spec) for _, spec in self.views]
         with progress_bar(is_shown=self.ranks.is_primary) as bar:
@@ -277,3 +286,25 @@ def _calibrate(collected: Collected, temperature: float | None, options: EvalOpt
     temperature = fit_temperature(logits[fitted], results.labels[fitted])
     values = calibration(results.take(held_out), logits[held_out], temperature)
     return {"fitted_on": f"a random half ({len(fitted)} images)", **values}
+
+
+def _conform(
+    collected: Collected, apart: Collected | None, match: ClassMatch, options: EvalOptions
+) -> tuple[ConformalRule, dict[str, Any]] | None:
+    """The rule for sets of classes from the images `apart`, or half of the images, and how it does on the others."""
+    if options.conformal is None:
+        return None
+    assert collected.logits is not None
+    probabilities, labels = collected.logits.double().softmax(1), collected.results.labels.cpu()
+    if apart is not None and apart.logits is not None:
+        used, used_labels = apart.logits.double().softmax(1), apart.results.labels.cpu()
+        where = f"split {options.conformal_split}"
+    else:
+        fitted, held_out = random_halves(len(labels), seed=options.seed)
+        used, used_labels = probabilities[fitted], labels[fitted]
+        probabilities, labels = probabilities[held_out], labels[held_out]
+        where = "a random half"
+    rule = calibrate(
+        used, used_labels, alpha=options.conformal, method=options.conformal_method, class_names=match.class_names
+    )
+    return rule, {"calibrated_on": f"{where} ({len(used_labels)} images)", **assess(rule, probabilities, labels)}

@@ -59,6 +59,12 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
 
     tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
 
+    conformal: Path | None = Field(
+        None,
+        description="file of linvit eval --conformal-file: also report the set of classes that may be true, in the "
+        "column `label_set`, and whether that is not exactly one, in `unsure`",
+    )
+
     heatmap: Path | None = Field(
         None,
         description="write a picture of where the model looks in each image to this folder, created if missing; its "
@@ -75,6 +81,10 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
                 raise ValueError(f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         if self.tile is None and self.tile_output is not None:
             raise ValueError("--tile-output needs --tile")
+        if self.conformal is not None and self.tile is not None:
+            raise ValueError("--conformal was calibrated on full images; remove --tile")
+        if self.conformal is not None and self.label_type == "description":
+            raise ValueError("--conformal goes by class names; remove --label-type description")
         if self.heatmap is None and "heatmap_method" in self.model_fields_set:
             raise ValueError("--heatmap-method needs --heatmap FOLDER")
         return self
@@ -108,10 +118,20 @@ def predict_command(options: PredictOptions) -> int:
     from linvit.data.sources.loose import LooseImages
     from linvit.device import choose_device
     from linvit.output.terminal import note, print_line
-    from linvit.prediction.writers import HEATMAP_COLUMNS, IMAGE_COLUMNS, TILE_COLUMNS, check_format, open_rows
+    from linvit.prediction.writers import (
+        HEATMAP_COLUMNS,
+        IMAGE_COLUMNS,
+        SET_COLUMNS,
+        TILE_COLUMNS,
+        check_format,
+        open_rows,
+    )
     from linvit.runs.folder import source_files
+    from linvit.runtimes.model import is_exported
 
-    check_inputs(("--class-map", options.class_map))
+    check_inputs(("--class-map", options.class_map), ("--conformal", options.conformal))
+    if options.heatmap is not None and is_exported(options.source):
+        raise UsageError(f"--heatmap: {options.source} is an exported model, without gradients; give the run")
     files = [("--output", options.output), ("--tile-output", options.tile_output)]
     check_files(*files, inputs=[*source_files(options.source), *_input_files(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line
@@ -129,6 +149,8 @@ def predict_command(options: PredictOptions) -> int:
     predictor = _create_predictor(classifier, options)
     heatmaps = None if options.heatmap is None else _create_heatmaps(options.heatmap, classifier, predictor, options)
     columns = IMAGE_COLUMNS if heatmaps is None else HEATMAP_COLUMNS
+    if predictor.conformal is not None:
+        columns = (*columns[:-1], *SET_COLUMNS, columns[-1])
     with ExitStack() as stack:
         is_shown = sys.stderr.isatty() if show is note else sys.stdout.isatty()
         write_image: WriteRow = (
@@ -209,6 +231,7 @@ def _create_predictor(classifier: Classifier, options: PredictOptions) -> Predic
 
     return Predictor(
         classifier,
+        conformal=options.conformal,
         img_size=None if options.img_size is None else height_and_width(options.img_size),
         topk=options.topk,
         tile=options.tile,
@@ -262,7 +285,10 @@ def _write(
         heatmap = None
         if heatmaps is not None:
             heatmap, prediction = heatmaps.write(images, index, prediction)
-        write_image({**{name: getattr(prediction, name) for name in IMAGE_COLUMNS}, "heatmap": heatmap})
+        row = {name: getattr(prediction, name) for name in IMAGE_COLUMNS}
+        if prediction.label_set is not None:
+            row |= {"label_set": "|".join(prediction.label_set), "unsure": "yes" if prediction.is_unsure else "no"}
+        write_image({**row, "heatmap": heatmap})
         for tile in prediction.tiles:
             best = {"labels": tile.labels, "probabilities": tile.probabilities}
             write_tile({"path": prediction.path, **tile.box._asdict(), **best})
@@ -273,13 +299,18 @@ def _show_row(row: Row, *, show: Callable[[str], None]) -> None:
     """Print a line for a reader."""
     best = [f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"])]
     error = [] if row["error"] is None else [row["error"]]
-    show(f"{row['path']}: {'; '.join([*best, *error])}")
+    unsure = [f"unsure: {row['label_set'] or 'no class fits'}"] if row.get("unsure") == "yes" else []
+    show(f"{row['path']}: {'; '.join([*best, *unsure, *error])}")
 
 
 def _print_row(row: Row, *, columns: Sequence[str], topk: int, show: Callable[..., None]) -> None:
     """Print a line for a program: the columns of a CSV file, separated by tabs."""
     best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
-    show(row["path"], *best, *(row[name] or "" for name in columns if name in ("heatmap", "error")))
+    show(
+        row["path"],
+        *best,
+        *(row.get(name) or "" for name in columns if name not in ("path", "labels", "probabilities")),
+    )
 
 
 def _discard(row: Row) -> None:

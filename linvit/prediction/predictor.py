@@ -20,6 +20,7 @@ from linvit.data.tiles import read_tiles
 from linvit.data.tiling import Box, create_tiling
 from linvit.device import choose_device
 from linvit.distributed import usable_workers
+from linvit.evaluation.conformal import read_rule
 from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
 from linvit.prediction.options import PredictorOptions
 from linvit.runs.folder import Classifier, load_classifier
@@ -53,6 +54,13 @@ class Prediction:
     error: str | None = None
     # With tiling, at least one; else empty.
     tiles: tuple[TilePrediction, ...] = ()
+    # Classes that may be the true one, most probable first, by the rule of `conformal`; None without a rule.
+    label_set: tuple[str, ...] | None = None
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the set holds no class or several."""
+        return self.label_set is not None and len(self.label_set) != 1
 
 
 class Predictor:
@@ -76,6 +84,7 @@ class Predictor:
         workers: number of processes that read images; 0 reads them in this process.
         device: "cpu", "cuda", "cuda:1", ...; "auto" uses a GPU if there is one.
         amp: whether to use automatic mixed precision; by default as in the run.
+        conformal: file of `linvit eval --conformal-file`, for `Prediction.label_set`; not with tiles.
         trust_code: open a `.pt2` file, which can run code.
         say: called with messages, such as that the batch size was halved.
 
@@ -96,6 +105,7 @@ class Predictor:
         workers: int = 0,
         device: str = "auto",
         amp: bool | None = None,
+        conformal: str | Path | None = None,
         trust_code: bool = False,
         say: Callable[[str], object] = warnings.warn,
     ) -> None:
@@ -129,6 +139,9 @@ class Predictor:
                 f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names; give one "
                 "name per class"
             )
+        if conformal is not None and self.tiling is not None:
+            raise ValueError("`conformal` was calibrated on full images: remove `tile`")
+        self.conformal = None if conformal is None else read_rule(Path(conformal), class_names=self.class_names)
         self.topk = min(options.topk, len(self.class_names))
         self.spec = input_spec(classifier, img_size=size)
         self.batch_size = options.batch_size or default_batch_size(self.device, self.spec.size)
@@ -178,9 +191,16 @@ class Predictor:
             if len(batch.images):
                 probabilities = self._probabilities(batch.images)
                 are_finite = probabilities.isfinite().all(1).tolist()
-                for index, is_finite, best in zip(batch.indices.tolist(), are_finite, self._best(probabilities)):
+                best, sets = self._best(probabilities), self._sets(probabilities)
+                for index, is_finite, (labels, values), label_set in zip(
+                    batch.indices.tolist(), are_finite, best, sets
+                ):
                     name = images.name(index)
-                    predictions[index] = Prediction(name, *best) if is_finite else Prediction(name, error=NOT_FINITE)
+                    predictions[index] = (
+                        Prediction(name, labels, values, label_set=label_set)
+                        if is_finite
+                        else Prediction(name, error=NOT_FINITE)
+                    )
             # A batch has consecutive indices, including those of unreadable images.
             yield from (predictions[index] for index in sorted(predictions))
 
@@ -207,6 +227,16 @@ class Predictor:
 
     def _probabilities(self, images: Tensor) -> Tensor:
         return self._forward(images).softmax(1)
+
+    def _sets(self, probabilities: Tensor) -> Iterator[tuple[str, ...] | None]:
+        """The classes of each row that may be true, most probable first; None for each without a rule."""
+        if self.conformal is None:
+            yield from [None] * len(probabilities)
+            return
+        order = probabilities.argsort(dim=1, descending=True, stable=True)
+        kept = self.conformal.sets(probabilities).gather(1, order)
+        for labels, are_kept in zip(order.tolist(), kept.tolist()):
+            yield tuple(self.class_names[label] for label, is_kept in zip(labels, are_kept) if is_kept)
 
     def _best(self, probabilities: Tensor) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
         """Labels and probabilities of the most probable classes of each row."""

@@ -18,6 +18,8 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 # "labels" and "probabilities" are lists, which CSV spreads over several columns.
 IMAGE_COLUMNS = ("path", "labels", "probabilities", "error")
 HEATMAP_COLUMNS = ("path", "labels", "probabilities", "heatmap", "error")
+# With --conformal, before "error".
+SET_COLUMNS = ("label_set", "unsure")
 TILE_COLUMNS = ("path", "top", "left", "height", "width", "labels", "probabilities")
 _LISTS = {"labels": "label", "probabilities": "probability"}
 # Rows per group of a Parquet file, which are held in memory.

@@ -1,0 +1,111 @@
+"""Sets of classes that contain the true one with a chosen probability, by split conformal prediction.
+
+A score says how strange a class is for an image. The threshold is a quantile of the scores of the true classes on n
+calibration images, the ⌈(n + 1)(1 - α)⌉-th smallest; the set of an image holds all classes up to it. For images drawn
+as the calibration images were, sets contain the true class with a probability of at least 1 - α, on average over
+classes and images, whatever the model.
+
+    lac    1 - p(class): the smallest sets on average (Sadinle et al. 2019, arXiv 1609.00451); a set may be empty
+    raps   the probability of the class and of all more probable ones, and a penalty on ranks beyond 5 (Angelopoulos et
+           al. 2021, arXiv 2009.14193); without their randomisation, so that sets are the same every time and coverage
+           errs upwards
+
+N images, C classes.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from linvit.model.description import read_json, validated
+
+Method = Literal["lac", "raps"]
+# The penalty per rank beyond the first ranks, as in the paper's experiments on ImageNet.
+_PENALTY, _FREE_RANKS = 0.01, 5
+
+
+class ConformalRule(BaseModel):
+    """How the set of an image follows from its probabilities; calibrated on `num_calibration` images for `alpha`."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    method: Method
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    threshold: float
+    num_calibration: int
+    class_names: list[str]
+
+    def sets(self, probabilities: Tensor) -> Tensor:
+        """Whether each class belongs to the set of each image: (N, C) for probabilities (N, C)."""
+        return scores(probabilities, self.method) <= self.threshold
+
+
+def scores(probabilities: Tensor, method: Method) -> Tensor:
+    """How strange each class is for each image, (N, C) in float64."""
+    probabilities = probabilities.double()
+    if method == "lac":
+        return 1 - probabilities
+    ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(1, probabilities.shape[1] + 1, device=probabilities.device, dtype=torch.float64)
+    strangeness = ordered.cumsum(1) + _PENALTY * (ranks - _FREE_RANKS).clamp_min(0)
+    return torch.empty_like(strangeness).scatter_(1, order, strangeness)
+
+
+def calibrate(
+    probabilities: Tensor, labels: Tensor, *, alpha: float, method: Method, class_names: Sequence[str]
+) -> ConformalRule:
+    """The rule for probabilities (N, C) and labels (N,) of calibration images.
+
+    Raises ValueError if there are too few images for this `alpha`.
+    """
+    num_images = len(labels)
+    # 10 · (1 - 0.3) is 7, and not slightly more.
+    rank = math.ceil(round((num_images + 1) * (1 - alpha), 9))
+    if rank > num_images:
+        raise ValueError(
+            f"--conformal {alpha:g} needs at least {math.ceil(round(1 / alpha, 9)) - 1} images to calibrate on, not "
+            f"{num_images}; add images or raise the share of errors"
+        )
+    true = scores(probabilities, method).gather(1, labels[:, None]).squeeze(1)
+    threshold = float(true.sort().values[rank - 1])
+    return ConformalRule(
+        method=method, alpha=alpha, threshold=threshold, num_calibration=num_images, class_names=list(class_names)
+    )
+
+
+def assess(rule: ConformalRule, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    """How the rule does on other images: shares in percent, sizes in classes."""
+    sets = rule.sets(probabilities)
+    sizes = sets.sum(1)
+    covered = sets.gather(1, labels[:, None]).squeeze(1).double()
+    per_class = {
+        name: 100 * float(covered[labels == label].mean())
+        for label, name in enumerate(rule.class_names)
+        if (labels == label).any()
+    }
+    return {
+        "coverage": 100 * float(covered.mean()),
+        "mean_size": float(sizes.double().mean()),
+        "one_class": 100 * float((sizes == 1).double().mean()),
+        "empty": 100 * float((sizes == 0).double().mean()),
+        "num_images": len(labels),
+        "coverage_per_class": per_class,
+    }
+
+
+def read_rule(path: Path, *, class_names: Sequence[str]) -> ConformalRule:
+    """The rule that `linvit eval --conformal-file` wrote for a model with these classes.
+
+    Raises ValueError if it cannot be read, or is of a model with other classes.
+    """
+    rule = validated(path, ConformalRule, read_json(path))
+    if rule.class_names != list(class_names):
+        raise ValueError(
+            f"{path} was calibrated for a model with other classes; run linvit eval --conformal-file again"
+        )
+    return rule

@@ -1,0 +1,143 @@
+"""Conformal sets: against plain loops, their promised coverage, and through eval and predict."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import make_images
+
+import linvit
+from linvit.cli import main
+from linvit.data.augment.build import InputSpec
+from linvit.evaluation.conformal import assess, calibrate, scores
+from linvit.model.build import create_model
+from linvit.runs.folder import save_classifier
+
+CLASSES = ["blue", "green", "red"]
+
+
+def draw(generator, count, num_classes=8):
+    """Probabilities of a model that is too sure of itself, and labels."""
+    logits = torch.randn(count, num_classes, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator).squeeze(1)
+    return (3 * logits).softmax(1), labels
+
+
+def plain_score(probabilities, label, method):
+    """Of one image, by the papers' equations."""
+    if method == "lac":
+        return 1 - probabilities[label]
+    order = sorted(range(len(probabilities)), key=lambda each: -probabilities[each])
+    rank = order.index(label) + 1
+    return sum(probabilities[each] for each in order[:rank]) + 0.01 * max(0, rank - 5)
+
+
+@pytest.mark.parametrize("method", ["lac", "raps"])
+@pytest.mark.parametrize(("count", "alpha"), [(50, 0.1), (19, 0.05), (7, 0.4)])
+def test_thresholds_and_sets_equal_plain_loops(method, count, alpha):
+    generator = torch.Generator().manual_seed(count)
+    probabilities, labels = draw(generator, count)
+    rule = calibrate(probabilities, labels, alpha=alpha, method=method, class_names=list("abcdefgh"))
+    rows, numbers = probabilities.double().tolist(), labels.tolist()
+    ordered = sorted(plain_score(row, label, method) for row, label in zip(rows, numbers))
+    # The smallest threshold that (n + 1)(1 - alpha) of the images, rounded up, lie within.
+    within = next(index for index in range(1, count + 1) if index >= (count + 1) * (1 - alpha) - 1e-9)
+    assert rule.threshold == pytest.approx(ordered[within - 1], abs=1e-12)
+    found = rule.sets(probabilities)
+    for row, kept in zip(rows, found.tolist()):
+        assert kept == [plain_score(row, label, method) <= rule.threshold + 1e-12 for label in range(8)]
+
+
+@pytest.mark.parametrize("method", ["lac", "raps"])
+def test_coverage_is_what_was_promised(method):
+    """1 - alpha at least, and for scores without ties at most 1 / (n + 1) more; the model's own confidence is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(400):
+        probabilities, labels = draw(generator, 39 + 200)
+        rule = calibrate(probabilities[:39], labels[:39], alpha=0.2, method=method, class_names=list("abcdefgh"))
+        found.append(assess(rule, probabilities[39:], labels[39:])["coverage"])
+    standard_error = np.std(found) / len(found) ** 0.5
+    assert 80 - 4 * standard_error < np.mean(found) < 82.5 + 4 * standard_error
+
+
+def test_assess_counts_by_hand():
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.34, 0.33, 0.33]])
+    labels = torch.tensor([0, 2, 2])
+    rule = calibrate(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0]), alpha=0.5, method="lac", class_names=CLASSES)
+    rule = rule.model_copy(update={"threshold": 0.69})
+    found = assess(rule, probabilities, labels)
+    assert found["mean_size"] == pytest.approx((1 + 1 + 3) / 3)
+    assert found["coverage"] == pytest.approx(200 / 3)
+    assert found["one_class"] == pytest.approx(200 / 3)
+    assert (found["empty"], found["num_images"]) == (0, 3)
+    assert found["coverage_per_class"] == {"blue": 100, "red": 50}
+
+
+def test_too_few_images_are_refused():
+    probabilities, labels = draw(torch.Generator().manual_seed(0), 8)
+    with pytest.raises(ValueError, match="needs at least 9 images to calibrate on, not 8"):
+        calibrate(probabilities, labels, alpha=0.1, method="lac", class_names=list("abcdefgh"))
+
+
+def test_raps_penalises_ranks_beyond_the_fifth():
+    even = torch.full((1, 8), 0.125)
+    assert scores(even, "raps")[0, 7] - scores(even, "raps")[0, 4] == pytest.approx(3 * 0.125 + 3 * 0.01)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conformal")
+    make_images(folder / "data", train=8, val=4)
+    torch.manual_seed(0)
+    model = create_model("linvit_mini_patch4_64", num_classes=3, img_size=(32, 32), embed_dim=32, depth=1, k=4).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(200)
+    spec = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    save_classifier(folder / "model", model, class_names=CLASSES, spec=spec, about={})
+    return folder
+
+
+def test_predict_gives_the_sets_that_eval_calibrated(source, tmp_path, capsys):
+    rule, report, rows = tmp_path / "rule.json", tmp_path / "report.json", tmp_path / "rows.csv"
+    model, data = str(source / "model"), str(source / "data")
+    files = ["--conformal-file", str(rule), "--json", str(report), "-j", "0", "--device", "cpu"]
+    assert main(["eval", model, data, "--conformal", "0.2", "--conformal-split", "train", *files]) == 0
+    assert "hold the true class of" in capsys.readouterr().out
+    found = json.loads(report.read_text())["conformal"]
+    assert found["calibrated_on"] == "split train (24 images)"
+    assert main(["predict", model, f"{data}/val", "--conformal", str(rule), "-o", str(rows), "-j", "0"]) == 0
+    with rows.open(newline="") as file:
+        predicted = list(csv.DictReader(file))
+    assert list(predicted[0])[-3:] == ["label_set", "unsure", "error"]
+    sets = [row["label_set"].split("|") if row["label_set"] else [] for row in predicted]
+    assert np.mean([len(each) for each in sets]) == pytest.approx(found["mean_size"])
+    names = [row["path"].split("/")[-2] for row in predicted]
+    assert 100 * np.mean([name in each for name, each in zip(names, sets)]) == pytest.approx(found["coverage"])
+    assert [row["unsure"] for row in predicted] == ["no" if len(each) == 1 else "yes" for each in sets]
+    assert all(each == [row[f"label_{rank}"] for rank in range(1, len(each) + 1)] for row, each in zip(predicted, sets))
+    (one,) = linvit.Predictor(model, conformal=rule, device="cpu")(predicted[0]["path"])
+    assert (list(one.label_set), one.is_unsure) == (sets[0], len(sets[0]) != 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "MODEL", "DATA", "--conformal-split", "train"], "need --conformal"),
+        (["eval", "MODEL", "DATA", "--conformal", "0.2", "--conformal-split", "val"], "is the split to evaluate"),
+        (["eval", "MODEL", "DATA", "--conformal", "1"], "--conformal takes"),
+        (["predict", "MODEL", "DATA", "--conformal", "RULE", "--tile", "16"], "remove --tile"),
+        (["predict", "MODEL", "DATA", "--conformal", "RULE", "-j", "0"], "a model with other classes"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, words, source, tmp_path, capsys):
+    probabilities, labels = draw(torch.Generator().manual_seed(0), 8, 3)
+    rule = calibrate(probabilities, labels, alpha=0.5, method="lac", class_names=["red", "blue", "green"])
+    (tmp_path / "rule.json").write_text(rule.model_dump_json())
+    places = {"MODEL": source / "model", "DATA": source / "data", "RULE": tmp_path / "rule.json"}
+    assert main([str(places.get(each, each)) for each in arguments]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
