@@ -143,7 +143,7 @@ def predict_command(options: PredictOptions) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if options.heatmap is not None:
-        _check_heatmaps(options.heatmap, options.source, images)
+        _check_heatmaps(options.heatmap, images)
     choose_device(options.device)
     classifier = _load(options)
     predictor = _create_predictor(classifier, options)
@@ -195,18 +195,10 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
             yield from expand(image, missing="refuse")
 
 
-def _check_heatmaps(folder: Path, source: str, images: LooseImages) -> None:
-    """Create the folder.
-
-    Raises UsageError if it cannot be written, if a map would replace an image, and for an exported model.
-    """
+def _check_heatmaps(folder: Path, images: LooseImages) -> None:
+    """Create the folder; raises UsageError if it cannot be written, or if a map would replace an image."""
     from linvit.explanation.naming import check_maps
-    from linvit.runtimes.model import is_exported
 
-    if is_exported(source):
-        raise UsageError(
-            f"--heatmap needs attention and gradients, which an exported model lacks; use its run, not {source}"
-        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--heatmap {folder} is not a folder; give a folder")
     check_folder("--heatmap", folder)

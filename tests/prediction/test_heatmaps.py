@@ -136,7 +136,7 @@ def test_wrong_usage_is_one_sentence(run: Path, data: Path, tmp_path: Path, caps
         assert words in error
         assert error.count("\n") == 1
     assert predict(tmp_path / "model.onnx", image, "--heatmap", tmp_path / "maps") == 2
-    assert "which an exported model lacks; use its run" in capsys.readouterr().err
+    assert "model.onnx is an exported model, without gradients; give the run" in capsys.readouterr().err
 
 
 def test_a_model_without_attention_is_refused_before_it_predicts(
