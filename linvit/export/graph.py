@@ -61,7 +61,9 @@ def trace(model: TimmModel, metadata: ExportMetadata) -> torch.export.ExportedPr
 
 
 def refusal(exporter: str, metadata: ExportMetadata, error: Exception) -> ValueError:
-    """A sentence on a model that an exporter cannot take."""
+    """A sentence on a model that an exporter cannot take, with the innermost cause, which names the operation."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return ValueError(f"{exporter} cannot take {metadata.architecture}: {printable(reason(error))}")
 
 

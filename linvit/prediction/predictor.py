@@ -127,6 +127,8 @@ class Predictor:
         size = None if options.img_size is None else height_and_width(options.img_size)
         classifier = source
         if not isinstance(classifier, Classifier) and is_exported(str(source)):
+            if amp:
+                raise ValueError(f"amp: {source} is an exported model, whose precision is fixed; export it with --half")
             classifier = open_exported(str(source), img_size=size, device=str(device), trust_code=trust_code)
         elif not isinstance(classifier, Classifier):
             classifier = load_classifier(str(source), weights=options.weights, img_size=size)

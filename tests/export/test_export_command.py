@@ -94,6 +94,8 @@ def test_the_predictor_takes_exported_models(exported, folder):
     (expected,) = linvit.Predictor(folder, device="cpu")(image)
     (found,) = linvit.Predictor(exported["onnx"], device="cpu")(image)
     assert found.labels == expected.labels
+    with pytest.raises(ValueError, match="whose precision is fixed"):
+        linvit.Predictor(exported["onnx"], device="cpu", amp=True)
     with pytest.raises(ValueError, match="can run code"):
         linvit.Predictor(exported["torch-export"], device="cpu")
 

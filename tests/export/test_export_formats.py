@@ -1,9 +1,12 @@
 """What exports: every kind of projection, with each sharing, layout and size, to every runtime."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from kinds import KINDS, SHARES
+from torch import nn
 
 from linvit.data.augment.build import InputSpec
 from linvit.export.check import compare, random_images
@@ -31,11 +34,24 @@ TABLE = {
 }
 
 
+SPEC = InputSpec((24, 24), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+METADATA = describe(
+    architecture="linvit_mini_patch4_64",
+    num_classes=5,
+    class_names=None,
+    spec=SPEC,
+    with_preprocessing=False,
+    precision="float32",
+    versions={},
+)
+
+
 def test_the_table_has_every_kind_and_sharing():
     assert TABLE.keys() == KINDS.keys()
     assert {share for share, _, _ in TABLE.values()} == set(SHARES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TABLE)
 def test_every_kind_exports_to_every_runtime(kind, tmp_path):
     share, size, arguments = TABLE[kind]
@@ -46,16 +62,8 @@ def test_every_kind_exports_to_every_runtime(kind, tmp_path):
         for parameter in model.parameters():
             # Layer scale, `local` and biases start at zero, or nearly so.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    spec = InputSpec(size, (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
-    metadata = describe(
-        architecture="linvit_mini_patch4_64",
-        num_classes=5,
-        class_names=None,
-        spec=spec,
-        with_preprocessing=False,
-        precision="float32",
-        versions={},
-    )
+    spec = replace(SPEC, size=size)
+    metadata = METADATA.model_copy(update={"img_size": size})
     program = trace(model, metadata)
     write_torch_export(program, tmp_path / "model.pt2", metadata, compiled=False)
     write_onnx(program, tmp_path / "model.onnx", metadata, opset=20)
@@ -68,6 +76,20 @@ def test_every_kind_exports_to_every_runtime(kind, tmp_path):
         agreement = compare(model, found.model, random_images(spec, seed=0), images="random")
         assert agreement.difference < 1e-5, name
         assert agreement.num_images == 8
+
+
+class Sorting(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).sort(stable=True).values[:, :5]
+
+
+def test_a_refusal_names_the_model_and_the_operation(tmp_path):
+    metadata = METADATA.model_copy(update={"img_size": (4, 4), "architecture": "sorting"})
+    program = trace(Sorting(), metadata)
+    with pytest.raises(ValueError, match=r"^the ONNX exporter cannot take sorting: .*aten\.sort") as error:
+        write_onnx(program, tmp_path / "m.onnx", metadata, opset=20)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nan_and_differences_do_not_pass():
