@@ -19,7 +19,7 @@ demo: $(VENV)/.linvit-demo
 	@echo "The run lies in runs/$(RUN); always answering \"functional\" would be right on 70.9 % of these images."
 
 test: $(VENV)/.linvit-test
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.linvit-test
 	$(BIN)/ruff format --check .
