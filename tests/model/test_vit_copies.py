@@ -84,6 +84,16 @@ def test_other_kinds_compile_and_export(kind):
     torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["conv", "maxpool", "dct"])
+def test_layerwise_models_export_in_operations_that_exporters_know(kind):
+    """E shared by all layers makes torch.export wrap modules; neither that nor unequal cells may change the order."""
+    model = make(projection=kind, share="layerwise", depth=2)
+    exported = torch.export.export(model, (images(),))
+    torch.testing.assert_close(exported.module()(images()), model(images()), rtol=0, atol=1e-5)
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert not [name for name in called if "adaptive_max_pool" in name or "sort" in name]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["conv", "maxpool", "dct", "random"])
 def test_other_kinds_in_half_precision(kind, dtype):
