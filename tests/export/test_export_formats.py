@@ -25,7 +25,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
 TABLE = {
     "linear": ("layerwise", (24, 32), {"class_token": False, "global_pool": "avgmax", "depth": 2}),
     "separable": ("none", (32, 24), {"k": ((3, 6),), "reg_tokens": 2}),
-    "conv": ("layerwise", (24, 24), {"local": 3}),
+    "conv": ("layerwise", (24, 24), {"local": 3, "stem": "conv"}),
     "avgpool": ("kv", (20, 28), {"k": 6}),
     "maxpool": ("layerwise", (20, 28), {"k": 6}),
     "random": ("headwise", (32, 32), {"qk_norm": True, "mlp_layer": "swiglu"}),

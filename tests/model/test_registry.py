@@ -1,5 +1,6 @@
 """The registered models: each keeps timm's contract as far as it shows without running it, the smallest all of it."""
 
+import functools
 import re
 import sys
 
@@ -20,8 +21,9 @@ NAMES = timm.list_models("linvit_*")
 MINI = "linvit_mini_patch4_64"
 
 
-def on_meta(name: str, **kwargs) -> LinformerViT:
-    return timm.create_model(name, device="meta", **kwargs)
+@functools.cache
+def on_meta(name: str) -> LinformerViT:
+    return timm.create_model(name, device="meta")
 
 
 def mini(**kwargs) -> LinformerViT:

@@ -31,7 +31,8 @@ def test_equals_timms(prefix, indices, output_fmt):
     ours = make(projection="identity", dynamic_img_size=True, **prefix)
     theirs = VisionTransformer(**{**TINY, **prefix}, dynamic_img_size=True).eval()
     theirs.load_state_dict(ours.state_dict())
-    for size, values in itertools.product([(28, 20), (16, 36)], itertools.product([False, True], repeat=len(FLAGS))):
+    sizes = itertools.cycle([(28, 20), (16, 36), (16, 36)])
+    for size, values in zip(sizes, itertools.product([False, True], repeat=len(FLAGS))):
         options = dict(zip(FLAGS, values), indices=indices, output_fmt=output_fmt)
         mine, wanted = (model.forward_intermediates(images(size), **options) for model in (ours, theirs))
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)

@@ -26,6 +26,7 @@ EVERYTHING = {
     "share": "none",
     "projection_init": "jl",
     "local": 3,
+    "stem": "conv",
     "model_kwargs": {"class_token": False, "init_values": 1e-5, "pos_embed": "none", "depth": 3},
     "num_classes": 7,
     "gp": "avg",
