@@ -93,6 +93,19 @@ def add_class_names(classifier: Classifier, names: Sequence[str], *, source: str
     return replace(classifier, class_names=list(names))
 
 
+def names_of_classes(classifier: Classifier) -> list[str]:
+    """The classifier's class names, or its labels as text; ValueError unless there is one for each of its classes."""
+    num_classes = classifier.model.num_classes
+    if not num_classes:
+        raise ValueError(f"{classifier.weights}: is a model without a classifier (num_classes=0), and predicts nothing")
+    names = classifier.class_names or [str(label) for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(
+            f"{classifier.weights} has {num_classes} classes, but {len(names)} names; give one name per class"
+        )
+    return names
+
+
 def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = None) -> InputSpec:
     """How to prepare images: by the run's settings, else by the model's own.
 

@@ -12,7 +12,7 @@ from linvit.data.geometry import CropPlan
 from linvit.data.loader import normalize
 from linvit.data.tiling import Box, Tiling
 from linvit.device import autocast
-from linvit.evaluation.inference import amp_precision, input_spec
+from linvit.evaluation.inference import amp_precision, input_spec, names_of_classes
 from linvit.explanation.maps import OF_A_CLASS, AttentionMaps, Explanation, Method, approximations, attention_maps
 from linvit.explanation.mosaic import Mosaic, shrunk
 from linvit.explanation.overlay import place
@@ -59,14 +59,14 @@ class Explainer:
         img_size: (height, width) of the model's input; by default the model's own.
         tiling: cut larger images into tiles; their maps are averaged where they overlap.
 
-    Raises ValueError if the classifier does not take RGB images.
+    Raises ValueError if the classifier does not take RGB images, or has no classes.
     """
 
     def __init__(
         self, classifier: Classifier, *, img_size: tuple[int, int] | None = None, tiling: Tiling | None = None
     ) -> None:
         self.model = classifier.model
-        self.class_names = classifier.class_names or [str(label) for label in range(self.model.num_classes)]
+        self.class_names = names_of_classes(classifier)
         self.spec = input_spec(classifier, img_size=img_size)
         self.tiling = tiling
         self.device = next(self.model.parameters()).device

@@ -48,6 +48,7 @@ class AttentionMaps:
     approximations: tuple[str, ...] = ()
 
 
+@torch.inference_mode(False)
 def attention_maps(
     model: nn.Module, images: Tensor, *, method: Method = "relevance", classes: Sequence[int] | int | None = None
 ) -> AttentionMaps:
@@ -59,7 +60,8 @@ def attention_maps(
       connection (Abnar and Zuidema 2020, arXiv 2005.00928).
     - "relevance": attention through all layers, each entry weighted by its gradient for a class if that is positive
       (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6). On a Linformer layer the gradients are those of P̄. Where the
-      classifier reads an average over patches, v weights each patch by its own first-order share in the class's logit.
+      classifier reads an average over patches, v weights each patch by what it adds to the class's logit, to first
+      order and where that is positive.
     - "gradcam": the last tokens that the classifier mixes, weighted by their mean gradient for a class (Selvaraju et
       al. 2017, arXiv 1610.02391).
     - "keys": what each projected key averages, the rows of E. It does not depend on the images.
@@ -80,7 +82,8 @@ def attention_maps(
     vit = as_vit(model)
     chosen = _chosen_classes(classes, len(images), method)
     found, logits, explained = [], [], []
-    for number, image in enumerate(images):
+    # Tensors that were made in inference mode have no gradients, but their copies do.
+    for number, image in enumerate(images.clone() if images.is_inference() else images):
         explanation = Explanation(vit, image[None], chosen[number], with_gradients=method in OF_A_CLASS)
         found.append(explanation.map(method))
         logits.append(explanation.logits)
@@ -123,6 +126,8 @@ class Explanation:
             with torch.set_grad_enabled(with_gradients), _frozen(vit):
                 # The graph begins at the image.
                 self.layers, output = capture_attention(vit, image.detach().requires_grad_(with_gradients))
+                if output.ndim != 2:
+                    raise ValueError(f"the model returns {tuple(output.shape)}, not a number per class: give it a pool")
                 if target is not None and not 0 <= target < output.shape[1]:
                     raise ValueError(f"class {target} does not exist: the model has {output.shape[1]} classes, from 0")
                 self.target = int(output[0].argmax()) if target is None else target
@@ -133,8 +138,9 @@ class Explanation:
         self.logits = output[0].detach()
 
     def map(self, method: Method) -> Any:
-        """The map of one image in `AttentionMaps.maps`."""
-        return getattr(self, f"_{method}")()
+        """The map of one image in `AttentionMaps.maps`, in single precision at least."""
+        with torch.autocast(self.logits.device.type, enabled=False):
+            return getattr(self, f"_{method}")()
 
     @property
     def start(self) -> Tensor:
@@ -144,10 +150,12 @@ class Explanation:
         dtype = torch.promote_types(layer.queries.dtype, torch.float32)
         weights = torch.zeros(num_tokens, dtype=dtype, device=layer.queries.device)
         if _reads_class_token(self._vit):
-            weights[0] = 1
+            # A distilled model reads two tokens, and averages their logits.
+            read = slice(2 if hasattr(self._vit, "head_dist") else 1)
         else:
-            weights[num_tokens - num_patches :] = 1 / num_patches
-        return weights
+            read = slice(0 if getattr(self._vit, "pool_include_prefix", False) else num_tokens - num_patches, None)
+        weights[read] = 1
+        return weights / weights.sum()
 
     def _attention(self) -> Tensor:
         start = self.start
@@ -175,14 +183,15 @@ class Explanation:
         return self._on_grid(row)
 
     def _contributions(self, gradient: Tensor) -> Tensor:
-        """The share of each patch in the logit, to first order and where it is positive: (T), with sum 1."""
-        given = (gradient * self._tokens.detach())[0].sum(dim=1).to(self.start.dtype).clamp(min=0) * (self.start > 0)
-        return given / given.sum().clamp(min=torch.finfo(given.dtype).tiny)
+        """What each patch adds to the logit, to first order and where it is positive: (T). Tiles can be compared."""
+        dtype = self.start.dtype
+        given = (gradient.to(dtype) * self._tokens.detach().to(dtype))[0].sum(dim=1)
+        return given.clamp(min=0) * (self.start > 0)
 
     def _gradcam(self) -> Tensor:
         (gradient,) = torch.autograd.grad(self._logit, self._tokens, retain_graph=True)
         num_patches = self.layers[-1].grid_size[0] * self.layers[-1].grid_size[1]
-        tokens, gradient = (each[0, -num_patches:].detach() for each in (self._tokens, gradient))
+        tokens, gradient = (each[0, -num_patches:].detach().to(self.start.dtype) for each in (self._tokens, gradient))
         return self._on_grid((tokens @ gradient.mean(dim=0)).clamp(min=0))
 
     @property

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from linvit.model.attention import LinformerAttention
+from linvit.model.mlp import LeanMlp
 from linvit.model.projections import MatrixProjection, Projection
 
 # Entries of a block of rows: 64 MiB in single precision.
@@ -281,27 +282,31 @@ def _additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def _ready_to_capture(model: nn.Module) -> Iterator[None]:
-    """A context of evaluation mode, fused attention and, in Linformer layers, an order that forms queries."""
+    """A context of evaluation mode, fused attention, no recomputed blocks, and an order that forms queries."""
     modules = list(model.modules())
     training = [module.training for module in modules]
-    fused: dict[Any, Any] = {
-        module: module.fused_attn for module in modules if isinstance(getattr(module, "fused_attn", None), bool)
-    }
-    orders = {module: module.order for module in modules if isinstance(module, LinformerAttention)}
-    try:
-        model.eval()
-        for module in fused:
-            module.fused_attn = True
-        for attention in orders:
-            projections = attention.projections()
+    settings: list[tuple[Any, str, Any]] = []
+    for module in modules:
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            settings.append((module, "fused_attn", True))
+        # A block that the backward pass recomputes would attend again, after the settings here are restored.
+        if getattr(module, "grad_checkpointing", False) is True:
+            settings.append((module, "grad_checkpointing", False))
+        if isinstance(module, LeanMlp):
+            settings.append((module, "recompute", "activation"))
+        if isinstance(module, LinformerAttention):
+            projections = module.projections()
             # The folded order forms no queries.
             is_matrix = projections is not None and isinstance(projections[0], MatrixProjection)
-            attention.order = "per_head" if is_matrix else "associative"
+            settings.append((module, "order", "per_head" if is_matrix else "associative"))
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    try:
+        model.eval()
+        for module, name, value in settings:
+            setattr(module, name, value)
         yield
     finally:
         for module, mode in zip(modules, training):
             module.training = mode
-        for module, was_fused in fused.items():
-            module.fused_attn = was_fused
-        for attention, order in orders.items():
-            attention.order = order
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -21,7 +21,7 @@ from linvit.data.tiling import Box, create_tiling
 from linvit.device import choose_device
 from linvit.distributed import usable_workers
 from linvit.evaluation.conformal import read_rule
-from linvit.evaluation.inference import BatchForward, amp_precision, input_spec
+from linvit.evaluation.inference import BatchForward, amp_precision, input_spec, names_of_classes
 from linvit.prediction.options import PredictorOptions
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import is_exported, open_exported
@@ -135,12 +135,7 @@ class Predictor:
         if amp is not None:
             classifier = replace(classifier, settings={**classifier.settings, "amp": amp})
         model = classifier.model.to(self.device)
-        self.class_names = classifier.class_names or [str(label) for label in range(model.num_classes)]
-        if len(self.class_names) != model.num_classes:
-            raise ValueError(
-                f"{classifier.weights} has {model.num_classes} classes, but {len(self.class_names)} names; give one "
-                "name per class"
-            )
+        self.class_names = names_of_classes(classifier)
         if conformal is not None and self.tiling is not None:
             raise ValueError("`conformal` was calibrated on full images: remove `tile`")
         self.conformal = None if conformal is None else read_rule(Path(conformal), class_names=self.class_names)

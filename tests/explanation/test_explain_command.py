@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from coloured import COLOURS, coloured_square
 from PIL import Image
+from timm.models import save_for_hf
 
 from linvit.cli import main
+from linvit.data.tiling import create_tiling
 from linvit.explanation import explain as explain_module
+from linvit.runs.folder import load_classifier
 
 
 def explain(*arguments: str | Path) -> int:
@@ -86,6 +90,15 @@ def test_tiles_cover_a_large_image(model_folder: Path, tmp_path: Path) -> None:
     assert 56 + left <= column < 56 + left + 8
 
 
+def test_the_relevance_of_tiles_is_that_of_their_evidence(model_folder: Path) -> None:
+    image = np.hstack([coloured_square(len(COLOURS), seed=1)[0], coloured_square(0, seed=2)[0]])
+    # A trace of the class in the left tile, which has no square.
+    image[8:16, 8:16, 2] += 4
+    explainer = explain_module.Explainer(load_classifier(str(model_folder)), tiling=create_tiling(32, overlap=0))
+    heat = explainer.explain(image, method="relevance", target=0).heat
+    assert 0 < heat[:, :32].max() < 0.2 * heat[:, 32:].max()
+
+
 def test_an_unreadable_image_is_named_and_the_rest_is_explained(
     model_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +155,15 @@ def test_paths_that_do_not_exist_are_refused_before_the_model_is_loaded(
     page = ["--json", tmp_path / "maps/index.html"]
     assert explain(tmp_path / "no model", tmp_path / "a.png", "-o", tmp_path / "maps", *page) == 2
     assert "are both" in capsys.readouterr().err
+
+
+def test_a_model_without_a_classifier_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    save_for_hf(model, tmp_path / "model", model_args={"img_size": 32, "depth": 1}, safe_serialization=True)
+    assert explain(tmp_path / "model", images, "-o", tmp_path / "maps") == 1
+    assert "is a model without a classifier (num_classes=0)" in capsys.readouterr().err
 
 
 def test_a_map_of_an_output_that_is_not_finite_is_an_error_of_the_image(

@@ -8,9 +8,11 @@ import torch
 from kinds import FIXED, REDUCING
 from small_vits import PER_LAYER, PREFIXES, images, make
 from timm.models import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from linvit import attention_maps
+from linvit.explanation.maps import METHODS, Explanation
 from linvit.measure import attention as measured
 
 KINDS = ["linear", "separable", "avgpool", "random", "dct"]
@@ -116,7 +118,6 @@ def test_equals_dense_matrices(kind, share, prefix):
     if model.global_pool != "token":
         (gradient,) = torch.autograd.grad(dense.logits[0, 3], dense.tokens)
         v = (gradient * dense.tokens)[0].sum(1).clamp(min=0).detach()
-        v = v / v.sum()
     relevance = torch.eye(len(v), dtype=torch.float64)
     for (P, F), gradient in zip(dense.layers, gradients):
         relevance = relevance + ((P * gradient)[0].clamp(min=0) @ F).mean(0) @ relevance
@@ -231,6 +232,55 @@ def test_images_are_explained_one_by_one_for_their_own_classes():
         alone = attention_maps(model, x[number : number + 1], classes=target)
         torch.testing.assert_close(together.maps[number], alone.maps[0])
     assert attention_maps(model, x).classes.tolist() == model(x).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("enable", ["full", "mlp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_models_in_training_and_callers_in_inference_mode_get_the_same_maps(method, enable):
+    model, x = small()
+    expected = attention_maps(model, x, method=method).maps
+    model.set_grad_checkpointing(enable)
+    with torch.inference_mode():
+        found = attention_maps(model, x.clone(), method=method).maps
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert model.grad_checkpointing == (enable == "full")
+    assert model.blocks[0].mlp.recompute == ("hidden" if enable == "mlp" else "activation")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES.keys())
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_are_computed_in_single_precision_under_autocast(method, prefix):
+    model = make(**prefix)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = Explanation(model, images(batch=1), 3, with_gradients=True)
+        found = seen.map(method)
+    torch.testing.assert_close(found, seen.map(method), rtol=0, atol=0)
+    assert all(each.dtype == torch.float32 for each in found)
+
+
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_the_start_is_the_models_pooling(include_prefix):
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=3, reg_tokens=2, global_pool="avg",
+        pool_include_prefix=include_prefix,
+    )  # fmt: skip
+    start = Explanation(model, torch.zeros(1, 3, 8, 8), None, with_gradients=False).start
+    torch.testing.assert_close(model.pool(torch.eye(7)[None])[0], start)
+
+
+def test_a_distilled_model_reads_two_tokens():
+    model = VisionTransformerDistilled(img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=3).eval()
+    start = Explanation(model, torch.zeros(1, 3, 8, 8), None, with_gradients=False).start
+    model.head = model.head_dist = nn.Identity()
+    torch.testing.assert_close(model.forward_head(torch.eye(6)[None])[0], start)
+
+
+def test_a_model_that_returns_tokens_is_refused():
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=3, global_pool="", fc_norm=False
+    )
+    with pytest.raises(ValueError, match=r"the model returns \(1, 5, 1000\), not a number per class"):
+        attention_maps(model, torch.zeros(1, 3, 8, 8))
 
 
 def test_the_model_is_left_as_it_was():
