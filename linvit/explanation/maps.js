@@ -78,13 +78,16 @@ function describe(found) {
     return state.map === "patch" ? `The page has no rows of layer ${state.layer} for this image.`
       : `Layer ${state.layer} has ordinary attention, without projected keys.`;
   }
-  const best = found.patches.indexOf(Math.max(...found.patches));
+  // Large maps have more numbers than a function takes arguments.
+  const best = found.patches.reduce((best, value, index) => value > found.patches[best] ? index : best, 0);
   const most = `most at ${place(best)}`;
   const weight = `weight ${short(found.patches[best])}`;
   const prefix = found.prefix.reduce((sum, each) => sum + each, 0);
   const others = found.prefix.length === 1 ? "the class token gets" : `${found.prefix.length} class and register tokens get`;
   const rest = found.prefix.length ? `; ${others} ${short(prefix)}` : "";
   const negative = found.patches.some(each => each < 0) ? " Weights below 0 are drawn as 0." : "";
+  const of = CLASS_MAPS.includes(state.map) ? ` for ${entry().explained}` : "";
+  if (!entry().layers) return `${state.map}${of}, merged over tiles.`;
   switch (state.map) {
     case "attention": return `${layerText()}: ${page.reader} looks ${most} (${weight}${rest}).${negative}`;
     case "patch":
@@ -92,8 +95,7 @@ function describe(found) {
     case "keys":
       return `Layer ${state.layer}: key ${state.key} takes ${most} (${weight}).${negative}`;
   }
-  const of = CLASS_MAPS.includes(state.map) ? ` for ${entry().explained}` : "";
-  return entry().layers ? `${state.map}${of}: ${most}.` : `${state.map}${of}, merged over tiles.`;
+  return `${state.map}${of}: ${most}.`;
 }
 
 function draw(found) {
@@ -151,7 +153,9 @@ function show() {
   }
   element("map-text").textContent = TEXTS[state.map];
   const keys = projection("keys");
-  state.key = Math.min(state.key, keys ? keys.k - 1 : 0);
+  // An address may be that of an older page.
+  state.key = Math.min(Math.max(state.key, 0), keys ? keys.k - 1 : 0);
+  if (page.model && state.head >= layer().heads) state.head = -1;
   const found = values();
   element("layer-field").hidden = !byLayer;
   element("head-field").hidden = !byLayer || (state.map === "keys" && (!keys || keys.maps === 1));

@@ -69,7 +69,8 @@ class MapPage:
         longest = max(image.shape[:2])
         side = _SIDE if self._num_images <= _MANY else _SMALL_SIDE
         uri = image_uri(image, side=side, kind="png" if longest <= _LOSSLESS_SIDE else "jpg", quality=80)
-        if self._entries and self._used + len(uri) > self._budget:
+        # Once one is left out, so are all later ones, even if they are smaller.
+        if self._num_left_out or (self._entries and self._used + len(uri) > self._budget):
             self._num_left_out += 1
             return
         pack = Pack()

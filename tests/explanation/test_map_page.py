@@ -14,8 +14,9 @@ from PIL import Image
 from unpacked import Unpacked, token_row
 
 from linvit.cli import main
-from linvit.explanation.explain import Explainer
-from linvit.explanation.maps import weighted_rows
+from linvit.explanation.explain import Explained, Explainer
+from linvit.explanation.maps import Method, weighted_rows
+from linvit.explanation.page import PAGE_METHODS, MapPage
 from linvit.runs.folder import load_classifier
 
 # The name of a folder, and that of an image in it.
@@ -119,11 +120,45 @@ def test_images_that_do_not_fit_are_counted(
     assert list((tmp_path / "none").iterdir()) == []
 
 
+def add_map(page: MapPage, name: str, *, side: int, grid: int) -> None:
+    """Add a white image with merged maps of a tiled model of two classes."""
+    heat = np.random.default_rng(0).random((grid, grid), dtype=np.float32)
+    maps: dict[Method, np.ndarray] = dict.fromkeys(PAGE_METHODS, heat)
+    found = Explained(np.array([0.9, 0.1]), "red", 0.9, "red", heat, maps, None, None, ())
+    page.add(name, np.full((side, side, 3), 255, np.uint8), found)
+
+
+def test_the_images_of_a_page_are_the_first_ones() -> None:
+    page = MapPage("model", method="relevance", class_names=["red", "blue"], num_images=3, budget=4000)
+    for name, side in (("a", 8), ("b", 2000), ("c", 8)):
+        add_map(page, name, side=side, grid=4)
+    assert "The first 1 of 3 images are on this page." in page.html([])
+
+
+def shown_by_browser(path: Path, address: str) -> str:
+    """The document after its script ran."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"file://{path}#{address}"], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_map_may_have_more_patches_than_a_function_takes_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linvit.explanation.page._MAP_SIDE", 512)
+    page = MapPage("model", method="relevance", class_names=["red", "blue"], num_images=1, budget=10**7)
+    add_map(page, "a", side=600, grid=512)
+    (tmp_path / "page.html").write_text(page.html([]), encoding="utf-8")
+    shown = shown_by_browser(tmp_path / "page.html", "map=attention&layer=3")
+    assert ">attention, merged over tiles.</p>" in shown
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_shows_where_a_patch_looks(page: Page, folder: Path) -> None:
-    address = f"file://{folder / 'maps/index.html'}#map=patch&layer=1&patch=30"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    shown = subprocess.run([*command, address], capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = shown_by_browser(folder / "maps/index.html", "map=patch&layer=1&patch=30&head=99")
     row, _ = token_row(
         page.data["model"], page.pack("model"), page.pack(0), page.data["images"][0]["layers"], layer=1, token=30
     )
