@@ -135,8 +135,12 @@ def explain_command(options: ExplainOptions) -> int:
         raise UsageError(str(error)) from None
     page_file = options.output / "index.html" if options.page_size and options.method != "keys" else None
     check_files(("--output", page_file), ("--json", options.json_file))
-    if options.method != "keys":
-        paths = map(images.path, range(len(images)))
+    paths = map(images.path, range(len(images)))
+    if options.method == "keys":
+        check_files(
+            ("--output", options.output / "keys.png"), inputs=(path for path in paths if path.name == "keys.png")
+        )
+    else:
         check_maps("--output", options.output, paths, extensions=(".png", ".values.png", ".heads.png"))
     explainer = _create_explainer(options, choose_device(options.device))
     if options.method == "keys":

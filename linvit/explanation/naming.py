@@ -9,6 +9,8 @@ from linvit.settings.process import UsageError
 
 # Most file systems allow names of 255 bytes; extensions need some.
 _LONGEST = 200
+# The files of an image a are a.png, a.values.png and so on, and another image may be called a.values.
+_PARTS = ("", ".values", ".heads")
 
 
 class FileNames:
@@ -16,6 +18,7 @@ class FileNames:
 
     def __init__(self) -> None:
         self._count: dict[str, int] = {}
+        self._taken: set[str] = set()
 
     def name(self, path: Path) -> str:
         """The name for the next image."""
@@ -23,11 +26,11 @@ class FileNames:
         number = self._count.get(stem, 0) + 1
         name = stem if number == 1 else f"{stem}-{number}"
         # An image may be called a-2 itself.
-        while name in self._count:
+        while not self._taken.isdisjoint(name + part for part in _PARTS):
             number += 1
             name = f"{stem}-{number}"
         self._count[stem] = number
-        self._count.setdefault(name, 1)
+        self._taken.update(name + part for part in _PARTS)
         return name
 
 

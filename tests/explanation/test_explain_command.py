@@ -60,6 +60,14 @@ def test_keys_are_written_once(model_folder: Path, images: Path, tmp_path: Path)
     assert (tmp_path / "keys.png").is_file()
 
 
+def test_keys_never_replace_an_image(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "keys.png")
+    before = (tmp_path / "keys.png").read_bytes()
+    assert explain(model_folder, tmp_path / "keys.png", "-o", tmp_path, "--method", "keys") == 2
+    assert "keys.png would replace a file that is read" in capsys.readouterr().err
+    assert (tmp_path / "keys.png").read_bytes() == before
+
+
 def test_deletion_compares_the_methods(
     model_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

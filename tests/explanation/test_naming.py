@@ -14,6 +14,15 @@ def test_names_are_numbered_also_where_an_image_has_the_number_itself():
     assert found == ["a", "a-2", "a-3", "a-4", "a-2-2", "a�"]
 
 
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [(["a.png", "a.values.png"], ["a", "a.values-2"]), (["a.heads.png", "a.jpg", "a.png"], ["a.heads", "a-2", "a-3"])],
+)
+def test_no_file_of_an_image_is_one_of_another(paths, expected):
+    names = FileNames()
+    assert [names.name(Path(path)) for path in paths] == expected
+
+
 def test_long_names_leave_room_for_extensions():
     name = FileNames().name(Path("ä" * 126 + ".png"))
     assert name == "ä" * 100
