@@ -4,6 +4,7 @@ Includes the ImageNet lists that timm ships: lemmas of the WordNet ids, classes 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +102,13 @@ def first_lemma(name: str) -> str:
     """The first lemma of a WordNet id: "tench" for n01440764; other class names are returned unchanged."""
     known = lemmas().get(name)
     return name if known is None else known.partition(",")[0]
+
+
+def short_names(class_names: Sequence[str]) -> list[str]:
+    """First lemmas of WordNet ids, with the id where two classes share one, as ImageNet's two cranes do."""
+    lemmas_of = list(map(first_lemma, class_names))
+    count = Counter(lemmas_of)
+    return [with_lemma(name) if count[lemma] > 1 else lemma for name, lemma in zip(class_names, lemmas_of)]
 
 
 @cache

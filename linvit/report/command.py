@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.settings.flags import check_files, parse_options
+
+if TYPE_CHECKING:
+    from linvit.report.run import Run
 
 SUMMARY = "write an HTML page of what runs did"
 
@@ -52,6 +56,15 @@ def main(argv: Sequence[str]) -> int:
     return report_command(options)
 
 
+def _with_own_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs; those that share the name of their folder are called by its path."""
+    from collections import Counter
+    from dataclasses import replace
+
+    count = Counter(run.name for run in runs)
+    return [replace(run, name=str(run.folder.path)) if count[run.name] > 1 else run for run in runs]
+
+
 def report_command(options: ReportOptions) -> int:
     """Write the page of the runs; returns the exit status.
 
@@ -67,7 +80,7 @@ def report_command(options: ReportOptions) -> int:
     from linvit.report.run import read_run
     from linvit.runs.folder import source_files
 
-    runs = [read_run(path) for path in options.runs]
+    runs = _with_own_names([read_run(path) for path in options.runs])
     output = options.output or runs[0].folder.report
     check_files(("--output", output), inputs=[file for path in options.runs for file in source_files(str(path))])
     device = torch.device(choose_device(options.device))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from linvit.evaluation.classes import first_lemma
+from linvit.evaluation.classes import short_names
 from linvit.evaluation.metrics import ImageResults, Metrics
 from linvit.evaluation.predictions import Predictions
 from linvit.evaluation.scores import NUM_BINS, confidence_bins, confusion, most_confused, scorer
@@ -22,8 +22,8 @@ SCORES = {
     "ece": "calibration error (ECE)",
     "loss": "loss",
 }
-# The table of classes and the confusion matrix show at most this many; those with the most errors, if there are more.
-MOST_CLASSES, MOST_CELLS = 1000, 50
+# The confusion matrix shows at most this many classes; those with the most errors, if there are more.
+MOST_CELLS = 50
 NUM_PAIRS = 20
 # The 97.5th percentile of the normal distribution, for 95 % intervals.
 _Z = 1.959963984540054
@@ -40,8 +40,8 @@ def wilson(hits: float, count: float) -> tuple[float, float]:
 
 
 def evaluate_predictions(found: Predictions, *, num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> dict[str, Any]:
-    """What the page shows of predictions, but for images; see `templates/evaluation.html.j2`."""
-    results, names = found.results, [first_lemma(name) for name in found.class_names]
+    """What the page shows of predictions, but for images; see `templates/parts.html.j2`."""
+    results, names = found.results, short_names(found.class_names)
     metrics = results.metrics(found.class_names)
     score = scorer(results, num_classes=len(names))
     exact = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss}
@@ -57,7 +57,7 @@ def evaluate_predictions(found: Predictions, *, num_resamples: int = NUM_RESAMPL
             if name != "top5" or len(names) > 5
         ],
         "num_resamples": num_resamples,
-        "classes": rows[:MOST_CLASSES],
+        "classes": rows,
         "num_classes": len(rows),
         "pairs": _pairs(results, names),
         "confusion": _matrix(results, names),

@@ -14,7 +14,7 @@ from linvit.data.decode import UnreadableImage
 from linvit.data.options import AugmentOptions
 from linvit.data.sampler import sample_generators
 from linvit.data.sources.base import ImageSet
-from linvit.evaluation.classes import first_lemma
+from linvit.evaluation.classes import short_names
 from linvit.evaluation.predictions import Predictions
 from linvit.explanation.explain import Explainer
 from linvit.explanation.overlay import blend
@@ -28,6 +28,8 @@ from linvit.runtimes.model import ExportedModel
 PICTURES_PER_PAGE, MOST_WORST = 72, 12
 # Longest side of a picture in pixels, and the quality of its JPEG.
 _SIDE, _QUALITY = 200, 80
+# Longest side of a heat map before it is reduced to a picture's size.
+_HEAT_SIDE = 4 * _SIDE
 # The percentile of a heat map that is shown at full brightness.
 _BRIGHTEST = 98
 # Heat maps of large images may take seconds each.
@@ -65,13 +67,14 @@ def worst_images(
     index_of: dict[str, int] = {}
     if images is not None:
         wanted = {found.paths[row] for row in rows}
-        names = map(os.fsdecode, images.relative_names())
-        index_of = {name: index for index, name in enumerate(names) if name in wanted}
+        paths = map(os.fsdecode, images.relative_names())
+        index_of = {path: index for index, path in enumerate(paths) if path in wanted}
         if len(index_of) < len(wanted):
             note = f"{len(wanted) - len(index_of)} of these images are no longer in {images.root}."
     explainer, problem = (None, None) if images is None or classifier is None else _explainer(classifier)
     note = note or problem
     deadline = time.monotonic() + seconds
+    names = short_names(found.class_names)
     shown = []
     for row in rows:
         picture = heat = None
@@ -88,7 +91,7 @@ def worst_images(
                 note = note or f"{reason(error)}."
             except (ValueError, RuntimeError) as error:
                 explainer, note = None, note or f"There are no heat maps: {reason(error)}."
-        shown.append({**_describe(found, row), "picture": picture, "heat": heat})
+        shown.append({**_describe(found, row, names), "picture": picture, "heat": heat})
     return Worst(shown, note)
 
 
@@ -102,13 +105,13 @@ def _explainer(classifier: Classifier) -> tuple[Explainer | None, str | None]:
         return None, f"There are no heat maps: {reason(error)}."
 
 
-def _describe(found: Predictions, row: int) -> dict[str, Any]:
+def _describe(found: Predictions, row: int, names: Sequence[str]) -> dict[str, Any]:
     results = found.results
     label, prediction = int(results.labels[row]), int(results.predictions[row])
     return {
         "path": found.paths[row],
-        "label": first_lemma(found.class_names[label]),
-        "prediction": first_lemma(found.class_names[prediction]),
+        "label": names[label],
+        "prediction": names[prediction],
         "is_correct": label == prediction,
         "probability": 100 * float(results.probabilities[row]),
         "loss": float(results.losses[row]),
@@ -121,7 +124,7 @@ def _read(images: ImageSet, index: int, explainer: Explainer | None) -> np.ndarr
 
 def _heat_map(explainer: Explainer, image: np.ndarray, target: int) -> str:
     """The image under the map of a class, as a `data:` URI."""
-    heat = explainer.explain(image, method="relevance", target=target).heat
+    heat = explainer.explain(image, method="relevance", target=target, longest_side=_HEAT_SIDE).heat
     height, width = image.shape[:2]
     scale = min(1.0, _SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -132,14 +135,17 @@ def _heat_map(explainer: Explainer, image: np.ndarray, target: int) -> str:
     return image_uri(blend(small, shown), side=None, quality=_QUALITY)
 
 
-def augmented_images(images: ImageSet, augment: AugmentOptions, spec: InputSpec, *, seed: int) -> list[dict[str, Any]]:
+def augmented_images(
+    images: ImageSet, augment: AugmentOptions, spec: InputSpec, *, seed: int, most: int = AUGMENTED_IMAGES
+) -> list[dict[str, Any]]:
     """Some training images, each as it is and as the first epochs see it, before mixing and normalisation.
 
     Images that cannot be read are left out.
     """
     pipeline = build_train_pipeline(augment, spec)
+    names = short_names(images.class_names)
     shown = []
-    for index in _spread(images.labels, AUGMENTED_IMAGES):
+    for index in _spread(images.labels, most):
         try:
             data = images.read_bytes(index)
             versions = []
@@ -149,7 +155,7 @@ def augmented_images(images: ImageSet, augment: AugmentOptions, spec: InputSpec,
             original = image_uri(images.read(index, input_range=spec.input_range), side=_SIDE, quality=_QUALITY)
         except UnreadableImage:
             continue
-        label = first_lemma(images.class_names[images.label(index)])
+        label = names[images.label(index)]
         shown.append({"label": label, "original": original, "versions": versions})
     return shown
 

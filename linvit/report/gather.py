@@ -14,7 +14,7 @@ from linvit.evaluation.predictions import Predictions, predictions_of
 from linvit.evaluation.source import DEFAULT_BATCH_SIZE
 from linvit.output.files import reason
 from linvit.output.terminal import note, progress_bar
-from linvit.report.examples import MOST_WORST, PICTURES_PER_PAGE, augmented_images, worst_images
+from linvit.report.examples import AUGMENTED_IMAGES, MOST_WORST, PICTURES_PER_PAGE, augmented_images, worst_images
 from linvit.report.facts import describe_cost, describe_training
 from linvit.report.page import Evaluated, RunPage
 from linvit.report.run import Run
@@ -74,7 +74,8 @@ def gather(run: Run, data: RunData, *, device: torch.device, evaluate: bool, num
     augmented, augmented_note = [], data.missing
     if data.config is not None and data.train_set is not None and classifier is not None:
         spec = input_spec(classifier)
-        augmented = augmented_images(data.train_set, data.config, spec, seed=data.config.seed)
+        shown = max(AUGMENTED_IMAGES // num_runs, 1)
+        augmented = augmented_images(data.train_set, data.config, spec, seed=data.config.seed, most=shown)
     elif data.missing is None:
         augmented_note = problem or "There are no images: they are shown once the run has best weights."
     return RunPage(

@@ -13,6 +13,8 @@ from linvit.report.examples import Worst
 from linvit.report.facts import Facts, settings_table
 from linvit.report.run import Run
 
+# Rows in the tables of classes, shared by the evaluations on a page; those with the most errors.
+MOST_CLASSES, FEWEST_CLASSES = 1000, 50
 # Classes in the table of several evaluations, those with the most errors first.
 MOST_SIDE_BY_SIDE = 200
 _SCRIPTS = ("chart.js", "templates/confusion.js")
@@ -46,7 +48,7 @@ def render_runs(pages: Sequence[RunPage]) -> str:
     runs = [page.run for page in pages]
     charts = build_charts(runs)
     evaluated = [page.evaluated for page in pages]
-    contexts = [_context(each, index) if each else None for index, each in enumerate(evaluated)]
+    contexts = [_context(each, index, len(pages)) if each else None for index, each in enumerate(evaluated)]
     sections = [
         ("overview", "Overview"),
         ("curves", "Curves"),
@@ -78,7 +80,7 @@ def render_runs(pages: Sequence[RunPage]) -> str:
 
 def render_evaluations(evaluated: Sequence[Evaluated], *, title: str, facts: Facts) -> str:
     """The page of `linvit eval --html`."""
-    contexts = [_context(each, index) for index, each in enumerate(evaluated)]
+    contexts = [_context(each, index, len(evaluated)) for index, each in enumerate(evaluated)]
     return render(
         "linvit.report",
         "templates/eval.html.j2",
@@ -119,7 +121,7 @@ def _figure(name: str, epoch: Any, top1: float | None, loss: float | None, count
     return {"name": name, "epoch": epoch, "top1": top1, "interval": interval, "loss": loss}
 
 
-def _context(evaluated: Evaluated, index: int) -> dict[str, Any]:
+def _context(evaluated: Evaluated, index: int, num_pages: int) -> dict[str, Any]:
     found = evaluate_predictions(evaluated.predictions)
     return {
         "index": index,
@@ -128,6 +130,7 @@ def _context(evaluated: Evaluated, index: int) -> dict[str, Any]:
         "notes": evaluated.notes,
         "worst": evaluated.worst.images,
         "worst_note": evaluated.worst.note,
+        "shown_classes": found["classes"][: max(MOST_CLASSES // num_pages, FEWEST_CLASSES)],
         **found,
     }
 

@@ -2,7 +2,15 @@
 
 import pytest
 
-from linvit.evaluation.classes import ClassMatch, lemmas, match_classes, published_subset, synsets, with_lemma
+from linvit.evaluation.classes import (
+    ClassMatch,
+    lemmas,
+    match_classes,
+    published_subset,
+    short_names,
+    synsets,
+    with_lemma,
+)
 
 IMAGENET = list(synsets())
 TENCH, GOLDFISH, CRANE_BIRD, CRANE, CHURCH = 0, 1, 134, 517, 497
@@ -158,3 +166,11 @@ def test_an_ambiguous_order_of_the_folders_is_refused() -> None:
         match(names, None, num_classes=12)
     # A list of classes in an order of its own is not ambiguous.
     assert match(["Zebra", "apple", "Mango"], None, num_classes=3).how == "by order"
+
+
+def test_short_names_are_unique_and_keep_the_id_of_both_cranes():
+    names = dict(zip(IMAGENET, short_names(IMAGENET)))
+    assert len(set(names.values())) == 1000
+    assert names["n01440764"] == "tench"
+    assert (names["n02012849"], names["n03126707"]) == ("n02012849 crane", "n03126707 crane")
+    assert short_names(["n02012849", "cat"]) == ["crane", "cat"]

@@ -10,6 +10,8 @@ from linvit.evaluation.metrics import ImageResults
 from linvit.evaluation.predictions import Predictions
 from linvit.report import evaluated
 from linvit.report.evaluated import compare_predictions, evaluate_predictions, wilson, worst_rows
+from linvit.report.examples import Worst
+from linvit.report.page import Evaluated, render_evaluations
 
 
 def predictions(num_classes: int = 7, num_images: int = 200, seed: int = 0) -> Predictions:
@@ -75,6 +77,20 @@ def test_many_classes_are_cut_to_those_with_errors(monkeypatch: pytest.MonkeyPat
     assert np.array_equal(np.sum(matrix["counts"], axis=1), matrix["totals"])
     assert (len(matrix["names"]), matrix["num_classes"]) == (3, 6)
     assert page["scores"][0]["interval"] is None
+
+
+def test_evaluations_on_a_page_share_the_room_for_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linvit.report.page.MOST_CLASSES", 8)
+    monkeypatch.setattr("linvit.report.page.FEWEST_CLASSES", 3)
+    for count, shown in ((1, 6), (2, 4), (4, 3)):
+        each = Evaluated("model", "subject", predictions(), Worst([], None))
+        page = render_evaluations([each] * count, title="title", facts=[])
+        tables = page.split('aria-label="Classes of model"')[1:]
+        assert [table.split("</tbody>")[0].count("<tr><th scope") for table in tables] == [shown] * count
+        assert page.count(f"The {shown} of 6 classes with the most errors.") == (0 if count == 1 else count)
+        # All classes are side by side.
+        sides = page.split('aria-label="Classes side by side"')[1:]
+        assert [side.split("</tbody>")[0].count("<tr><th scope") for side in sides] == [6] * (count > 1)
 
 
 def test_confused_classes_are_neighbours() -> None:

@@ -224,6 +224,14 @@ def test_several_runs_are_side_by_side(run: Path, data: Path, copy: Path, tmp_pa
     assert len(differing) == 1
 
 
+def test_runs_of_one_name_are_called_by_their_paths(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "last"))
+    (tmp_path / "run/predictions.csv").unlink()
+    assert main(["report", str(run), str(tmp_path / "run"), "-o", str(tmp_path / "both.html"), "--device", "cpu"]) == 0
+    loss = json.loads(Page((tmp_path / "both.html").read_text()).scripts["data-curves"])[0]["series"]
+    assert [series["name"] for series in loss[::3]] == [f"{run}, training", f"{tmp_path / 'run'}, training"]
+
+
 def test_a_report_that_fails_is_a_warning(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
