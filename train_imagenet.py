@@ -154,6 +154,7 @@ def train_one_epoch(
             recorder.add_batch(batch)
             step.backward(batch.images, batch.labels, group_size=group_size, closes_group=closes_group)
             if not closes_group:
+                log.show_accumulated(batch=progress.batch)
                 continue
             update = step.update()
             recorder.check_update(update, step, progress, group_start=group_start)

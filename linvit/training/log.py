@@ -98,7 +98,7 @@ class EpochLog:
         self.track = track
         self.recent_losses: deque[float] = deque(maxlen=log_interval)
         self.data_seconds = 0.0
-        self.started = self.refreshed = time.perf_counter()
+        self.started = self.refreshed = self.printed = time.perf_counter()
         self.bar = _create_bar() if is_shown and sys.stdout.isatty() else None
 
     def __enter__(self) -> Self:
@@ -140,8 +140,17 @@ class EpochLog:
                 self.bar.update(self.task, completed=self.batch, text=self._text(lr))
                 self.bar.refresh()
         elif self.is_shown and (is_due or time.perf_counter() - self.refreshed >= SECONDS_BETWEEN_LINES):
-            self.refreshed = time.perf_counter()
+            self.refreshed = self.printed = time.perf_counter()
             print_line(f"epoch {self.epoch}  {self.batch}/{self.num_batches}  {self._text(lr)}")
+
+    def show_accumulated(self, *, batch: int) -> None:
+        """Print a line after ten seconds without one, where the update of this batch is still to come."""
+        now = time.perf_counter()
+        if self.bar is None and self.is_shown and now - self.printed >= SECONDS_BETWEEN_LINES:
+            # The next update still prints its line with the loss.
+            self.printed = now
+            speed = (batch - self.first_batch) * self.images_per_batch / (now - self.started)
+            print_line(f"epoch {self.epoch}  {batch}/{self.num_batches}  accumulating gradients  {speed:.1f} img/s")
 
     def _numbers(self, lr: float) -> dict[str, float]:
         timing = self.timing(time.perf_counter() - self.started)

@@ -68,6 +68,24 @@ def test_a_slow_machine_prints_a_line_every_ten_seconds(
     assert tracked == [17]
 
 
+def test_a_slow_update_of_many_batches_prints_lines_before_its_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("linvit.training.log.time", SimpleNamespace(perf_counter=lambda: now))
+    with log(log_interval=100, first_batch=2) as epoch_log:
+        for batch in range(3, 11):
+            now += 4.0
+            if batch in (6, 10):
+                epoch_log.update(batch=batch, loss=1.0, lr=1.0)
+            else:
+                epoch_log.show_accumulated(batch=batch)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines] == ["5/10", "6/10", "9/10", "10/10"]
+    assert lines[0] == "epoch 1  5/10  accumulating gradients  1.0 img/s"
+    assert ["loss" in line for line in lines] == [False, True, False, True]
+
+
 def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(log(is_shown=False))
     assert capsys.readouterr().out == ""
