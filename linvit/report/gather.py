@@ -1,6 +1,6 @@
 """Compute for a run's page what its folder does not contain: pictures, heat maps, missing predictions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from linvit.report.page import Evaluated, RunPage
 from linvit.report.run import Run
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.training.config import TrainConfig
+from linvit.training.model import epoch_sizes
 from linvit.training.setup import open_train_set, open_val_set
 
 
@@ -74,6 +75,8 @@ def gather(run: Run, data: RunData, *, device: torch.device, evaluate: bool, num
     augmented, augmented_note = [], data.missing
     if data.config is not None and data.train_set is not None and classifier is not None:
         spec = input_spec(classifier)
+        # The first epochs may train on smaller images.
+        spec = replace(spec, size=next(iter(epoch_sizes(data.config)), spec.size))
         shown = max(AUGMENTED_IMAGES // num_runs, 1)
         augmented = augmented_images(data.train_set, data.config, spec, seed=data.config.seed, most=shown)
     elif data.missing is None:

@@ -1,6 +1,8 @@
 """The page of a run: what training writes, what `linvit report` makes of whole and of broken folders."""
 
+import base64
 import csv
+import io
 import json
 import math
 import shutil
@@ -12,6 +14,7 @@ import pytest
 import timm
 import torch
 from hostile_runs import HOSTILE, Page, make_hostile_list, train_run
+from PIL import Image
 
 from linvit.cli import main
 from linvit.data.sources.open import open_images
@@ -19,6 +22,7 @@ from linvit.evaluation.predictions import read_predictions
 from linvit.output.files import printable
 from linvit.report import write
 from linvit.report.examples import worst_images
+from linvit.report.gather import gather, open_data
 from linvit.report.run import read_run
 from linvit.runs.folder import load_classifier
 from linvit.runtimes.model import ExportedModel
@@ -222,6 +226,17 @@ def test_several_runs_are_side_by_side(run: Path, data: Path, copy: Path, tmp_pa
     assert "Accuracy of each class side by side" in page.text
     differing = [attributes for attributes in page.all("tr") if attributes.get("class") == "differs"]
     assert len(differing) == 1
+
+
+def test_augmented_images_have_the_size_of_the_first_epochs(run: Path) -> None:
+    read = read_run(run)
+    data = open_data(read, None)
+    assert data.config is not None
+    small = replace(data, config=data.config.model_copy(update={"train_img_sizes": (16, 32)}))
+    for each, side in ((data, 32), (small, 16)):
+        page = gather(read, each, device=torch.device("cpu"), evaluate=False)
+        pixels = base64.b64decode(page.augmented[0]["versions"][0].partition(",")[2])
+        assert Image.open(io.BytesIO(pixels)).size == (side, side)
 
 
 def test_runs_of_one_name_are_called_by_their_paths(run: Path, tmp_path: Path) -> None:
