@@ -60,6 +60,7 @@ def test_two_epochs_equal_one_and_one_resumed_to_the_bit(data: Path, full_run: P
     assert train(data, tmp_path, resume="auto", **EVERYTHING) == 0
     states_equal(tmp_path / "run", full_run)
     assert read_summary(tmp_path / "run") == read_summary(full_run)
+    assert (tmp_path / "run/predictions.csv").read_bytes() == (full_run / "predictions.csv").read_bytes()
     for weights in ("best", "last"):
         assert (tmp_path / "run" / weights / "model.safetensors").read_bytes() == (
             full_run / weights / "model.safetensors"
@@ -89,6 +90,7 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(
     assert train(data, tmp_path, resume="auto", **EVERYTHING) == 0
     states_equal(tmp_path / "run", full_run)
     assert read_summary(tmp_path / "run") == read_summary(full_run)
+    assert (tmp_path / "run/predictions.csv").read_bytes() == (full_run / "predictions.csv").read_bytes()
 
 
 def test_args_yaml_alone_repeats_the_run(full_run: Path, tmp_path: Path) -> None:
