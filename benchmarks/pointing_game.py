@@ -4,7 +4,7 @@
 
 DATA/test has a folder of images for each class. The CSV file has the columns split, class, file, left, top, right and
 bottom, in pixels; `split` is the name of the folder. A map hits if its largest value lies in a box of the image, grown
-by --margin pixels. Only images with a box and a right prediction count. "random" is the share of the image that the
+by --margin pixels. Only images with a box and a correct prediction count. "random" is the share of the image that the
 grown boxes cover. Intervals are Wilson's, at 95 %. On the first --num-curves of these images it also measures the areas
 under the deletion and insertion curves, see linvit.explanation.deletion.
 """
@@ -106,7 +106,7 @@ def main() -> None:
             "deletion": float(np.mean([each.deletion_area for each in curves])),
             "insertion": float(np.mean([each.insertion_area for each in curves])),
         }
-    print(f"{count} of {len(chosen)} images are predicted rightly")
+    print(f"{count} of {len(chosen)} images are predicted correctly")
     print("method     points at the defect   deletion  insertion")
     for name, row in rows.items():
         print(f"{name:<10} {row['accuracy']:18.1f} %   {row['deletion']:8.3f}  {row['insertion']:9.3f}")

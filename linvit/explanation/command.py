@@ -149,7 +149,7 @@ def explain_command(options: ExplainOptions) -> int:
     names = FileNames()
     page = None if page_file is None else _create_page(explainer, options, num_images=len(images))
     rows: list[dict[str, Any]] = []
-    told: set[str] = set()
+    noted: set[str] = set()
     with progress_bar() as bar:
         for index in bar.track(range(len(images)), description="explaining"):
             name = names.name(images.path(index))
@@ -158,9 +158,9 @@ def explain_command(options: ExplainOptions) -> int:
             if row["error"] is not None:
                 note(f"{row['path']}: {row['error']}")
             for sentence in approximations:
-                if sentence not in told:
+                if sentence not in noted:
                     note(f"approximate: {sentence}")
-                told.add(sentence)
+                noted.add(sentence)
     if options.json_file is not None:
         write_json(options.json_file, {"source": options.source, "method": options.method, "images": rows})
     if page_file is not None and page is not None and page.has_images:

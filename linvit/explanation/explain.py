@@ -96,7 +96,7 @@ class Explainer:
 
         Args:
             more: further methods, whose maps come from the same pass through the model.
-            longest_side: pixels of the longest side of maps over the image, if they shall be smaller than it.
+            longest_side: pixels of the longest side of maps over the image, if they should be smaller than it.
 
         Raises ValueError as `attention_maps` does.
         """
@@ -157,7 +157,7 @@ class Explainer:
         return logits.float().softmax(1)
 
     def approximations(self, methods: Iterable[Method]) -> list[str]:
-        """Why maps of these methods are not exact, in whole sentences; empty if they are."""
+        """Why maps of these methods are not exact, as full sentences; empty if they are."""
         vit = as_vit(self.model)
         return list(dict.fromkeys(sentence for method in methods for sentence in approximations(vit, method)))
 

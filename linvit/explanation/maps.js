@@ -192,7 +192,7 @@ async function open(image) {
   loaded.src = element(`image-${image}`).textContent;
   const [unpacked] = await Promise.all([unpack(`pack-${image}`), loaded.decode()]);
   if (page.model && !model) model = await unpack("pack-model");
-  // Another image may have been chosen meanwhile.
+  // Another image may have been chosen in the meantime.
   if (state.image !== image) return;
   [pack, picture] = [unpacked, loaded];
   const [rows, columns] = entry().grid;

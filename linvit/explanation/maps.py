@@ -38,7 +38,7 @@ class AttentionMaps:
         method: the method.
         classes: the class that each image's map explains, (B,); None for methods that do not explain a class.
         logits: the model's outputs, (B, C).
-        approximations: why a map is not exact, in whole sentences; empty if it is.
+        approximations: why a map is not exact, as full sentences; empty if it is.
     """
 
     maps: Any
@@ -208,7 +208,7 @@ class Explanation:
     def _keys(self) -> list[Tensor | None]:
         pairs = self.projections
         if not any(pairs):
-            raise ValueError("this model has ordinary attention alone, so there are no projected keys to show")
+            raise ValueError("this model has only ordinary attention, so it has no projected keys to show")
         return [
             None if pair is None else self._on_grid(dense_rows(pair[0], layer.grid_size, like=self.start))
             for pair, layer in zip(pairs, self.layers)
@@ -243,7 +243,7 @@ def dense_rows(projection: Projection, grid_size: tuple[int, int], *, like: Tens
 @torch.no_grad()
 def weighted_rows(layer: LayerAttention, weights: Tensor, *, gradient: Tensor | None = None) -> Tensor:
     """vᵀ P̄ for weights v (T): (H, K). With the gradient of the outputs (1, H, T, d), P̄ is max(∂y/∂P̄ ⊙ P̄, 0)."""
-    # A class token alone needs one row.
+    # For a class token, one row is enough.
     needed = weights.nonzero().squeeze(1)
     own = weights[needed]
     rows = []
@@ -294,5 +294,5 @@ def approximations(vit: Vit, method: Method) -> list[str]:
         if pool not in ("token", "avg"):
             notes.append(f"pooling {pool!r} is treated as an average over the patches")
         if any(attention.local is not None for attention in attentions):
-            notes.append("the convolutions beside attention are left out")
+            notes.append("the convolutions of --local are left out")
     return notes

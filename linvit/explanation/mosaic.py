@@ -12,7 +12,7 @@ class Mosaic:
 
     Args:
         shape: (height, width) of the image.
-        longest_side: pixels of the longest side of the map, if it shall be smaller than the image.
+        longest_side: pixels of the longest side of the map, if it is smaller than the image.
     """
 
     def __init__(self, shape: tuple[int, int], *, longest_side: int | None = None) -> None:

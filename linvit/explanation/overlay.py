@@ -23,7 +23,7 @@ COLOURS = "inferno"
 LARGEST, SMALLEST = 1600, 400
 MOST_KEYS = 12
 _INCH = 100
-# Of a title.
+# Width of a character in a title.
 _PIXELS_PER_CHARACTER = 9
 
 
@@ -84,7 +84,7 @@ def blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def title_of(label: str, probability: float, *, method: str, explained: str | None) -> str:
-    """What stands above a map: the predicted class, the method, and the class that it explains, if any."""
+    """The title of a map: the predicted class, the method, and the class that it explains, if any."""
     title = f"{label} {100 * probability:.1f} %"
     return f"{title} ({method} for {explained})" if explained is not None else f"{title} ({method})"
 

@@ -120,7 +120,7 @@ class _PlainProgress(Progress):
 def progress_bar(console: Console | None = None, *, is_shown: bool = True) -> Progress:
     """A bar for each task with the time left, on stderr by default; it is removed when the task is done.
 
-    Where that is no terminal, a line every ten seconds.
+    Where that is not a terminal, it prints a line every ten seconds.
     """
     console = console or Console(stderr=True)
     if is_shown and not console.is_terminal:

@@ -23,7 +23,7 @@ _CHARTS: list[tuple[str, dict[str, str], float, str]] = [
     ("Updates refused because they were not finite, in total", {"train": "bad_updates"}, 1, ""),
     ("Peak memory", {"train": "peak_memory"}, 1 / 2**30, "GiB"),
 ]
-# Charts of counts that are zero are left out, and `idle_counts` says so.
+# Charts of counts that are zero are left out, and `describe_idle_counts` reports them.
 _COUNTS = ("skipped_updates", "bad_updates")
 
 

@@ -60,7 +60,7 @@ def worst_images(
         images: the images that the predictions are of, found by their paths; None shows no pictures.
         classifier: the model, on its device; None shows no heat maps.
         reason_without: why there are no images or no classifier, in one sentence.
-        seconds: no heat map is begun after this time.
+        seconds: no heat map is started after this time.
     """
     rows = worst_rows(found.results, most=most)
     note = reason_without

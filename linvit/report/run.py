@@ -1,4 +1,4 @@
-"""What a run's folder tells about the run, finished or not."""
+"""Read the folder of a run, finished or not."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ class Run:
         class_names: the names of the classes; empty while there are no best weights.
         best: epoch, weights ("raw" or "ema"), metrics and version of the best weights; None while there are none.
         predictions: the predictions of the best weights for the validation images; None if they are not there.
-        notes: what is missing and why, in whole sentences.
+        notes: what is missing and why, as full sentences.
     """
 
     folder: RunFolder

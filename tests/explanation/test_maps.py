@@ -313,7 +313,7 @@ def test_wrong_arguments_are_refused(arguments, words):
 
 def test_models_and_images_that_do_not_fit_are_refused():
     model, x = small(projection="identity")
-    with pytest.raises(ValueError, match="ordinary attention alone, so there are no projected keys"):
+    with pytest.raises(ValueError, match="only ordinary attention, so it has no projected keys"):
         attention_maps(model, x, method="keys")
     with pytest.raises(ValueError, match=r"with at least one image, not \(0, 3, 28, 20\)"):
         attention_maps(model, x[:0])

@@ -1,4 +1,4 @@
-"""The page of a run: what training writes, what `linvit report` makes of whole and of broken folders."""
+"""The page of a run: what training writes, what `linvit report` makes of complete and of damaged folders."""
 
 import base64
 import csv
