@@ -127,8 +127,11 @@ def predict_command(options: PredictOptions) -> int:
         open_rows,
     )
     from linvit.runs.folder import source_files
+    from linvit.runtimes.model import is_exported
 
     check_inputs(("--class-map", options.class_map), ("--conformal", options.conformal))
+    if options.heatmap is not None and is_exported(options.source):
+        raise UsageError(f"--heatmap: {options.source} is an exported model, without gradients; give the run")
     files = [("--output", options.output), ("--tile-output", options.tile_output)]
     check_files(*files, inputs=[*source_files(options.source), *_input_files(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line
