@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -168,14 +168,15 @@ class Vit(nn.Module):
     """The parts of a Vision Transformer (timm's or linvit's) that are used here, for the type checker alone."""
 
     blocks: nn.Sequential
-    patch_embed: PatchEmbed
+    patch_embed: PatchEmbed | HybridEmbed
     embed_dim: int
 
 
 def as_vit(model: nn.Module) -> Vit:
     """The model itself; raises ValueError unless it is a Vision Transformer, with patches and blocks of attention."""
     blocks, embedding = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not isinstance(embedding, PatchEmbed):
+    has_grid = isinstance(embedding, PatchEmbed | HybridEmbed)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not has_grid:
         raise ValueError(
             f"{type(model).__name__} is not a Vision Transformer with patch_embed and blocks: its attention, if any, "
             "is not one matrix per layer and head"

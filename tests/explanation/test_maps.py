@@ -184,6 +184,13 @@ def test_rotary_models_of_timm():
     assert (found.maps > 0).any()
 
 
+def test_patches_of_a_convolutional_network():
+    model = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=4).eval()
+    maps = attention_maps(model, torch.randn(1, 3, 224, 224), method="relevance").maps
+    assert maps.shape == (1, 7, 7)
+    assert (maps > 0).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_are_the_rows_of_E(kind):
     model, x = small(projection=kind, share="kv", k=[6, None, 6])
