@@ -116,6 +116,7 @@ def explain_command(options: ExplainOptions) -> int:
     from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages, expand
     from linvit.device import choose_device
+    from linvit.explanation.maps import METHODS
     from linvit.explanation.naming import FileNames, check_maps
     from linvit.explanation.page import PAGE_METHODS
     from linvit.output.files import write_json, write_text
@@ -145,6 +146,12 @@ def explain_command(options: ExplainOptions) -> int:
     explainer = _create_explainer(options, choose_device(options.device))
     if options.method == "keys":
         return _write_keys(explainer, options)
+    if not explainer.class_names and (options.deletion or options.method not in explainer.possible(METHODS)):
+        what = "--deletion" if options.deletion else f"--method {options.method}"
+        raise UsageError(
+            f"{options.source} is a model without a classifier (num_classes=0), and {what} explains a class: "
+            f"choose --method {', '.join(explainer.possible(METHODS))}"
+        )
     target = None if options.target is None else explainer.class_index(options.target)
     names = FileNames()
     page = None if page_file is None else _create_page(explainer, options, num_images=len(images))
@@ -164,7 +171,7 @@ def explain_command(options: ExplainOptions) -> int:
     if options.json_file is not None:
         write_json(options.json_file, {"source": options.source, "method": options.method, "images": rows})
     if page_file is not None and page is not None and page.has_images:
-        write_text(page_file, page.html(explainer.approximations(PAGE_METHODS)))
+        write_text(page_file, page.html(explainer.approximations(explainer.possible(PAGE_METHODS))))
     if options.deletion:
         _print_areas(rows)
     num_explained = sum(row["error"] is None for row in rows)
@@ -227,7 +234,7 @@ def _explain_image(
         return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
     assert options.method != "keys"
     found = explainer.explain(image, method=options.method, target=target, more=() if page is None else PAGE_METHODS)
-    if not np.isfinite(found.probabilities).all():
+    if not (np.isfinite(found.probabilities).all() and np.isfinite(found.maps[options.method]).all()):
         return row | {"error": "the model's output for this image is NaN or infinite"}, ()
     title = overlay.title_of(found.label, found.probability, method=options.method, explained=found.explained)
     overlay.save_overlay(options.output / f"{name}.png", image, found.heat, title=title)

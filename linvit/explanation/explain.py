@@ -29,8 +29,8 @@ class Explained:
     """An image's prediction and its maps.
 
     Attributes:
-        probabilities: of all classes, (C,).
-        label, probability: the most probable class.
+        probabilities: of all classes, (C,); empty if the model has no classifier.
+        label, probability: the most probable class; None if the model has no classifier.
         explained: the class that the map explains; None for methods that do not explain a class.
         heat: the map over the image, (H, W), or smaller if requested; NaN where the model does not look.
         maps: the maps of all requested methods: of the patches (h, w), for "attention" of all layers and
@@ -41,8 +41,8 @@ class Explained:
     """
 
     probabilities: np.ndarray
-    label: str
-    probability: float
+    label: str | None
+    probability: float | None
     explained: str | None
     heat: np.ndarray
     maps: dict[Method, np.ndarray]
@@ -59,14 +59,16 @@ class Explainer:
         img_size: (height, width) of the model's input; by default the model's own.
         tiling: cut larger images into tiles; their maps are averaged where they overlap.
 
-    Raises ValueError if the classifier does not take RGB images, or has no classes.
+    A model without a classifier has maps by the methods that explain no class.
+
+    Raises ValueError if the classifier does not take RGB images.
     """
 
     def __init__(
         self, classifier: Classifier, *, img_size: tuple[int, int] | None = None, tiling: Tiling | None = None
     ) -> None:
         self.model = classifier.model
-        self.class_names = names_of_classes(classifier)
+        self.class_names = names_of_classes(classifier) if classifier.model.num_classes else []
         self.spec = input_spec(classifier, img_size=img_size)
         self.tiling = tiling
         self.device = next(self.model.parameters()).device
@@ -82,6 +84,10 @@ class Explainer:
         if name.isdecimal() and int(name) < len(self.class_names):
             return int(name)
         raise ValueError(unknown("class", name, self.class_names))
+
+    def possible(self, methods: Iterable[Method]) -> list[Method]:
+        """Those of the methods that the model can be explained by: without a classifier, those of no class."""
+        return [method for method in methods if self.class_names or method not in OF_A_CLASS]
 
     def explain(
         self,
@@ -100,7 +106,7 @@ class Explainer:
 
         Raises ValueError as `attention_maps` does.
         """
-        methods = list(dict.fromkeys([method, *more]))
+        methods = [method, *self.possible(each for each in more if each != method)]
         boxes = [] if self.tiling is None else self.tiling.boxes(*image.shape[:2])
         if len(boxes) > 1:
             return self._explain_tiles(image, boxes, methods, target, longest_side)
@@ -199,11 +205,11 @@ class Explainer:
         maps: dict[Method, np.ndarray],
         plan: CropPlan | None,
     ) -> Explained:
-        best = int(probabilities.argmax())
+        best = int(probabilities.argmax()) if self.class_names else None
         return Explained(
-            probabilities=probabilities.float().cpu().numpy(),
-            label=self.class_names[best],
-            probability=float(probabilities[best]),
+            probabilities=probabilities[: len(self.class_names)].float().cpu().numpy(),
+            label=None if best is None else self.class_names[best],
+            probability=None if best is None else float(probabilities[best]),
             explained=self.class_names[seen.target] if methods[0] in OF_A_CLASS else None,
             heat=heat,
             maps=maps,

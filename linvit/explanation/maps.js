@@ -242,10 +242,10 @@ for (const name of ["layer", "head", "key", "opacity"])
   element(name).addEventListener("input", event => { state[name] = Number(event.target.value); show(); });
 
 page.images.forEach((each, index) => {
-  const [label, probability] = each.classes[0];
+  const prediction = each.classes.slice(0, 1).map(([label, probability]) => `${percent(probability)} ${label}`);
   const button = create("button", {type: "button", "aria-pressed": false},
     create("img", {src: element(`image-${index}`).textContent, alt: ""}), create("span", {}, each.name.split("/").pop()),
-    create("span", {class: "muted"}, `${percent(probability)} ${label}`));
+    create("span", {class: "muted"}, prediction.join("")));
   button.addEventListener("click", () => open(index));
   element("images").append(create("li", {}, button));
 });

@@ -83,8 +83,10 @@ def blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return shown.round().astype(np.uint8)
 
 
-def title_of(label: str, probability: float, *, method: str, explained: str | None) -> str:
+def title_of(label: str | None, probability: float | None, *, method: str, explained: str | None) -> str:
     """The title of a map: the predicted class, the method, and the class that it explains, if any."""
+    if label is None or probability is None:
+        return method
     title = f"{label} {100 * probability:.1f} %"
     return f"{title} ({method} for {explained})" if explained is not None else f"{title} ({method})"
 

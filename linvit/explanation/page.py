@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from linvit.explanation.explain import Explained, one_map
-from linvit.explanation.maps import Method
+from linvit.explanation.maps import OF_A_CLASS, Method
 from linvit.explanation.mosaic import shrunk
 from linvit.explanation.overlay import COLOURS, patch_edges
 from linvit.explanation.packing import TEXT, Pack
@@ -37,7 +37,7 @@ class MapPage:
     Args:
         source: the model, as given on the command line.
         method: the map that is shown first.
-        class_names: of all classes, in label order.
+        class_names: of all classes, in label order; empty for a model without a classifier.
         num_images: the number of images that will be added.
         budget: bytes of the page, about; at least one image is kept.
     """
@@ -64,6 +64,11 @@ class MapPage:
     def has_images(self) -> bool:
         return bool(self._entries)
 
+    @property
+    def _maps(self) -> list[Method]:
+        """The maps of each image that do not depend on a layer."""
+        return [method for method in MAPS if self._class_names or method not in OF_A_CLASS]
+
     def add(self, name: str, image: np.ndarray, found: Explained) -> None:
         """Add an image (H, W, 3) uint8 with all of `PAGE_METHODS`; `name` is shown."""
         longest = max(image.shape[:2])
@@ -79,7 +84,7 @@ class MapPage:
             "name": name,
             "classes": [[self._class_names[label], float(found.probabilities[label])] for label in classes],
             "explained": found.explained or found.label,
-            "maps": {method: pack.add_quantised(_flat(found, method)) for method in MAPS},
+            "maps": {method: pack.add_quantised(_flat(found, method)) for method in self._maps},
             "shape": list(image.shape[:2]),
             **_geometry(found, image.shape[:2]),
         }
@@ -110,7 +115,8 @@ class MapPage:
             num_images=len(self._entries),
             notes=[*self._limits(), *(f"Approximate: {sentence}." for sentence in approximations)],
             blocks=self._blocks,
-            choices=[*PAGE_METHODS, "patch", "keys"],
+            choices=[*self._maps, "attention", "patch", "keys"],
+            has_classes=bool(self._class_names),
             page={
                 "images": self._entries,
                 "model": self._model,
@@ -176,4 +182,4 @@ def _geometry(found: Explained, shape: tuple[int, ...]) -> dict[str, Any]:
         height, width = shrunk((shape[0], shape[1]), _MAP_SIDE)
         return {"grid": [height, width], "edges": [[0, 1], [0, 1]]}
     edges = [[edge / length for edge in pair] for pair, length in zip(patch_edges(found.plan), shape)]
-    return {"grid": list(found.maps["relevance"].shape), "edges": edges}
+    return {"grid": list(found.maps["rollout"].shape), "edges": edges}

@@ -165,13 +165,25 @@ def test_paths_that_do_not_exist_are_refused_before_the_model_is_loaded(
     assert "are both" in capsys.readouterr().err
 
 
-def test_a_model_without_a_classifier_is_refused(
+def test_a_model_without_a_classifier_has_maps_of_no_class(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
     save_for_hf(model, tmp_path / "model", model_args={"img_size": 32, "depth": 1}, safe_serialization=True)
-    assert explain(tmp_path / "model", images, "-o", tmp_path / "maps") == 1
-    assert "is a model without a classifier (num_classes=0)" in capsys.readouterr().err
+    for flags, words in (
+        (["--method", "relevance"], "--method relevance explains a class: choose --method attention, rollout, keys"),
+        (["--method", "rollout", "--deletion"], "--deletion explains a class"),
+    ):
+        assert explain(tmp_path / "model", images, "-o", tmp_path / "maps", *flags) == 2
+        assert words in capsys.readouterr().err
+    results = ["--json", tmp_path / "out.json"]
+    assert explain(tmp_path / "model", images, "-o", tmp_path / "maps", "--method", "attention", *results) == 0
+    first, *_ = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert (first["label"], first["probability"], first["explained"], first["error"]) == (None, None, None, None)
+    html = (tmp_path / "maps/index.html").read_text()
+    assert "<h2 hidden>Prediction</h2>" in html
+    assert 'value="rollout"' in html
+    assert 'value="gradcam"' not in html
 
 
 def test_a_map_of_an_output_that_is_not_finite_is_an_error_of_the_image(
