@@ -124,7 +124,6 @@ def explain_command(options: ExplainOptions) -> int:
     from linvit.runs.folder import source_files
 
     check_inputs(("--class-map", options.class_map))
-    check_files(("--json", options.json_file), inputs=[*source_files(options.source), *options.images])
     try:
         images = LooseImages(
             PackedStrings.pack(path for image in options.images for path in expand(image, missing="refuse"))
@@ -135,6 +134,8 @@ def explain_command(options: ExplainOptions) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     page_file = options.output / "index.html" if options.page_size and options.method != "keys" else None
+    # The JSON file may be in the folder that was just created.
+    check_files(("--json", options.json_file), inputs=[*source_files(options.source), *options.images])
     check_files(("--output", page_file), ("--json", options.json_file))
     paths = map(images.path, range(len(images)))
     if options.method == "keys":

@@ -43,12 +43,16 @@ def test_maps_point_at_the_square(
 
 
 def test_attention_also_shows_every_layer_and_head(model_folder: Path, images: Path, tmp_path: Path) -> None:
-    assert explain(model_folder, images / COLOURS[0], "-o", tmp_path, "--method", "attention") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    # The folder need not exist, and the results may go into it.
+    maps = tmp_path / "maps"
+    arguments = ["-o", maps, "--method", "attention", "--json", maps / "b.json"]
+    assert explain(model_folder, images / COLOURS[0], *arguments) == 0
+    assert sorted(path.name for path in maps.iterdir()) == [
         "a.heads.png",
         "a.npy",
         "a.png",
         "a.values.png",
+        "b.json",
         "index.html",
     ]
 
