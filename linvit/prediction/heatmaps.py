@@ -69,7 +69,9 @@ class HeatMaps:
     def _write(self, path: Path, images: LooseImages, index: int, prediction: Prediction) -> None:
         image = images.read(index, input_range=self._explainer.spec.input_range)
         label = prediction.labels[0]
-        target = self._explainer.class_names.index(label)
+        # Two classes may have one description, such as the cranes of ImageNet; the predicted one is then explained.
+        named = [index for index, name in enumerate(self._explainer.class_names) if name == label]
+        target = named[0] if len(named) == 1 else None
         found = self._explainer.explain(image, method=self._method, target=target, longest_side=LARGEST)
         explained = label if self._method in OF_A_CLASS else None
         title = title_of(label, prediction.probabilities[0], method=self._method, explained=explained)

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,22 @@ def test_a_model_without_attention_is_refused_before_it_predicts(
     assert predict(tmp_path / "model", data / "val/red/0.png", *arguments) == 1
     assert "is not a Vision Transformer" in capsys.readouterr().err
     assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_classes_of_one_name_are_told_apart(
+    run: Path, data: Path, tmp_path: Path, drawn: dict[str, tuple[np.ndarray, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = []
+    explain = Explainer.explain
+
+    def record(self: Explainer, image: np.ndarray, **settings: Any) -> Any:
+        # Not the first class of this name, unless it is the predicted one.
+        targets.append(settings["target"])
+        return explain(self, image, **settings)
+
+    monkeypatch.setattr(Explainer, "explain", record)
+    names = ["crane"] * len(load_classifier(str(run)).class_names or [])
+    monkeypatch.setattr("linvit.prediction.command._labels", lambda *_: names)
+    assert predict(run, data / "val/blue/0.png", "--heatmap", tmp_path / "maps") == 0
+    assert targets == [None]
+    assert len(drawn) == 1
