@@ -80,7 +80,7 @@ function describe(found) {
   }
   // Large maps have more numbers than a function takes arguments.
   const best = found.patches.reduce((best, value, index) => value > found.patches[best] ? index : best, 0);
-  const most = `most at ${place(best)}`;
+  const most = found.patches[best] > 0 ? `most at ${place(best)}` : "nowhere";
   const weight = `weight ${short(found.patches[best])}`;
   const prefix = found.prefix.reduce((sum, each) => sum + each, 0);
   const others = found.prefix.length === 1 ? "the class token gets" : `${found.prefix.length} class and register tokens get`;
@@ -257,4 +257,5 @@ for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
   else if (name in state && name !== "map" && Number.isInteger(Number(value))) state[name] = Number(value);
 }
 if (page.model) state.layer = Math.min(Math.max(state.layer, 0), page.model.layers.length - 1);
+state.opacity = Math.min(Math.max(state.opacity, 0), 100);
 open(Math.min(Math.max(state.image, 0), page.images.length - 1));
