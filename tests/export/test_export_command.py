@@ -2,7 +2,9 @@
 
 import csv
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +238,15 @@ def test_the_grey_image_of_a_camera_needs_only_the_file(exported, tmp_path, caps
     Image.fromarray(np.full((50, 40), 2000, np.uint16)).save(tmp_path / "grey.png")
     assert run("predict", exported["onnx"], tmp_path / "grey.png", "-j", 0) == 0
     assert len(capsys.readouterr().out.strip().split("\t")) >= 6
+
+
+@pytest.mark.parametrize("name", ["onnx", "pixels"])
+def test_the_example_without_torch_predicts_the_same(name, exported, data, predict):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "onnx_runtime.py"))
+    session, record = script["open_model"](str(exported[name]))
+    for row in predict(exported[name]):
+        image = script["prepare"](row["path"], record)
+        (probabilities,) = script["predict"](session, record, image[None])
+        expected = [float(row[f"probability_{rank}"]) for rank in (1, 2, 3)]
+        assert sorted(probabilities, reverse=True) == pytest.approx(expected, abs=1e-2)
+        assert record["class_names"][probabilities.argmax()] == row["label_1"].removeprefix("'")
