@@ -37,7 +37,9 @@ def create_app(run: str) -> gr.Interface:
 
     # Without a mode, Gradio leaves the file as it is, and the prediction is that of `linvit predict`.
     image = gr.Image(type="filepath", image_mode=None, label="Image")
-    return gr.Interface(classify, image, [gr.Label(label="Class"), gr.Image(label="Where the model looks")])
+    outputs = [gr.Label(label="Class"), gr.Image(label="Where the model looks")]
+    # Flagging would keep visitors' images on the server.
+    return gr.Interface(classify, image, outputs, title="linvit", flagging_mode="never")
 
 
 if __name__ == "__main__":
