@@ -8,6 +8,9 @@ import torch
 # Tests must see what a user sees who is offline.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Some tests fork, and after torch.export autograd can only be used in forked processes if it was used before.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 # Test processes side by side share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

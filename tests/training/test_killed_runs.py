@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,8 @@ def in_child(call: Callable[[], int]) -> int:
         status = 99
         try:
             status = call()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
 
