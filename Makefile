@@ -1,5 +1,6 @@
 # make demo   train a Linformer ViT on real photographs of solar cells, here, in minutes
-# make test   the whole test suite
+# make test   the test suite
+# make test-export   the tests of exported models; installs ONNX Runtime and OpenVINO
 # make check  formatting, lint, types
 #
 # Each sets up first: in the active virtual environment, or else in .venv.
@@ -8,9 +9,11 @@ PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 DATA := data/elpv
+# Files of tests are shared among processes, in their order.
+SHARE := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check
+.PHONY: demo test test-export check
 
 demo: $(VENV)/.linvit-demo
 	$(BIN)/linvit data elpv $(DATA)
@@ -19,7 +22,10 @@ demo: $(VENV)/.linvit-demo
 	@echo "The run lies in runs/$(RUN); always answering \"functional\" would be right on 70.9 % of these images."
 
 test: $(VENV)/.linvit-test
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) --ignore tests/export
+
+test-export: $(VENV)/.linvit-test $(VENV)/.linvit-export
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) tests/export tests/examples
 
 check: $(VENV)/.linvit-test
 	$(BIN)/ruff format --check .
