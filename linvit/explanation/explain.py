@@ -18,7 +18,7 @@ from linvit.explanation.mosaic import Mosaic, shrunk
 from linvit.explanation.overlay import place
 from linvit.measure.attention import as_vit
 from linvit.runs.folder import Classifier
-from linvit.settings.fields import unknown
+from linvit.settings.fields import listed, unknown
 
 # Longest side in pixels of the maps of further methods over a tiled image.
 _SMALL_SIDE = 256
@@ -83,7 +83,7 @@ class Explainer:
             return self.class_names.index(name)
         if name.isdecimal() and int(name) < len(self.class_names):
             return int(name)
-        raise ValueError(unknown("class", name, self.class_names))
+        raise ValueError(f"{unknown('class', name, self.class_names)}; the classes are {listed(self.class_names)}")
 
     def possible(self, methods: Iterable[Method]) -> list[Method]:
         """Those of the methods that the model can be explained by: without a classifier, those of no class."""

@@ -127,7 +127,7 @@ def test_an_unreadable_image_is_named_and_the_rest_is_explained(
     [
         (["--class", "yellow"], 1, "unknown class 'yellow'"),
         (["--class", "gren"], 1, "did you mean 'green'"),
-        (["--class", "4"], 1, "unknown class '4'"),
+        (["--class", "4"], 1, f"unknown class '4'; the classes are {', '.join(COLOURS)}"),
         (["--method", "rollout", "--class", "0"], 2, "--class is for --method relevance and gradcam"),
         (["--model-kwargs", "pretrained=true"], 2, "--model-kwargs takes arguments of the model's class"),
         (["--overlap", "4"], 2, "--overlap needs --tile SIZE"),
