@@ -25,7 +25,7 @@ test: $(VENV)/.linvit-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) --ignore tests/export
 
 test-export: $(VENV)/.linvit-test $(VENV)/.linvit-export
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) tests/export tests/examples
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) tests/export tests/runtimes tests/examples
 
 check: $(VENV)/.linvit-test
 	$(BIN)/ruff format --check .

@@ -31,10 +31,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import _AttrProxy
+from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+# torch.export wraps the modules of a model in which several names lead to one module, as with share="layerwise". The
+# name is private, and other versions of torch may lack it.
+_EXPORTED_MODULE: Any = getattr(proxy_tensor, "_AttrProxy", ())
 
 # The last two stand for plain tensors while a model is exported.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -51,9 +54,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     False for subclasses (adapters, quantised layers), for layers with hooks, and if the weight or bias is a tensor
     subclass (quantised weights in a plain layer).
     """
-    # torch.export wraps the modules of a model in which several names lead to one module, as with share="layerwise".
     base: Any = module
-    kind = type(base.get_base()) if isinstance(module, _AttrProxy) else type(module)
+    kind = type(base.get_base()) if isinstance(module, _EXPORTED_MODULE) else type(module)
     return kind is nn.Linear and _is_plain(module)
 
 
