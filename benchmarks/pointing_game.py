@@ -6,7 +6,7 @@ DATA/test has a folder of images for each class. The CSV file has the columns sp
 bottom, in pixels; `split` is the name of the folder. A map hits if its largest value lies in a box of the image, grown
 by --margin pixels. Only images with a box and a correct prediction count. "random" is the share of the image that the
 grown boxes cover. Intervals are Wilson's, at 95 %. On the first --num-curves of these images it also measures the areas
-under the deletion and insertion curves, see linvit.explanation.deletion.
+under the deletion and insertion curves, see linvit.explanation.deletion. A model that reads its class token has no "cam".
 """
 
 import argparse
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--boxes", type=Path, required=True)
     parser.add_argument("--margin", type=int, default=8)
     parser.add_argument("--num-images", type=int, default=300, help="images with a box, drawn at random")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that the model has, except keys")
     parser.add_argument("--num-curves", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -66,7 +67,8 @@ def main() -> None:
     explainer = Explainer(load_classifier(options.run))
     boxes = read_boxes(options.boxes, options.images.name)
     chosen = random.Random(options.seed).sample(sorted(boxes), min(options.num_images, len(boxes)))
-    methods: list[Method] = [method for method in METHODS if method != "keys"]
+    possible = [method for method in explainer.possible(METHODS) if method != "keys"]
+    methods: list[Method] = options.methods or possible
     hits: dict[str, list[bool]] = {method: [] for method in methods}
     areas: dict[str, list[Curves]] = {method: [] for method in (*methods, "random")}
     chances, labels = [], []
@@ -85,7 +87,7 @@ def main() -> None:
             hits[method].append(bool(mask.flat[np.nanargmax(found.heat)]))
         if len(labels) <= options.num_curves:
             maps = {method: torch.from_numpy(explainer.patch_map(pixels, method, target)) for method in methods}
-            orders = {**maps, "random": random_map(tuple(maps["relevance"].shape), seed=len(labels))}
+            orders = {**maps, "random": random_map(tuple(maps[methods[0]].shape), seed=len(labels))}
             for method, order in orders.items():
                 areas[method].append(measure_curves(explainer.probabilities, pixels, order, target=target))
     count = len(labels)
@@ -102,6 +104,8 @@ def main() -> None:
             "per_class": by_class,
         }
     for method, curves in areas.items():
+        if not curves:
+            continue
         rows[method] |= {
             "deletion": float(np.mean([each.deletion_area for each in curves])),
             "insertion": float(np.mean([each.insertion_area for each in curves])),
@@ -109,7 +113,8 @@ def main() -> None:
     print(f"{count} of {len(chosen)} images are predicted correctly")
     print("method     points at the defect   deletion  insertion")
     for name, row in rows.items():
-        print(f"{name:<10} {row['accuracy']:18.1f} %   {row['deletion']:8.3f}  {row['insertion']:9.3f}")
+        curve = f"   {row['deletion']:8.3f}  {row['insertion']:9.3f}" if "deletion" in row else ""
+        print(f"{name:<10} {row['accuracy']:18.1f} %{curve}")
     if options.json:
         results = {
             "recipe": options.recipe,

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from linvit.data.tiling import create_tiling
 from linvit.evaluation.options import ClassifierOptions
 from linvit.settings.fields import ImageSize, height_and_width
-from linvit.settings.flags import UsageError, check_files, check_inputs, parse_options
+from linvit.settings.flags import UsageError, check_files, check_inputs, created_folder, parse_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +31,17 @@ _RANDOM_ORDERS = 3
 class ExplainOptions(ClassifierOptions):
     """Which predictions to explain, and how."""
 
-    source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
+    source: str = Field(
+        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
+    )
     images: tuple[str, ...] = Field(min_length=1, description="images, folders (searched at any depth) or quoted globs")
     output: Path = Field(description="folder to write the maps to; created if missing")
-    method: Literal["attention", "rollout", "relevance", "gradcam", "keys"] = Field(
-        "relevance",
+    method: Literal["attention", "rollout", "relevance", "gradcam", "cam", "keys"] | None = Field(
+        None,
         description="relevance: attention through all layers, weighted by gradients for the class; rollout: attention "
         "through all layers; attention: of each layer and head; gradcam: last tokens, weighted by gradients for the "
-        "class; keys: what each projected key averages",
+        "class; cam: what each patch adds to the logit of the class, if the model pools all patches; keys: what each "
+        "projected key averages (default: relevance; exported models: cam)",
     )
     target: str | None = Field(
         None, description="class to explain, by name or index (default: the predicted class of each image)"
@@ -78,8 +81,10 @@ class ExplainOptions(ClassifierOptions):
 
     @model_validator(mode="after")
     def _check(self) -> ExplainOptions:
-        if self.target is not None and self.method not in ("relevance", "gradcam"):
-            raise ValueError(f"--class is for --method relevance and gradcam; {self.method} does not explain a class")
+        if self.target is not None and self.method not in (None, "relevance", "gradcam", "cam"):
+            raise ValueError(
+                f"--class is for --method relevance, gradcam and cam; {self.method} does not explain a class"
+            )
         if self.tile is None and self.overlap is not None:
             raise ValueError("--overlap needs --tile SIZE")
         if self.tile is not None and (self.deletion or self.method == "keys"):
@@ -115,24 +120,30 @@ def explain_command(options: ExplainOptions) -> int:
     """
     from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages, expand
-    from linvit.device import choose_device
-    from linvit.explanation.maps import METHODS
-    from linvit.explanation.naming import FileNames, check_maps
-    from linvit.explanation.page import PAGE_METHODS
-    from linvit.output.files import write_json, write_text
-    from linvit.output.terminal import note, print_line, progress_bar
-    from linvit.runs.folder import source_files
+    from linvit.runtimes.model import is_exported
 
     check_inputs(("--class-map", options.class_map))
     try:
         images = LooseImages(
             PackedStrings.pack(path for image in options.images for path in expand(image, missing="refuse"))
         )
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {options.output}: cannot create the folder ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if options.method is None:
+        options = options.model_copy(update={"method": "cam" if is_exported(options.source) else "relevance"})
+    with created_folder("--output", options.output):
+        return _explain(images, options)
+
+
+def _explain(images: LooseImages, options: ExplainOptions) -> int:
+    """`explain_command` of images, into a folder that exists, by the method of the options."""
+    from linvit.device import choose_device
+    from linvit.explanation.naming import FileNames, check_maps
+    from linvit.explanation.page import PAGE_METHODS
+    from linvit.output.files import write_json, write_text
+    from linvit.output.terminal import note, print_line, progress_bar
+    from linvit.runs.folder import source_files
+
     page_file = options.output / "index.html" if options.page_size and options.method != "keys" else None
     # The JSON file may be in the folder that was just created.
     check_files(("--json", options.json_file), inputs=[*source_files(options.source), *options.images])
@@ -145,13 +156,13 @@ def explain_command(options: ExplainOptions) -> int:
     else:
         check_maps("--output", options.output, paths, extensions=(".png", ".values.png", ".heads.png"))
     explainer = _create_explainer(options, choose_device(options.device))
+    assert options.method is not None
+    explainer.check(options.method)
     if options.method == "keys":
         return _write_keys(explainer, options)
-    if not explainer.class_names and (options.deletion or options.method not in explainer.possible(METHODS)):
-        what = "--deletion" if options.deletion else f"--method {options.method}"
+    if options.deletion and not explainer.class_names:
         raise UsageError(
-            f"{options.source} is a model without a classifier (num_classes=0), and {what} explains a class: "
-            f"choose --method {', '.join(explainer.possible(METHODS))}"
+            f"{options.source} is a model without a classifier, and --deletion explains a class: remove it"
         )
     target = None if options.target is None else explainer.class_index(options.target)
     names = FileNames()
@@ -185,10 +196,7 @@ def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
 
     from linvit.evaluation.inference import load_source
     from linvit.explanation.explain import Explainer
-    from linvit.runtimes.model import is_exported
 
-    if is_exported(options.source):
-        raise UsageError(f"{options.source}: heat maps need attention and gradients, which an exported model lacks")
     size = None if options.img_size is None else height_and_width(options.img_size)
     classifier = load_source(
         options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
@@ -198,11 +206,13 @@ def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
 
 
 def _create_page(explainer: Explainer, options: ExplainOptions, *, num_images: int) -> MapPage:
-    from linvit.explanation.page import MEGABYTE, MapPage
+    from linvit.explanation.page import MEGABYTE, PAGE_METHODS, MapPage
 
+    assert options.method is not None
     return MapPage(
         options.source,
         method=options.method,
+        methods=explainer.possible(PAGE_METHODS),
         class_names=explainer.class_names,
         num_images=num_images,
         budget=options.page_size * MEGABYTE,
@@ -233,7 +243,7 @@ def _explain_image(
         image = images.read(index, input_range=explainer.spec.input_range)
     except UnreadableImage as error:
         return row | {"error": str(error).removeprefix(f"{images.path(index)}: ")}, ()
-    assert options.method != "keys"
+    assert options.method is not None
     found = explainer.explain(image, method=options.method, target=target, more=() if page is None else PAGE_METHODS)
     if not (np.isfinite(found.probabilities).all() and np.isfinite(found.maps[options.method]).all()):
         return row | {"error": "the model's output for this image is NaN or infinite"}, ()
@@ -265,9 +275,11 @@ def _areas(explainer: Explainer, image: np.ndarray, target: int | None) -> dict[
     pixels, _ = explainer.prepare(image)
     shown = int(explainer.probabilities(pixels)[0].argmax()) if target is None else target
     maps: dict[str, list[torch.Tensor]] = {
-        method: [torch.from_numpy(explainer.patch_map(pixels, method, shown))] for method in METHODS if method != "keys"
+        method: [torch.from_numpy(explainer.patch_map(pixels, method, shown))]
+        for method in explainer.possible(METHODS)
+        if method != "keys"
     }
-    height, width = maps["rollout"][0].shape
+    height, width = next(iter(maps.values()))[0].shape
     maps["random"] = [random_map((height, width), seed=seed) for seed in range(_RANDOM_ORDERS)]
     areas: dict[str, dict[str, float]] = {}
     for method, drawn in maps.items():

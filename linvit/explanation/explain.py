@@ -1,6 +1,7 @@
 """Explain a classifier's predictions on images of any size, by maps at the images' own size."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +14,22 @@ from linvit.data.loader import normalize
 from linvit.data.tiling import Box, Tiling
 from linvit.device import autocast
 from linvit.evaluation.inference import amp_precision, input_spec, names_of_classes
-from linvit.explanation.maps import OF_A_CLASS, AttentionMaps, Explanation, Method, approximations, attention_maps
+from linvit.explanation.cam import check_class_maps
+from linvit.explanation.maps import (
+    BY_GRADIENTS,
+    METHODS,
+    OF_A_CLASS,
+    AttentionMaps,
+    Explanation,
+    Method,
+    approximations,
+    attention_maps,
+)
 from linvit.explanation.mosaic import Mosaic, shrunk
 from linvit.explanation.overlay import place
 from linvit.measure.attention import as_vit
 from linvit.runs.folder import Classifier
+from linvit.runtimes.model import ExportedModel
 from linvit.settings.fields import listed, unknown
 
 # Longest side in pixels of the maps of further methods over a tiled image.
@@ -36,7 +48,7 @@ class Explained:
         maps: the maps of all requested methods: of the patches (h, w), for "attention" of all layers and
             heads (L, heads, h, w); with tiles, one over the image, those of further methods shrunk.
         plan: the crop of the image that the patches cover; None with tiles.
-        seen: the model's attention on the image; None with tiles.
+        seen: the model's attention on the image; None with tiles and for exported models.
         approximations: why the map is not exact; empty if it is.
     """
 
@@ -51,6 +63,16 @@ class Explained:
     approximations: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Look:
+    """One pass through the model: logits (C,), the class to explain, the maps, and the attention where it is known."""
+
+    logits: Tensor
+    target: int
+    maps: dict[Method, np.ndarray]
+    seen: Explanation | None
+
+
 class Explainer:
     """Explains the predictions of a Vision Transformer.
 
@@ -59,7 +81,8 @@ class Explainer:
         img_size: (height, width) of the model's input; by default the model's own.
         tiling: cut larger images into tiles; their maps are averaged where they overlap.
 
-    A model without a classifier has maps by the methods that explain no class.
+    A model without a classifier has maps by the methods that explain no class, an exported model by "cam" if it was
+    exported with heat maps.
 
     Raises ValueError if the classifier does not take RGB images.
     """
@@ -71,7 +94,10 @@ class Explainer:
         self.class_names = names_of_classes(classifier) if classifier.model.num_classes else []
         self.spec = input_spec(classifier, img_size=img_size)
         self.tiling = tiling
-        self.device = next(self.model.parameters()).device
+        weight = next(self.model.parameters(), None)
+        # An exported model moves images to its device itself.
+        self.device = torch.device("cpu") if weight is None else weight.device
+        self._source = classifier.weights
         self._amp_dtype = amp_precision(classifier)
         self._full = build_eval_pipeline(self.spec)
         # Tiles are not cropped, which would leave gaps between them.
@@ -85,9 +111,34 @@ class Explainer:
             return int(name)
         raise ValueError(f"{unknown('class', name, self.class_names)}; the classes are {listed(self.class_names)}")
 
+    def check(self, method: Method) -> None:
+        """Raise ValueError, naming what is possible instead, if the model cannot be explained by a method."""
+        if isinstance(self.model, ExportedModel):
+            if self.model.metadata.heatmaps is None:
+                raise ValueError(f"{self._source} was exported without heat maps: export it with --with-heatmap")
+            if method != "cam":
+                raise ValueError(
+                    f"{self._source} is an exported model, which has maps by method cam only, not {method}"
+                )
+            return
+        vit = as_vit(self.model)
+        if method in OF_A_CLASS and not self.class_names:
+            others = ", ".join(each for each in METHODS if each not in OF_A_CLASS)
+            raise ValueError(
+                f"{self._source} is a model without a classifier (num_classes=0), and method {method} explains a "
+                f"class: choose {others}"
+            )
+        if method == "cam":
+            check_class_maps(vit)
+
     def possible(self, methods: Iterable[Method]) -> list[Method]:
-        """Those of the methods that the model can be explained by: without a classifier, those of no class."""
-        return [method for method in methods if self.class_names or method not in OF_A_CLASS]
+        """Those of the methods that the model can be explained by."""
+        found = []
+        for method in methods:
+            with suppress(ValueError):
+                self.check(method)
+                found.append(method)
+        return found
 
     def explain(
         self,
@@ -106,23 +157,27 @@ class Explainer:
 
         Raises ValueError as `attention_maps` does.
         """
+        self.check(method)
         methods = [method, *self.possible(each for each in more if each != method)]
         boxes = [] if self.tiling is None else self.tiling.boxes(*image.shape[:2])
         if len(boxes) > 1:
             return self._explain_tiles(image, boxes, methods, target, longest_side)
         pixels, plan = self.prepare(image)
-        seen, maps = self._look(pixels, methods, target)
-        heat = place(one_map(method, maps[method]), plan, size=shrunk(image.shape[:2], longest_side))
-        return self._explained(methods, seen, seen.logits.float().softmax(0), heat, maps, plan)
+        look = self._look(pixels, methods, target)
+        heat = place(one_map(method, look.maps[method]), plan, size=shrunk(image.shape[:2], longest_side))
+        return self._explained(methods, look, look.logits.float().softmax(0), heat, look.maps, plan)
 
-    def _look(
-        self, pixels: Tensor, methods: Sequence[Method], target: int | None
-    ) -> tuple[Explanation, dict[Method, np.ndarray]]:
-        """What the model sees in one input (1, 3, height, width), and its maps by several methods."""
-        of_a_class = any(method in OF_A_CLASS for method in methods)
+    def _look(self, pixels: Tensor, methods: Sequence[Method], target: int | None) -> _Look:
+        """The model's output for one input (1, 3, height, width), and its maps by several methods."""
+        if isinstance(self.model, ExportedModel):
+            logits, maps = self.model.class_maps(pixels)
+            shown = int(logits[0].argmax()) if target is None else target
+            return _Look(logits[0], shown, {"cam": maps[0, shown].cpu().numpy()}, None)
+        with_gradients = any(method in BY_GRADIENTS for method in methods)
         with autocast(self.device, self._amp_dtype):
-            seen = Explanation(as_vit(self.model), pixels, target, with_gradients=of_a_class)
-            return seen, {method: seen.map(method).float().cpu().numpy() for method in methods}
+            seen = Explanation(as_vit(self.model), pixels, target, with_gradients=with_gradients)
+            found = {method: seen.map(method).float().cpu().numpy() for method in methods}
+        return _Look(seen.logits, seen.target, found, seen)
 
     def prepare(self, image: np.ndarray) -> tuple[Tensor, CropPlan]:
         """The model's input (1, 3, height, width) for an image (H, W, 3) uint8, and the crop it is."""
@@ -142,7 +197,7 @@ class Explainer:
 
     def patch_map(self, pixels: Tensor, method: Method, target: int) -> np.ndarray:
         """The map (h, w) of one input (1, 3, height, width) of the model."""
-        return one_map(method, self._look(pixels, [method], target)[1][method])
+        return one_map(method, self._look(pixels, [method], target).maps[method])
 
     def keys(self) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """The rows of E of each Linformer layer, (M, k, h, w), by its name, and why they are not exact.
@@ -164,6 +219,8 @@ class Explainer:
 
     def approximations(self, methods: Iterable[Method]) -> list[str]:
         """Why maps of these methods are not exact, as full sentences; empty if they are."""
+        if isinstance(self.model, ExportedModel):
+            return []
         vit = as_vit(self.model)
         return list(dict.fromkeys(sentence for method in methods for sentence in approximations(vit, method)))
 
@@ -186,11 +243,11 @@ class Explainer:
         }
         for box in boxes:
             pixels, plan = self._prepare_tile(image, box)
-            seen, maps = self._look(pixels, methods, shown)
+            look = self._look(pixels, methods, shown)
             for method, mosaic in mosaics.items():
-                mosaic.add(box, one_map(method, maps[method]), plan)
+                mosaic.add(box, one_map(method, look.maps[method]), plan)
         merged_maps = {method: mosaic.mean() for method, mosaic in mosaics.items()}
-        return self._explained(methods, seen, merged, merged_maps[methods[0]], merged_maps, None)
+        return self._explained(methods, look, merged, merged_maps[methods[0]], merged_maps, None)
 
     def _prepare_tile(self, image: np.ndarray, box: Box) -> tuple[Tensor, CropPlan]:
         top, left, height, width = box
@@ -199,7 +256,7 @@ class Explainer:
     def _explained(
         self,
         methods: Sequence[Method],
-        seen: Explanation,
+        look: _Look,
         probabilities: Tensor,
         heat: np.ndarray,
         maps: dict[Method, np.ndarray],
@@ -210,11 +267,11 @@ class Explainer:
             probabilities=probabilities[: len(self.class_names)].float().cpu().numpy(),
             label=None if best is None else self.class_names[best],
             probability=None if best is None else float(probabilities[best]),
-            explained=self.class_names[seen.target] if methods[0] in OF_A_CLASS else None,
+            explained=self.class_names[look.target] if methods[0] in OF_A_CLASS else None,
             heat=heat,
             maps=maps,
             plan=plan,
-            seen=None if plan is None else seen,
+            seen=None if plan is None else look.seen,
             approximations=tuple(self.approximations(methods[:1])),
         )
 

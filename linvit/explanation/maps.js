@@ -3,13 +3,14 @@
 const page = data("page");
 const element = id => document.getElementById(id);
 const radios = [...document.querySelectorAll("input[name=map]")];
-const CLASS_MAPS = ["relevance", "gradcam"];
+const CLASS_MAPS = ["relevance", "gradcam", "cam"];
 const BY_LAYER = ["attention", "patch", "keys"];
 const state = {image: 0, map: page.method, layer: page.model ? page.model.layers.length - 1 : 0, head: -1, key: 0,
   patch: null, opacity: 75};
 const TEXTS = {
   relevance: "Attention through all layers, weighted by its gradient for the class.",
   gradcam: "The last tokens that the classifier mixes, weighted by their gradient for the class.",
+  cam: "What each patch adds to the logit of the class, where that is positive.",
   rollout: "Attention through all layers and skip connections.",
   attention: `Where ${page.reader} looks, in one layer.`,
   patch: "Where one patch looks, in one layer. Click a patch, or move with the arrow keys on the image.",
@@ -87,7 +88,7 @@ function describe(found) {
   const rest = found.prefix.length ? `; ${others} ${short(prefix)}` : "";
   const negative = found.patches.some(each => each < 0) ? " Weights below 0 are drawn as 0." : "";
   const of = CLASS_MAPS.includes(state.map) ? ` for ${entry().explained}` : "";
-  if (!entry().layers) return `${state.map}${of}, merged over tiles.`;
+  if (entry().tiled) return `${state.map}${of}, merged over tiles.`;
   switch (state.map) {
     case "attention": return `${layerText()}: ${page.reader} looks ${most} (${weight}${rest}).${negative}`;
     case "patch":

@@ -17,15 +17,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from linvit.explanation.cam import check_class_maps, class_maps
 from linvit.measure.attention import LayerAttention, Vit, as_vit, capture_attention, spread
 from linvit.model.attention import LinformerAttention
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.settings.fields import unknown_choice
 
-Method = Literal["attention", "rollout", "relevance", "gradcam", "keys"]
+Method = Literal["attention", "rollout", "relevance", "gradcam", "cam", "keys"]
 METHODS: tuple[Method, ...] = get_args(Method)
-# Methods that explain one class.
-OF_A_CLASS: tuple[Method, ...] = ("relevance", "gradcam")
+# Methods that explain one class, and those that need gradients.
+OF_A_CLASS: tuple[Method, ...] = ("relevance", "gradcam", "cam")
+BY_GRADIENTS: tuple[Method, ...] = ("relevance", "gradcam")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def attention_maps(
       order and where that is positive.
     - "gradcam": the last tokens that the classifier mixes, weighted by their mean gradient for a class (Selvaraju et
       al. 2017, arXiv 1610.02391).
+    - "cam": what each patch adds to the logit of a class, exactly, where the classifier pools all patches; negative
+      where it speaks against the class (Zhou et al. 2016, arXiv 1512.04150, see `linvit.explanation.cam`).
     - "keys": what each projected key averages, the rows of E. It does not depend on the images.
 
     Args:
@@ -73,7 +77,7 @@ def attention_maps(
         classes: the class to explain, one for all images or one per image; None explains the predicted class.
 
     Raises ValueError if the model's attention is not one matrix per layer and head, for an unknown method or class, for
-    "keys" without a Linformer layer, and if there are no images.
+    "keys" without a Linformer layer, for "cam" of a model that reads its class token, and if there are no images.
     """
     if method not in METHODS:
         raise ValueError(unknown_choice("method", method, METHODS))
@@ -84,7 +88,7 @@ def attention_maps(
     found, logits, explained = [], [], []
     # Tensors that were made in inference mode have no gradients, but their copies do.
     for number, image in enumerate(images.clone() if images.is_inference() else images):
-        explanation = Explanation(vit, image[None], chosen[number], with_gradients=method in OF_A_CLASS)
+        explanation = Explanation(vit, image[None], chosen[number], with_gradients=method in BY_GRADIENTS)
         found.append(explanation.map(method))
         logits.append(explanation.logits)
         explained.append(explanation.target)
@@ -194,6 +198,13 @@ class Explanation:
         tokens, gradient = (each[0, -num_patches:].detach().to(self.start.dtype) for each in (self._tokens, gradient))
         return self._on_grid((tokens @ gradient.mean(dim=0)).clamp(min=0))
 
+    def _cam(self) -> Tensor:
+        check_class_maps(self._vit)
+        norm: Any = self._vit.norm
+        tokens = self._tokens.detach()
+        tokens = norm(tokens.to(next(norm.parameters(), tokens).dtype))
+        return class_maps(self._vit, tokens, self.layers[-1].grid_size)[0, self.target].detach()
+
     @property
     def reads_class_token(self) -> bool:
         """Whether the classifier reads the class token; else it reads an average over patches."""
@@ -286,10 +297,10 @@ def approximations(vit: Vit, method: Method) -> list[str]:
         for projection in (attention.projections() or ())[1:]
         if not isinstance(projection, MatrixProjection)
     }
-    if reducing and method != "gradcam":
+    if reducing and method not in ("gradcam", "cam"):
         kinds = " and ".join(sorted(reducing))
         notes.append(f"{kinds} does not weight patches linearly: each key counts as the mean of its cell")
-    if method not in ("gradcam", "keys"):
+    if method not in ("gradcam", "cam", "keys"):
         pool = getattr(vit, "global_pool", "avg")
         if pool not in ("token", "avg"):
             notes.append(f"pooling {pool!r} is treated as an average over the patches")

@@ -1,6 +1,6 @@
 """The page of `linvit explain`: images with their maps, and where each patch looks, in one self-contained file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from linvit.explanation.explain import Explained, one_map
-from linvit.explanation.maps import OF_A_CLASS, Method
+from linvit.explanation.maps import Method
 from linvit.explanation.mosaic import shrunk
 from linvit.explanation.overlay import COLOURS, patch_edges
 from linvit.explanation.packing import TEXT, Pack
@@ -17,7 +17,7 @@ from linvit.explanation.rows import RowPlan, num_rows, pack_attention, pack_proj
 from linvit.output.page import image_uri, render
 
 # The methods whose maps do not depend on a layer.
-MAPS: tuple[Method, ...] = ("relevance", "gradcam", "rollout")
+MAPS: tuple[Method, ...] = ("relevance", "gradcam", "cam", "rollout")
 # What a page needs of each image.
 PAGE_METHODS: tuple[Method, ...] = (*MAPS, "attention")
 MEGABYTE = 10**6
@@ -37,14 +37,26 @@ class MapPage:
     Args:
         source: the model, as given on the command line.
         method: the map that is shown first.
+        methods: those of `PAGE_METHODS` that the model can be explained by.
         class_names: of all classes, in label order; empty for a model without a classifier.
         num_images: the number of images that will be added.
         budget: bytes of the page, about; at least one image is kept.
     """
 
-    def __init__(self, source: str, *, method: Method, class_names: list[str], num_images: int, budget: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        method: Method,
+        methods: Sequence[Method],
+        class_names: list[str],
+        num_images: int,
+        budget: int,
+    ) -> None:
         self._source = source
         self._method = method
+        self._maps = [each for each in methods if each in MAPS]
+        self._has_attention = "attention" in methods
         self._class_names = class_names
         self._num_images = num_images
         self._budget = budget
@@ -64,13 +76,8 @@ class MapPage:
     def has_images(self) -> bool:
         return bool(self._entries)
 
-    @property
-    def _maps(self) -> list[Method]:
-        """The maps of each image that do not depend on a layer."""
-        return [method for method in MAPS if self._class_names or method not in OF_A_CLASS]
-
     def add(self, name: str, image: np.ndarray, found: Explained) -> None:
-        """Add an image (H, W, 3) uint8 with all of `PAGE_METHODS`; `name` is shown."""
+        """Add an image (H, W, 3) uint8 with the maps of all methods; `name` is shown."""
         longest = max(image.shape[:2])
         side = _SIDE if self._num_images <= _MANY else _SMALL_SIDE
         uri = image_uri(image, side=side, kind="png" if longest <= _LOSSLESS_SIDE else "jpg", quality=80)
@@ -86,6 +93,7 @@ class MapPage:
             "explained": found.explained or found.label,
             "maps": {method: pack.add_quantised(_flat(found, method)) for method in self._maps},
             "shape": list(image.shape[:2]),
+            "tiled": found.plan is None,
             **_geometry(found, image.shape[:2]),
         }
         if found.seen is not None:
@@ -98,7 +106,8 @@ class MapPage:
             self._without_rows |= not with_rows
         else:
             entry["layers"] = None
-            entry["maps"]["attention"] = pack.add_quantised(_flat(found, "attention"))
+            if self._has_attention:
+                entry["maps"]["attention"] = pack.add_quantised(_flat(found, "attention"))
         self._add_block(f"image-{len(self._entries)}", uri)
         self._add_block(f"pack-{len(self._entries)}", pack.text())
         self._entries.append(entry)
@@ -115,7 +124,7 @@ class MapPage:
             num_images=len(self._entries),
             notes=[*self._limits(), *(f"Approximate: {sentence}." for sentence in approximations)],
             blocks=self._blocks,
-            choices=[*self._maps, "attention", "patch", "keys"],
+            choices=[*self._maps, *(("attention", "patch", "keys") if self._has_attention else ())],
             has_classes=bool(self._class_names),
             page={
                 "images": self._entries,
@@ -133,7 +142,7 @@ class MapPage:
         self._reader = "the class token" if found.seen.reads_class_token else "the mean of the patches"
         num_patches = layers[0].grid_size[0] * layers[0].grid_size[1]
         attention = sum(layer.num_heads * layer.keys.shape[2] for layer in layers)
-        other = image_bytes + int(TEXT * (len(MAPS) * num_patches + attention))
+        other = image_bytes + int(TEXT * (len(self._maps) * num_patches + attention))
         self._plan = plan_rows(found.seen, num_images=self._num_images, budget=self._budget, other=other)
         self._ordinary = [number for number, layer in enumerate(layers) if layer.projection is None]
         self._has_mean = (
@@ -182,4 +191,5 @@ def _geometry(found: Explained, shape: tuple[int, ...]) -> dict[str, Any]:
         height, width = shrunk((shape[0], shape[1]), _MAP_SIDE)
         return {"grid": [height, width], "edges": [[0, 1], [0, 1]]}
     edges = [[edge / length for edge in pair] for pair, length in zip(patch_edges(found.plan), shape)]
-    return {"grid": list(found.maps["rollout"].shape), "edges": edges}
+    patches = next(one_map(method, each) for method, each in found.maps.items())
+    return {"grid": list(patches.shape), "edges": edges}

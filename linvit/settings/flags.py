@@ -6,7 +6,8 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
@@ -118,6 +119,26 @@ def check_folder(flag: str, path: Path) -> None:
         scratch.rmdir()
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be created: {reason(error)}; choose another folder") from None
+
+
+@contextmanager
+def created_folder(flag: str, path: Path) -> Iterator[None]:
+    """A context with an output folder, created with its parents; an error removes the new folders that are empty.
+
+    Raises UsageError if it cannot be created.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot create the folder ({error.strerror})") from None
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def check_inputs(*inputs: tuple[str, Path | None]) -> None:

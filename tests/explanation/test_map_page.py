@@ -61,13 +61,13 @@ def page(folder: Path) -> Page:
 def test_maps_and_rows_are_those_of_the_model(page: Page, model_folder: Path, folder: Path) -> None:
     explainer = Explainer(load_classifier(str(model_folder)))
     image = np.asarray(Image.open(folder / "plain.png"))
-    found = explainer.explain(image, method="relevance", more=("gradcam", "rollout", "attention"))
+    found = explainer.explain(image, method="relevance", more=("gradcam", "cam", "rollout", "attention"))
     assert found.seen is not None
     entry, own = page.data["images"][0], page.pack(0)
     assert page.data["method"] == "gradcam"
     assert entry["classes"][0] == [found.label, pytest.approx(found.probability)]
     assert (entry["grid"], entry["edges"], entry["explained"]) == ([8, 8], [[0, 1], [0, 1]], COLOURS[0])
-    for method in ("relevance", "gradcam", "rollout"):
+    for method in ("relevance", "gradcam", "cam", "rollout"):
         numbers, steps = own.rows(entry["maps"][method])
         np.testing.assert_allclose(numbers[0], np.maximum(found.maps[method], 0).ravel(), atol=0.51 * steps[0])
     for number, layer in enumerate(found.seen.layers):
@@ -84,7 +84,7 @@ def test_maps_and_rows_are_those_of_the_model(page: Page, model_folder: Path, fo
 def test_tiles_have_merged_maps_alone(page: Page) -> None:
     entry, own = page.data["images"][2], page.pack(2)
     assert (entry["layers"], entry["grid"], entry["shape"]) == (None, [32, 96], [32, 96])
-    assert set(entry["maps"]) == {"relevance", "gradcam", "rollout", "attention"}
+    assert set(entry["maps"]) == set(PAGE_METHODS)
     numbers, _ = own.rows(entry["maps"]["rollout"])
     assert numbers.shape == (1, 32 * 96)
     assert (numbers > 0).all()
@@ -129,7 +129,9 @@ def add_map(page: MapPage, name: str, *, side: int, grid: int) -> None:
 
 
 def test_the_images_of_a_page_are_the_first_ones() -> None:
-    page = MapPage("model", method="relevance", class_names=["red", "blue"], num_images=3, budget=4000)
+    page = MapPage(
+        "model", method="relevance", methods=PAGE_METHODS, class_names=["red", "blue"], num_images=3, budget=4000
+    )
     for name, side in (("a", 8), ("b", 2000), ("c", 8)):
         add_map(page, name, side=side, grid=4)
     assert "The first 1 of 3 images are on this page." in page.html([])
@@ -149,7 +151,9 @@ def test_a_map_may_have_more_patches_than_a_function_takes_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("linvit.explanation.page._MAP_SIDE", 512)
-    page = MapPage("model", method="relevance", class_names=["red", "blue"], num_images=1, budget=10**7)
+    page = MapPage(
+        "model", method="relevance", methods=PAGE_METHODS, class_names=["red", "blue"], num_images=1, budget=10**7
+    )
     add_map(page, "a", side=600, grid=512)
     (tmp_path / "page.html").write_text(page.html([]), encoding="utf-8")
     shown = shown_by_browser(tmp_path / "page.html", "map=attention&layer=3")
