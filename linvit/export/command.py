@@ -100,7 +100,7 @@ def _check_output(options: ExportOptions, inputs: Sequence[Path]) -> None:
 
 
 def _check_packages(kind: str) -> None:
-    from linvit.runtimes.packages import need
+    from linvit.runtimes.metadata import need
 
     packages = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
     for package in packages.get(kind, ()):
@@ -111,15 +111,21 @@ def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -
     import timm
     import torch
 
+    from linvit.explanation.cam import check_class_maps, patch_grid
     from linvit.runtimes.metadata import describe
     from linvit.version import __version__
 
+    heatmaps = None
+    if options.with_heatmap:
+        check_class_maps(classifier.model)
+        heatmaps = patch_grid(classifier.model, spec.size)
     return describe(
         architecture=classifier.model.pretrained_cfg["architecture"],
         num_classes=classifier.model.num_classes,
         class_names=classifier.class_names,
         spec=spec,
         with_preprocessing=options.with_preprocessing,
+        heatmaps=heatmaps,
         precision="int8" if options.int8 else options.half or "float32",
         versions={"linvit": __version__, "timm": timm.__version__, "torch": torch.__version__},
     )
@@ -129,28 +135,31 @@ def _write_and_check(
     classifier: Classifier, spec: InputSpec, metadata: ExportMetadata, options: ExportOptions, path: Path
 ) -> dict[str, Any]:
     """Write the model to `path`, whose folder is empty, and compare it; returns the results by name."""
-    from linvit.export.check import TOLERANCE, compare, random_images, require
+    from functools import partial
+
+    from linvit.explanation.cam import forward_with_maps
+    from linvit.export.check import Forward, compare, compare_accuracy, random_images, require, time_models
     from linvit.export.write import open_written, write_model
+    from linvit.runtimes.model import ExportedModel
 
     write_model(classifier, spec, metadata, options, path, _calibration_batches(options, spec))
     exported = open_written(path, options)
     model = classifier.model.cpu().eval()
-    found = [compare(model, exported, random_images(spec, seed=options.seed), images="random")]
+    forwards: tuple[Forward, Forward] = (model, exported)
+    if isinstance(exported, ExportedModel) and metadata.heatmaps is not None:
+        forwards = (partial(forward_with_maps, model, grid_size=metadata.heatmaps), exported.class_maps)
+    found = [compare(*forwards, random_images(spec, seed=options.seed), images="random")]
     for images, batches in _real_images(options, spec):
-        found.append(compare(model, exported, batches, images=images))
+        found.append(compare(*forwards, batches, images=images))
     results: dict[str, Any] = {"format": options.resolved_format, "precision": metadata.precision}
     results["agreement"] = [asdict(each) for each in found]
     if options.int8:
-        from linvit.export.accuracy import compare_accuracy
-
         results["accuracy"] = compare_accuracy(options, str(path))
     for each in found:
         # Random images do not lie in the ranges that int8 was calibrated on.
         if options.tolerance is not None or not options.int8:
-            require(each, options.tolerance or TOLERANCE[metadata.precision])
+            require(each, precision=metadata.precision, tolerance=options.tolerance)
     if options.benchmark:
-        from linvit.export.benchmark import time_models
-
         results["seconds"] = time_models({"torch": model, options.resolved_format: exported}, spec, options)
     return results
 
@@ -209,11 +218,12 @@ def _move(scratch: Path, target: Path) -> None:
 def _show(options: ExportOptions, results: dict[str, Any]) -> None:
     from linvit.output.terminal import format_bytes, page, print_line, table
 
-    made = table(("images", "number", "largest difference", "same top-1"), text=("images",))
+    has_maps = results["agreement"][0]["heatmap"] is not None
+    columns = ("images", "number", "largest difference", "same top-1", *(("of heat maps",) if has_maps else ()))
+    made = table(columns, text=("images",))
     for each in results["agreement"]:
-        made.add_row(
-            each["images"], f"{each['num_images']}", f"{each['difference']:.1e}", f"{100 * each['top1']:.1f} %"
-        )
+        cells = [each["images"], f"{each['num_images']}", f"{each['difference']:.1e}", f"{100 * each['top1']:.1f} %"]
+        made.add_row(*cells, *([f"{100 * each['heatmap']:.1g} %"] if has_maps else []))
     page().print(made)
     if "accuracy" in results:
         found = results["accuracy"]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from linvit.explanation.cam import forward_with_maps
 from linvit.model.build import TimmModel
 from linvit.output.files import reason
 from linvit.output.terminal import printable
@@ -22,9 +23,10 @@ DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat1
 
 
 class Graph(nn.Module):
-    """Computes in the precision of `metadata`, with its input and output; weights are a copy of the model's.
+    """Computes in the precision of `metadata`, with its input and outputs; weights are a copy of the model's.
 
-    Normalised images (B, 3, H, W) float32 to logits (B, C) float32, or pixels (B, H, W, 3) uint8 to probabilities.
+    Normalised images (B, 3, H, W) float32 to logits (B, C) float32, or pixels (B, H, W, 3) uint8 to probabilities; if
+    `metadata` has heat maps, also to these, (B, C, h, w) float32.
     """
 
     mean: Tensor
@@ -35,14 +37,20 @@ class Graph(nn.Module):
         self.dtype = DTYPES[metadata.precision]
         self.model = copy.deepcopy(model).cpu().eval().to(self.dtype)
         self.takes_pixels = metadata.input == "uint8"
+        self.grid_size = metadata.heatmaps
         self.register_buffer("mean", torch.tensor(metadata.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(metadata.std).view(3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.takes_pixels:
             images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        output: Tensor = self.model(images.to(self.dtype)).float()
-        return output.softmax(1) if self.takes_pixels else output
+        if self.grid_size is None:
+            return self._output(self.model(images.to(self.dtype)))
+        logits, maps = forward_with_maps(self.model, images.to(self.dtype), self.grid_size)
+        return self._output(logits), maps
+
+    def _output(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(1) if self.takes_pixels else logits.float()
 
 
 def trace(model: TimmModel, metadata: ExportMetadata) -> torch.export.ExportedProgram:

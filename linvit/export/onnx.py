@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from linvit.export.graph import quiet, refusal
-from linvit.runtimes.metadata import INPUT, KEY, OUTPUT, ExportMetadata
-from linvit.runtimes.packages import need
+from linvit.runtimes.metadata import INPUT, KEY, ExportMetadata, need
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata, *, opset: int) -> None:
@@ -21,7 +20,13 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Expo
     try:
         with quiet():
             exported: Any = torch.onnx.export(
-                program, (), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], opset_version=opset, verbose=False
+                program,
+                (),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=list(metadata.output_shapes),
+                opset_version=opset,
+                verbose=False,
             )
             exported.model.metadata_props[KEY] = metadata.to_json()
             exported.save(path)

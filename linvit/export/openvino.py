@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from linvit.export.graph import quiet, refusal
-from linvit.runtimes.metadata import KEY, ExportMetadata
+from linvit.runtimes.metadata import KEY, ExportMetadata, need
 from linvit.runtimes.openvino import XML
-from linvit.runtimes.packages import need
 
 
 def write_openvino(

@@ -40,6 +40,11 @@ class ExportOptions(ClassifierOptions):
         description="take RGB pixels (N, H, W, 3) uint8 of the model's size and return probabilities, instead of "
         "normalised images (N, 3, H, W) and logits",
     )
+    with_heatmap: bool = Field(
+        False,
+        description="also return what each patch adds to the logit of each class, for linvit predict --heatmap and "
+        "linvit explain; the model must pool all patches",
+    )
     aot_inductor: bool = Field(
         False, description="with torch-export: compile a package for this machine's kind of processor by AOTInductor"
     )
@@ -89,6 +94,8 @@ class ExportOptions(ClassifierOptions):
             raise ValueError("--int8 needs --data-dir: images to calibrate on, and to measure accuracy on")
         if self.with_preprocessing and kind in WEIGHTS:
             raise ValueError(f"--with-preprocessing needs a graph, and {kind} holds weights alone; choose onnx")
+        if self.with_heatmap and kind in WEIGHTS:
+            raise ValueError(f"--with-heatmap needs a graph, and {kind} holds weights alone; choose onnx")
         if self.aot_inductor and kind != "torch-export":
             raise ValueError(f"--aot-inductor is for torch-export, not for {kind}")
         return self

@@ -70,8 +70,8 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
         description="write a picture of where the model looks in each image to this folder, created if missing; its "
         "path is in the column `heatmap`",
     )
-    heatmap_method: Literal["relevance", "gradcam", "rollout", "attention"] = Field(
-        "relevance", description="method of --heatmap, as in linvit explain"
+    heatmap_method: Literal["relevance", "gradcam", "cam", "rollout", "attention"] | None = Field(
+        None, description="method of --heatmap, as in linvit explain (default: relevance; exported models: cam)"
     )
 
     @model_validator(mode="after")
@@ -127,11 +127,8 @@ def predict_command(options: PredictOptions) -> int:
         open_rows,
     )
     from linvit.runs.folder import source_files
-    from linvit.runtimes.model import is_exported
 
     check_inputs(("--class-map", options.class_map), ("--conformal", options.conformal))
-    if options.heatmap is not None and is_exported(options.source):
-        raise UsageError(f"--heatmap: {options.source} is an exported model, without gradients; give the run")
     files = [("--output", options.output), ("--tile-output", options.tile_output)]
     check_files(*files, inputs=[*source_files(options.source), *_input_files(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line
@@ -238,9 +235,11 @@ def _create_predictor(classifier: Classifier, options: PredictOptions) -> Predic
 
 def _create_heatmaps(folder: Path, classifier: Classifier, predictor: Predictor, options: PredictOptions) -> HeatMaps:
     from linvit.prediction.heatmaps import HeatMaps
+    from linvit.runtimes.model import is_exported
 
+    method = options.heatmap_method or ("cam" if is_exported(options.source) else "relevance")
     # The predictor has moved the model to its device.
-    return HeatMaps(folder, options.heatmap_method, classifier, img_size=predictor.spec.size, tiling=predictor.tiling)
+    return HeatMaps(folder, method, classifier, img_size=predictor.spec.size, tiling=predictor.tiling)
 
 
 def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:

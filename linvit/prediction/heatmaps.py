@@ -12,7 +12,6 @@ from linvit.explanation.explain import Explainer
 from linvit.explanation.maps import OF_A_CLASS, Method
 from linvit.explanation.naming import FileNames
 from linvit.explanation.overlay import LARGEST, save_overlay, title_of
-from linvit.measure.attention import as_vit
 from linvit.output.terminal import note
 from linvit.prediction.predictor import Prediction
 from linvit.runs.folder import Classifier
@@ -26,7 +25,7 @@ class HeatMaps:
         classifier: the model that predicts, on its device, with its class names.
         img_size: (height, width) of the model's input; by default the model's own.
 
-    Raises ValueError if the model is not a Vision Transformer.
+    Raises ValueError if the model cannot be explained by the method.
     """
 
     def __init__(
@@ -38,10 +37,10 @@ class HeatMaps:
         img_size: tuple[int, int] | None,
         tiling: Tiling | None,
     ) -> None:
-        as_vit(classifier.model)
         self._folder = folder
         self._method = method
         self._explainer = Explainer(classifier, img_size=img_size, tiling=tiling)
+        self._explainer.check(method)
         self._names = FileNames()
         self._notes: set[str] = set()
         self.num_written = 0

@@ -1,9 +1,12 @@
 """What an exported model records about itself, so that the file alone is enough: classes, input and versions.
 
 It is JSON: in ONNX the metadata property `linvit`, in OpenVINO's IR the runtime information `linvit`, in a `.pt2` file
-the extra file `linvit.json`, in `.safetensors` the header entry `linvit`.
+the extra file `linvit.json`, in `.safetensors` the header entry `linvit`. What writes and reads it imports its optional
+package by `need`.
 """
 
+import importlib
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,8 +18,8 @@ from linvit.output.terminal import printable
 from linvit.settings.fields import Side
 
 KEY = "linvit"
-# Names of the graph's input and output.
-INPUT, OUTPUT = "images", "output"
+# Names of the graph's input and outputs.
+INPUT, OUTPUT, HEATMAPS = "images", "output", "heatmaps"
 
 Precision = Literal["float32", "fp16", "bf16", "int8"]
 
@@ -27,6 +30,8 @@ class ExportMetadata(BaseModel):
     Attributes:
         input: "normalized" for float32 (N, 3, H, W), (pixel / 255 - mean) / std; "uint8" for RGB pixels (N, H, W, 3).
         output: logits (N, C), or probabilities with "uint8".
+        heatmaps: rows and columns of the second output (N, C, rows, columns), what each patch adds to each logit; None
+            if the file has no such output.
         img_size: (height, width) of the input in pixels.
         class_names: class name of every label; None if unknown.
         precision: number format of the weights and, for int8, of the matrix products.
@@ -41,6 +46,7 @@ class ExportMetadata(BaseModel):
     class_names: list[str] | None = None
     input: Literal["normalized", "uint8"] = "normalized"
     output: Literal["logits", "probabilities"] = "logits"
+    heatmaps: tuple[Side, Side] | None = None
     img_size: tuple[Side, Side]
     mean: Mean
     std: Std
@@ -50,6 +56,18 @@ class ExportMetadata(BaseModel):
     input_range: InputRange | None = None
     precision: Precision = "float32"
     versions: dict[str, str] = {}
+
+    @property
+    def input_shape(self) -> list[int]:
+        """The shape of one input of the graph."""
+        height, width = self.img_size
+        return [height, width, 3] if self.input == "uint8" else [3, height, width]
+
+    @property
+    def output_shapes(self) -> dict[str, list[int]]:
+        """The shape of each output of the graph for one image, by name."""
+        shapes = {OUTPUT: [self.num_classes]}
+        return shapes if self.heatmaps is None else {**shapes, HEATMAPS: [self.num_classes, *self.heatmaps]}
 
     @property
     def preparation(self) -> dict[str, Any]:
@@ -70,14 +88,16 @@ def describe(
     with_preprocessing: bool,
     precision: Precision,
     versions: dict[str, str],
+    heatmaps: tuple[int, int] | None = None,
 ) -> ExportMetadata:
-    """The record of a model that takes the images of `spec`."""
+    """The record of a model that takes the images of `spec`, and has `heatmaps` of this grid."""
     return ExportMetadata(
         architecture=architecture,
         num_classes=num_classes,
         class_names=class_names,
         input="uint8" if with_preprocessing else "normalized",
         output="probabilities" if with_preprocessing else "logits",
+        heatmaps=heatmaps,
         img_size=spec.size,
         mean=spec.mean,
         std=spec.std,
@@ -111,3 +131,11 @@ def parse_metadata(text: str | bytes | None, *, source: object) -> ExportMetadat
             f"{source} names {len(found.class_names)} classes, but has {found.num_classes}; export it again"
         )
     return found
+
+
+def need(package: str, for_what: object) -> ModuleType:
+    """Import an optional package. Raises ValueError, naming the extra that installs it, if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{for_what} needs the package {package}: pip install 'linvit[export]'") from error

@@ -18,8 +18,8 @@ from linvit.runtimes.onnx import open_onnx
 from linvit.runtimes.openvino import find_xml, open_openvino
 from linvit.runtimes.torch_export import open_torch_export
 
-# Maps a batch in the file's own input format to its output; both are on the CPU or the module's device.
-Execute = Callable[[Tensor], Tensor]
+# Maps a batch in the file's own input format to its outputs; all are on the CPU or the module's device.
+Execute = Callable[[Tensor], list[Tensor]]
 SUFFIXES = (".onnx", ".pt2", ".xml")
 
 
@@ -43,16 +43,25 @@ class ExportedModel(TimmModel):
             "label_names": metadata.class_names,
         }
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        return self._run(images)[0]
+
+    def class_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C), and what each patch adds to each of them, (B, C, h, w), of a file exported with heat maps."""
+        logits, maps = self._run(images)
+        return logits, maps
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> list[Tensor]:
+        """Logits, and the file's other outputs, on the images' device."""
         batch = images.float()
         if self.metadata.input == "uint8":
             batch = to_pixels(batch, self.metadata)
-        output = self._execute(batch).float().to(images.device)
+        output, *others = (each.float().to(images.device) for each in self._execute(batch))
         if self.metadata.output == "probabilities":
             # Their softmax is the probabilities again.
-            return output.clamp_min(torch.finfo(torch.float32).tiny).log()
-        return output
+            output = output.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return [output, *others]
 
 
 def to_pixels(images: Tensor, metadata: ExportMetadata) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from linvit.output.files import reason
 from linvit.output.terminal import printable
-from linvit.runtimes.metadata import INPUT, KEY, OUTPUT, ExportMetadata, parse_metadata
-from linvit.runtimes.packages import need
+from linvit.runtimes.metadata import INPUT, KEY, ExportMetadata, need, parse_metadata
 
 if TYPE_CHECKING:
     import onnx
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
 def open_onnx(
     path: Path, *, device: str, is_required: bool = False
-) -> tuple[Callable[[Tensor], Tensor], ExportMetadata]:
-    """A function from batches to the file's output, and its record.
+) -> tuple[Callable[[Tensor], list[Tensor]], ExportMetadata]:
+    """A function from batches to the file's outputs, and its record.
 
     Args:
         device: "cpu", "cuda" or "cuda:1".
@@ -53,12 +52,12 @@ def open_onnx(
         raise ValueError(f"{path} cannot be opened by ONNX Runtime: {printable(reason(error))}") from error
     _check_graph(session, metadata, path)
 
-    def execute(batch: Tensor) -> Tensor:
+    def execute(batch: Tensor) -> list[Tensor]:
         try:
-            (output,) = session.run([OUTPUT], {INPUT: batch.cpu().numpy()})
+            outputs = session.run(list(metadata.output_shapes), {INPUT: batch.cpu().numpy()})
         except Exception as error:
             raise ValueError(f"{path} fails in ONNX Runtime: {printable(reason(error))}") from error
-        return torch.from_numpy(output)
+        return [torch.from_numpy(output) for output in outputs]
 
     return execute, metadata
 
@@ -91,14 +90,8 @@ def _external_files(message: Any) -> Iterator[str]:
 
 def _check_graph(session: Any, metadata: ExportMetadata, path: Path) -> None:
     """Raise ValueError if the graph has another input or output than the record says."""
-    height, width = metadata.img_size
-    shape = [height, width, 3] if metadata.input == "uint8" else [3, height, width]
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    fits = (
-        [each.name for each in inputs] == [INPUT]
-        and [each.name for each in outputs] == [OUTPUT]
-        and list(inputs[0].shape[1:]) == shape
-        and list(outputs[0].shape[1:]) == [metadata.num_classes]
+    inputs, outputs = (
+        {each.name: list(each.shape[1:]) for each in found} for found in (session.get_inputs(), session.get_outputs())
     )
-    if not fits:
+    if inputs != {INPUT: metadata.input_shape} or outputs != metadata.output_shapes:
         raise ValueError(f"{path} has another input or output than its record says; export it again")

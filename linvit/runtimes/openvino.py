@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linvit.output.files import reason
 from linvit.output.terminal import printable
-from linvit.runtimes.metadata import KEY, ExportMetadata, parse_metadata
-from linvit.runtimes.packages import need
+from linvit.runtimes.metadata import KEY, ExportMetadata, need, parse_metadata
 
 XML = "openvino_model.xml"
 
@@ -20,8 +20,8 @@ def find_xml(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def open_openvino(source: Path) -> tuple[Callable[[Tensor], Tensor], ExportMetadata]:
-    """A function from batches to the model's output, and its record. `source` is the folder or its .xml file.
+def open_openvino(source: Path) -> tuple[Callable[[Tensor], list[Tensor]], ExportMetadata]:
+    """A function from batches to the model's outputs, and its record. `source` is the folder or its .xml file.
 
     Computes in float32, or in int8 where the model is quantised, on the CPU with torch's number of threads. Raises
     ValueError if the files are damaged or of another origin.
@@ -38,14 +38,8 @@ def open_openvino(source: Path) -> tuple[Callable[[Tensor], Tensor], ExportMetad
     except Exception as error:
         raise ValueError(f"{path} cannot be read as OpenVINO's IR: it is damaged, or another kind of file") from error
     metadata = parse_metadata(text, source=path)
-    height, width = metadata.img_size
-    shape = [height, width, 3] if metadata.input == "uint8" else [3, height, width]
-    sides = [[each.get_partial_shape()[axis] for axis in range(1, len(each.get_partial_shape()))]
-             for each in (*model.inputs, *model.outputs)]  # fmt: skip
-    if [[side.get_length() if side.is_static else None for side in each] for each in sides] != [
-        shape,
-        [metadata.num_classes],
-    ]:
+    expected = [metadata.input_shape, *metadata.output_shapes.values()]
+    if [_shape(each) for each in (*model.inputs, *model.outputs)] != expected:
         raise ValueError(f"{path} has another input or output than its record says; export it again")
     try:
         # On some CPUs OpenVINO would choose bfloat16.
@@ -55,10 +49,17 @@ def open_openvino(source: Path) -> tuple[Callable[[Tensor], Tensor], ExportMetad
     except Exception as error:
         raise ValueError(f"{path} cannot be opened by OpenVINO: {printable(reason(error))}") from error
 
-    def execute(batch: Tensor) -> Tensor:
+    def execute(batch: Tensor) -> list[Tensor]:
         try:
-            return torch.from_numpy(compiled(batch.cpu().numpy())[0].copy())
+            found = compiled(batch.cpu().numpy())
+            return [torch.from_numpy(found[index].copy()) for index in range(len(metadata.output_shapes))]
         except RuntimeError as error:
             raise ValueError(f"{path} fails in OpenVINO: {printable(reason(error))}") from error
 
     return execute, metadata
+
+
+def _shape(port: Any) -> list[int | None]:
+    """The shape of one input or output without the batch; None for a side of any length."""
+    sides = list(port.get_partial_shape())[1:]
+    return [side.get_length() if side.is_static else None for side in sides]

@@ -7,6 +7,7 @@ as Python, and calls whatever function of torch the graph names; an AOTInductor 
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ _MOST_BYTES = 2**26
 
 def open_torch_export(
     path: Path, *, device: str, trust_code: bool
-) -> tuple[Callable[[Tensor], Tensor], ExportMetadata]:
-    """A function from batches to the file's output, and its record.
+) -> tuple[Callable[[Tensor], list[Tensor]], ExportMetadata]:
+    """A function from batches to the file's outputs, and its record.
 
     Raises ValueError if `trust_code` is false, and for a file that is damaged or of another origin.
     """
@@ -38,9 +39,9 @@ def open_torch_export(
     except Exception as error:
         raise ValueError(f"{path} cannot be opened by torch.export: {printable(reason(error))}") from error
 
-    def execute(batch: Tensor) -> Tensor:
-        output: Tensor = module(batch.to(device))
-        return output
+    def execute(batch: Tensor) -> list[Tensor]:
+        found = module(batch.to(device))
+        return [found] if isinstance(found, Tensor) else list(found)
 
     return execute, metadata
 
@@ -61,9 +62,9 @@ def _is_compiled(path: Path) -> bool:
         return any("/data/aotinductor/" in f"/{name}" for name in archive.namelist())
 
 
-def _load(path: Path, device: str) -> Callable[[Tensor], Tensor]:
+def _load(path: Path, device: str) -> Callable[[Tensor], Any]:
     if _is_compiled(path):
-        compiled: Callable[[Tensor], Tensor] = torch._inductor.aoti_load_package(str(path))
+        compiled: Callable[[Tensor], Any] = torch._inductor.aoti_load_package(str(path))
         return compiled
     program = torch.export.load(path)
     if torch.device(device).type != "cpu":

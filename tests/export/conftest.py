@@ -45,7 +45,7 @@ def onnx_exported_once() -> Iterator[None]:
     files: dict[Any, bytes] = {}
 
     def write(program: Any, path: Path, metadata: ExportMetadata, *, opset: int) -> None:
-        same = (metadata.architecture, metadata.input, opset, metadata.num_classes)
+        same = (metadata.architecture, metadata.input, opset, metadata.num_classes, metadata.heatmaps)
         if metadata.precision == "fp16" or metadata.img_size != SPEC.size or same not in files:
             write_onnx(program, path, metadata, opset=opset)
             files.setdefault(same, path.read_bytes())

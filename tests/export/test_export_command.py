@@ -15,8 +15,7 @@ import linvit
 from linvit.cli import main
 from linvit.export import write
 from linvit.runs.folder import load_classifier
-from linvit.runtimes import packages
-from linvit.runtimes.metadata import KEY
+from linvit.runtimes.metadata import KEY, need
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'linvit[export]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'linvit[export]'")
@@ -166,6 +165,7 @@ def test_a_file_that_differs_is_not_kept(folder, tmp_path, monkeypatch, capsys):
         (["-o", "m.pt2", "--int8", "--data-dir", "."], "--int8 is for onnx and openvino"),
         (["-o", "m.onnx", "--int8"], "--int8 needs --data-dir"),
         (["-o", "m", "--format", "hf", "--with-preprocessing"], "needs a graph"),
+        (["-o", "m", "--format", "hf", "--with-heatmap"], "needs a graph"),
         (["-o", "m.onnx", "--aot-inductor"], "--aot-inductor is for torch-export"),
         (["-o", "m.onnx", "--amp"], "use --half"),
         (["-o", "nowhere/m.onnx"], "create it first"),
@@ -192,7 +192,7 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, capsys):
         "error: --format onnx needs the package onnxscript: pip install 'linvit[export]'\n",
     )
     with pytest.raises(ValueError, match=r"needs the package onnxscript: pip install 'linvit\[export\]'"):
-        packages.need("onnxscript", "x")
+        need("onnxscript", "x")
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,7 @@ def test_normalisation_inside_the_file_cannot_be_replaced(exported, data, capsys
     assert (status, "normalises images itself" in error) == (1, True)
 
 
-def test_explain_and_a_second_export_are_refused(exported, data, tmp_path, capsys):
-    status, error = run("explain", exported["onnx"], data / "val", "-o", tmp_path / "maps", capsys=capsys)
-    assert (status, "an exported model lacks" in error) == (2, True)
+def test_a_second_export_is_refused(exported, tmp_path, capsys):
     status, error = run("export", exported["onnx"], "-o", tmp_path / "m.pt2", capsys=capsys)
     assert (status, "is an exported model already" in error) == (1, True)
 
