@@ -6,7 +6,7 @@ DATA/test has a folder of images for each class. The CSV file has the columns sp
 bottom, in pixels; `split` is the name of the folder. A map hits if its largest value lies in a box of the image, grown
 by --margin pixels. Only images with a box and a correct prediction count. "random" is the share of the image that the
 grown boxes cover. Intervals are Wilson's, at 95 %. On the first --num-curves of these images it also measures the areas
-under the deletion and insertion curves, see linvit.explanation.deletion. A model that reads its class token has no "cam".
+under the deletion and insertion curves, see linvit.explanation.deletion.
 """
 
 import argparse
