@@ -52,7 +52,10 @@ def scores(probabilities: Tensor, method: Method) -> Tensor:
         return 1 - probabilities
     ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
     ranks = torch.arange(1, probabilities.shape[1] + 1, device=probabilities.device, dtype=torch.float64)
-    strangeness = ordered.cumsum(1) + _PENALTY * (ranks - _FREE_RANKS).clamp_min(0)
+    sums = ordered.cumsum(1)
+    # The last sum is exactly one: rounding would decide whether a set with a threshold of one is complete.
+    sums = sums / sums[:, -1:]
+    strangeness = sums + _PENALTY * (ranks - _FREE_RANKS).clamp_min(0)
     return torch.empty_like(strangeness).scatter_(1, order, strangeness)
 
 

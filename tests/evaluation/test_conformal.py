@@ -22,7 +22,7 @@ def draw(generator, count, num_classes=8):
     """Probabilities of a model that is too sure of itself, and labels."""
     logits = torch.randn(count, num_classes, generator=generator)
     labels = logits.softmax(1).multinomial(1, generator=generator).squeeze(1)
-    return (3 * logits).softmax(1), labels
+    return (3 * logits).double().softmax(1), labels
 
 
 def plain_score(probabilities, label, method):
@@ -40,7 +40,7 @@ def test_thresholds_and_sets_equal_plain_loops(method, count, alpha):
     generator = torch.Generator().manual_seed(count)
     probabilities, labels = draw(generator, count)
     rule = calibrate(probabilities, labels, alpha=alpha, method=method, class_names=list("abcdefgh"))
-    rows, numbers = probabilities.double().tolist(), labels.tolist()
+    rows, numbers = probabilities.tolist(), labels.tolist()
     ordered = sorted(plain_score(row, label, method) for row, label in zip(rows, numbers))
     # The smallest threshold that (n + 1)(1 - alpha) of the images, rounded up, lie within.
     within = next(index for index in range(1, count + 1) if index >= (count + 1) * (1 - alpha) - 1e-9)
@@ -48,6 +48,59 @@ def test_thresholds_and_sets_equal_plain_loops(method, count, alpha):
     found = rule.sets(probabilities)
     for row, kept in zip(rows, found.tolist()):
         assert kept == [plain_score(row, label, method) <= rule.threshold + 1e-12 for label in range(8)]
+
+
+class NoRandomness(np.random.RandomState):
+    """Makes MAPIE's adaptive scores those without the random share of the true class."""
+
+    def uniform(self, *args, size=None, **kwargs):
+        return np.zeros(size)
+
+
+@pytest.mark.parametrize(("method", "num_classes"), [("lac", 8), ("raps", 5)])
+@pytest.mark.parametrize(("count", "alpha"), [(200, 0.1), (57, 0.05), (19, 0.25)])
+def test_thresholds_and_sets_equal_mapies(method, num_classes, count, alpha):
+    """MAPIE's "aps" is `raps` without a penalty, and there is none on the first five ranks."""
+    mapie = pytest.importorskip("mapie.classification", reason="needs pip install 'linvit[test]'")
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
+    class Given(ClassifierMixin, BaseEstimator):
+        """Takes probabilities as features, and returns them."""
+
+        classes_ = np.arange(num_classes)
+
+        def fit(self, x, y):
+            return self
+
+        def predict_proba(self, x):
+            return x
+
+        def predict(self, x):
+            return x.argmax(1)
+
+        def __sklearn_is_fitted__(self):
+            return True
+
+    generator = torch.Generator().manual_seed(count)
+    (probabilities, labels), (others, other_labels) = (draw(generator, each, num_classes) for each in (count, 500))
+    oracle = mapie.SplitConformalClassifier(
+        Given(),
+        confidence_level=1 - alpha,
+        conformity_score={"lac": "lac", "raps": "aps"}[method],
+        prefit=True,
+        random_state=NoRandomness(),
+    ).conformalize(probabilities.numpy(), labels.numpy())
+    settings = {} if method == "lac" else {"conformity_score_params": {"include_last_label": False}}
+    expected = torch.from_numpy(oracle.predict_set(others.numpy(), **settings)[1][:, :, 0])
+    rule = calibrate(probabilities, labels, alpha=alpha, method=method, class_names=list("abcdefgh"[:num_classes]))
+    found = rule.sets(others)
+    assert rule.threshold == pytest.approx(oracle._mapie_classifier.quantiles_[0], abs=1e-12)
+    # MAPIE's adaptive sets always have the most probable class.
+    is_empty = ~found.any(1)
+    assert (expected[is_empty].sum(1) <= 1).all()
+    assert torch.equal(found[~is_empty], expected[~is_empty])
+    covered = expected.gather(1, other_labels[:, None]).squeeze(1) & ~is_empty
+    assert assess(rule, others, other_labels)["coverage"] == pytest.approx(100 * float(covered.double().mean()))
 
 
 @pytest.mark.parametrize("method", ["lac", "raps"])
