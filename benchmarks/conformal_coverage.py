@@ -3,10 +3,10 @@
     python benchmarks/conformal_coverage.py RUN DATA --json benchmarks/results/conformal_coverage.json
 
 The model predicts each image of a split once. Each repeat calibrates on a random half of the images and counts on the
-other half. For scores without ties, the number of covered images then has a beta-binomial distribution, whatever the
-model (Vovk 2012, arXiv 1209.2673; Angelopoulos and Bates 2021, arXiv 2107.07511, section 3.2): with n images to calibrate
-on and l = ⌈(n + 1)(1 - α)⌉, the coverage of all images like these has the distribution Beta(l, n + 1 - l). `band` is its
-central 95 % for as many images as are counted, `inside` the share of repeats in it.
+other half. The coverage of all images like these then has the distribution Beta(l, n + 1 - l), with n images to
+calibrate on and l = ⌈(n + 1)(1 - α)⌉, whatever the model, for scores without ties (Vovk 2012, arXiv 1209.2673;
+Angelopoulos and Bates 2021, arXiv 2107.07511, section 3.2). The number of covered images is beta-binomial: `band` is
+its central 95 %, `inside` the share of repeats in it.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--recipe", help="how the model was trained, for the results")
