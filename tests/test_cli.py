@@ -1,5 +1,6 @@
 """The `linvit` command and train_imagenet.py: fast help, one-sentence errors, exit statuses."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,12 @@ def test_linvit_train_runs_train_imagenet(monkeypatch):
     monkeypatch.setattr("linvit.training.command.load_loop", lambda: loop)
     assert cli.main(["train", "DATA", "--lr", "0.5"]) == 3
     assert (seen[0].data_dir, seen[0].lr) == (Path("DATA"), 0.5)
+
+
+@pytest.mark.parametrize("command", ["explain", "export", "predict", "push"])
+def test_options_of_the_one_source_are_among_the_commands_own(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    _, own, others = re.split("\n(?:options of the command|classifier options):\n", capsys.readouterr().out)
+    assert "--class-map PATH" in own
+    assert "--use-ema" in others

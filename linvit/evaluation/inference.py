@@ -16,7 +16,7 @@ from linvit.data.loader import Batch, Loader
 from linvit.data.options import InputOptions
 from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
-from linvit.evaluation.options import ClassifierOptions
+from linvit.evaluation.options import ClassifierOptions, SourceOptions
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import ExportedModel, is_exported, open_exported
 from linvit.settings.fields import validate
@@ -61,6 +61,13 @@ def load_source(
         )
     classifier = override_settings(classifier, options)
     return classifier if class_map is None else add_class_names(classifier, read_class_map(class_map), source=source)
+
+
+def open_source(options: SourceOptions) -> Classifier:
+    """The classifier that a command's options name, as `load_source` does."""
+    return load_source(
+        options.source, options, weights=options.weights, img_size=options.size, class_map=options.class_map
+    )
 
 
 def _check_exported(source: str, options: ClassifierOptions) -> None:

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
-from linvit.settings.fields import ImageSize, ModelKeywords, PositiveNumber
+from linvit.settings.fields import ImageSize, ModelKeywords, PositiveNumber, height_and_width
+from linvit.settings.flags import COMMAND
 
 
 class ClassifierOptions(BaseModel):
@@ -41,6 +42,30 @@ class ClassifierOptions(BaseModel):
     amp_dtype: Literal["bfloat16", "float16"] = Field(
         "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
     )
+
+
+class SourceOptions(ClassifierOptions):
+    """The one model that a command uses, and its size; `linvit.evaluation.inference.open_source` opens it."""
+
+    model_config = ConfigDict(title=COMMAND)
+
+    source: str = Field(
+        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
+    )
+    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
+    img_size: ImageSize | None = Field(
+        None, description="image size of the model, as 384 or 768x512 (default: the model's own)"
+    )
+    class_map: Path | None = Field(
+        None,
+        description="classes of weights without class names, in label order: a text file with one name per line, or a "
+        "JSON file such as class_to_idx.json",
+    )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of `img_size` in pixels."""
+        return None if self.img_size is None else height_and_width(self.img_size)
 
 
 class EvalOptions(ClassifierOptions):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from linvit.data.tiling import create_tiling
-from linvit.evaluation.options import ClassifierOptions
-from linvit.settings.fields import ImageSize, height_and_width
+from linvit.evaluation.options import SourceOptions
+from linvit.settings.fields import ImageSize
 from linvit.settings.flags import UsageError, check_files, check_inputs, created_folder, parse_options
 
 if TYPE_CHECKING:
@@ -28,12 +28,9 @@ SUMMARY = "show where a model looks in images, as heat maps"
 _RANDOM_ORDERS = 3
 
 
-class ExplainOptions(ClassifierOptions):
+class ExplainOptions(SourceOptions):
     """Which predictions to explain, and how."""
 
-    source: str = Field(
-        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
-    )
     images: tuple[str, ...] = Field(min_length=1, description="images, folders (searched at any depth) or quoted globs")
     output: Path = Field(description="folder to write the maps to; created if missing")
     method: Literal["attention", "rollout", "relevance", "gradcam", "cam", "keys"] | None = Field(
@@ -61,16 +58,6 @@ class ExplainOptions(ClassifierOptions):
         None, description="also write predictions and the areas under the curves to this file"
     )
 
-    class_map: Path | None = Field(
-        None,
-        description="classes of weights without class names, in label order: a text file with one name per line, or a "
-        "JSON file such as class_to_idx.json",
-    )
-    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
-
-    img_size: ImageSize | None = Field(
-        None, description="image size of the model, as 384 or 768x512 (default: the model's own)"
-    )
     tile: ImageSize | None = Field(
         None,
         description="cut larger images into tiles of this size in pixels, and merge their maps (default: no tiles)",
@@ -194,15 +181,12 @@ def _explain(images: LooseImages, options: ExplainOptions) -> int:
 def _create_explainer(options: ExplainOptions, device: str) -> Explainer:
     from dataclasses import replace
 
-    from linvit.evaluation.inference import load_source
+    from linvit.evaluation.inference import open_source
     from linvit.explanation.explain import Explainer
 
-    size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_source(
-        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
-    )
+    classifier = open_source(options)
     classifier = replace(classifier, model=classifier.model.to(device))
-    return Explainer(classifier, img_size=size, tiling=create_tiling(options.tile, overlap=options.overlap))
+    return Explainer(classifier, img_size=options.size, tiling=create_tiling(options.tile, overlap=options.overlap))
 
 
 def _create_page(explainer: Explainer, options: ExplainOptions, *, num_images: int) -> MapPage:

@@ -19,7 +19,6 @@ from linvit.evaluation.options import ClassifierOptions, EvalOptions
 from linvit.evaluation.source import evaluate_source
 from linvit.export.options import ExportOptions
 from linvit.measure.timing import Runner, interleave, make_step
-from linvit.settings.fields import height_and_width
 
 # Largest difference of a probability that passes: rounding in float32, and in half precision.
 TOLERANCE = {"float32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
@@ -124,14 +123,13 @@ def compare_accuracy(options: ExportOptions, path: str) -> dict[str, Any]:
         "workers": options.workers,
         "on_bad_image": "skip",
     }
-    size = None if options.img_size is None else height_and_width(options.img_size)
     own = {name: value for name, value in shared.items() if name not in _FIXED}
     quantised = {**common, "class_map": None, "source": path, **own, "device": "cpu"}
     found = {}
     with joined_ranks(options.device) as ranks:
         original = EvalOptions(source=options.source, **common, **shared)
         for name, each in (("float", original), ("int8", EvalOptions(**quantised))):
-            evaluation = evaluate_source(each.source, size, each, ranks)
+            evaluation = evaluate_source(each.source, options.size, each, ranks)
             results = evaluation.collected.masked or evaluation.collected.results
             found[name] = results.metrics(evaluation.match.class_names)
     drop = found["float"].top1 - found["int8"].top1

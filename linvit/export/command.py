@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linvit.export.options import SUFFIXES, ExportOptions
-from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_files, check_folder, check_inputs, parse_options
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def export_command(options: ExportOptions) -> int:
     Raises UsageError for an output that cannot be written, and ValueError, leaving nothing, for a model that the format
     does not take or that differs from the original by more than the tolerance.
     """
-    from linvit.evaluation.inference import input_spec, load_source
+    from linvit.evaluation.inference import input_spec, open_source
     from linvit.output.files import scratch_of, target_of, write_json, writing
     from linvit.runs.folder import source_files
     from linvit.runtimes.model import is_exported
@@ -64,11 +63,8 @@ def export_command(options: ExportOptions) -> int:
     if is_exported(options.source):
         raise ValueError(f"{options.source} is an exported model already: export from the run that it came from")
     _check_packages(kind)
-    size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_source(
-        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
-    )
-    spec = input_spec(classifier, img_size=size)
+    classifier = open_source(options)
+    spec = input_spec(classifier, img_size=options.size)
     metadata = _describe(classifier, spec, options)
     target = target_of(options.output)
     scratch = scratch_of(target)

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from linvit.evaluation.options import ClassifierOptions
-from linvit.settings.fields import ImageSize, PositiveNumber
+from linvit.evaluation.options import SourceOptions
+from linvit.settings.fields import PositiveNumber
 
 Format = Literal["onnx", "openvino", "torch-export", "hf", "safetensors"]
 # Formats that are one file, and its extension; the others are folders.
@@ -17,7 +17,7 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensor
 WEIGHTS = ("hf", "safetensors")
 
 
-class ExportOptions(ClassifierOptions):
+class ExportOptions(SourceOptions):
     """What to export, to which format, and what to compare it on."""
 
     source: str = Field(description="run folder, folder with config.json and weights, checkpoint or timm model name")
@@ -49,16 +49,6 @@ class ExportOptions(ClassifierOptions):
         False, description="with torch-export: compile a package for this machine's kind of processor by AOTInductor"
     )
     opset: int = Field(20, ge=18, le=23, description="ONNX opset")
-    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
-    img_size: ImageSize | None = Field(
-        None, description="image size of the exported model, as 384 or 768x512 (default: the model's own)"
-    )
-    class_map: Path | None = Field(
-        None,
-        description="classes of weights without class names, in label order: a text file with one name per line, or a "
-        "JSON file such as class_to_idx.json",
-    )
-
     data_dir: Path | None = Field(None, description="image data for --int8 and for the comparison (docs/data.md)")
     split: str = Field("val", description="split of --data-dir to compare on")
     calibration_split: str = Field("train", description="split of --data-dir to calibrate --int8 on")

@@ -9,18 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from linvit.evaluation.options import ClassifierOptions
-from linvit.settings.fields import ImageSize, height_and_width
+from linvit.evaluation.options import SourceOptions
 from linvit.settings.flags import check_inputs, parse_options
 
 SUMMARY = "publish a model on the Hugging Face hub"
 
 
-class PushOptions(ClassifierOptions):
+class PushOptions(SourceOptions):
     """What to publish, and where."""
 
     source: str = Field(description="run folder, folder with config.json and weights, or checkpoint")
@@ -32,9 +31,6 @@ class PushOptions(ClassifierOptions):
         None, description="results of linvit eval --json for the model card (default: what the training recorded)"
     )
     message: str = Field("Upload a linvit model", description="commit message")
-    weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
-    img_size: ImageSize | None = Field(None, description="image size of the model (default: its own)")
-    class_map: Path | None = Field(None, description="class names of weights without them, one per line or as JSON")
 
     @field_validator("repository")
     @classmethod
@@ -62,7 +58,7 @@ def push_command(options: PushOptions) -> int:
 
     Raises ValueError if the source cannot be loaded, and if the hub cannot be reached or refuses.
     """
-    from linvit.evaluation.inference import input_spec, load_source
+    from linvit.evaluation.inference import input_spec, open_source
     from linvit.export.card import Origin
     from linvit.export.folder import write_folder
     from linvit.output.terminal import format_bytes, print_line
@@ -71,14 +67,11 @@ def push_command(options: PushOptions) -> int:
     check_inputs(("--class-map", options.class_map), ("--eval", options.evaluation))
     if is_exported(options.source):
         raise ValueError(f"{options.source} is an exported model: push the run that it came from")
-    size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_source(
-        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
-    )
+    classifier = open_source(options)
     origin = Origin(options.repository, options.license, _evaluation(options.evaluation))
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        spec = input_spec(classifier, img_size=size)
+        spec = input_spec(classifier, img_size=options.size)
         write_folder(classifier, folder, spec, origin, precision="float32", is_on_hub=True)
         for file in sorted(folder.iterdir()):
             print_line(f"{file.name}: {format_bytes(file.stat().st_size)}")

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from linvit.evaluation.options import ClassifierOptions
+from linvit.evaluation.options import SourceOptions
 from linvit.output.streams import goes_to_stdout
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
-from linvit.settings.fields import height_and_width
 from linvit.settings.flags import UsageError, check_file, check_files, check_folder, check_inputs, parse_options
 
 if TYPE_CHECKING:
@@ -33,12 +32,9 @@ if TYPE_CHECKING:
 SUMMARY = "predict the classes of loose images"
 
 
-class PredictOptions(PredictorOptions, ClassifierOptions):
+class PredictOptions(PredictorOptions, SourceOptions):
     """What to predict with, on which images, and how."""
 
-    source: str = Field(
-        description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
-    )
     images: tuple[str, ...] = Field(
         description="images, folders (searched at any depth) or quoted globs; - reads paths from stdin, one per line"
     )
@@ -49,12 +45,6 @@ class PredictOptions(PredictorOptions, ClassifierOptions):
         None,
         description=f"write the predictions to this file: {', '.join(FORMATS)}; - writes CSV to stdout (default: lines "
         "on stdout, tab-separated in a pipe)",
-    )
-
-    class_map: Path | None = Field(
-        None,
-        description="classes of weights without class names, in label order: a text file with one name per line, or a "
-        "JSON file such as class_to_idx.json",
     )
 
     tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
@@ -205,12 +195,9 @@ def _check_heatmaps(folder: Path, images: LooseImages) -> None:
 
 
 def _load(options: PredictOptions) -> Classifier:
-    from linvit.evaluation.inference import load_source
+    from linvit.evaluation.inference import open_source
 
-    size = None if options.img_size is None else height_and_width(options.img_size)
-    classifier = load_source(
-        options.source, options, weights=options.weights, img_size=size, class_map=options.class_map
-    )
+    classifier = open_source(options)
     return replace(classifier, class_names=_labels(classifier, options))
 
 
@@ -221,7 +208,7 @@ def _create_predictor(classifier: Classifier, options: PredictOptions) -> Predic
     return Predictor(
         classifier,
         conformal=options.conformal,
-        img_size=None if options.img_size is None else height_and_width(options.img_size),
+        img_size=options.size,
         topk=options.topk,
         tile=options.tile,
         overlap=options.overlap,

@@ -24,6 +24,8 @@ from linvit.settings.yaml import parse_yaml
 
 # Extensions of files that hold neither images nor lists of images.
 _REPORTS = (".html", ".json", ".jsonl", ".md")
+# The heading of a command's own options.
+COMMAND = "options of the command"
 # argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
 
@@ -242,15 +244,18 @@ def _refuse_single_dashes(parser: argparse.ArgumentParser, argv: Sequence[str]) 
 
 
 def _sections(options: type[BaseModel]) -> dict[str, dict[str, FieldInfo]]:
-    """The fields by heading, one per class that declares fields: first `options` itself, then its bases in order."""
-    sections = {}
+    """The fields by heading, one per class that declares fields: first `options` itself, then its bases in order.
+
+    A base whose `model_config` has the title COMMAND shares the heading of `options`.
+    """
+    sections: dict[str, dict[str, FieldInfo]] = {}
+    left = dict(options.model_fields)
     for declaring in options.__mro__:
-        names = [name for name in inspect.get_annotations(declaring) if name in options.model_fields]
-        title = f"{declaring.__name__.removesuffix('Options').lower()} options"
-        if names:
-            sections["options of the command" if declaring is options else title] = {
-                name: options.model_fields[name] for name in names
-            }
+        fields = {name: left.pop(name) for name in inspect.get_annotations(declaring) if name in left}
+        title = getattr(declaring, "model_config", {}).get("title")
+        own = f"{declaring.__name__.removesuffix('Options').lower()} options"
+        if fields:
+            sections.setdefault(COMMAND if declaring is options else title or own, {}).update(fields)
     return sections
 
 
