@@ -1,6 +1,6 @@
 """Write tables from benchmarks/results/*.json into the docs, between `<!-- begin NAME -->` and `<!-- end -->`.
 
-python benchmarks/make_tables.py            # rewrites README.md, docs/bench.md and the plots in docs/
+python benchmarks/make_tables.py            # rewrites the tables of README.md and docs/, and the plots in docs/
 python benchmarks/make_tables.py --check    # exits with 1 if they would change
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = RESULTS / "bench_readme_cpu.json"
 GPU, COMPILED = "bench_h100", "bench_h100_compiled"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "bench.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("bench", "evaluate", "export")))
 PLOTS = {ROOT / "docs" / "bench.png": BENCH, ROOT / "docs" / "bench_h100.png": RESULTS / f"{GPU}.json"}
 
 Row = dict[str, Any]
@@ -167,7 +167,54 @@ def _mean(result: dict[str, Any]) -> str:
     return f"{result['top1_mean']:.1f} % ± {result['top1_std']:.1f} (n = {result['n']})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"bench": bench, "gpu": gpu, "demo": demo, "gpu_table": gpu_table}
+def conformal() -> str:
+    """Coverage and size of conformal sets over random splits, beside the theory."""
+    lines = [
+        "| | share of errors | coverage | expected, 95 % of splits | in it | mean size | one class |",
+        "|---" * 7 + "|",
+    ]
+    for row in read("conformal_coverage")["rows"]:
+        low, high = row["band"]
+        cells = [
+            f"`{row['method']}`",
+            f"{100 * row['alpha']:g} %",
+            f"{row['coverage']:.1f} %",
+            f"{row['expected']:.1f} % ({low:.1f} to {high:.1f})",
+            f"{row['inside']:.0f} %",
+            f"{row['mean_size']:.2f}",
+            f"{row['one_class']:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def int8() -> str:
+    """Top-1 of a model in int8 beside its float32."""
+    first, *others = read("int8_imagenette")["rows"]
+    lines = [
+        "| | top-1 | difference in points (95 %) |",
+        "|---|---|---|",
+        f"| float32 | {first['top1']:.2f} % | |",
+    ]
+    for row in others:
+        low, high = row["difference"]["confidence"]["top1_difference"]
+        cells = [
+            row["format"],
+            f"{row['top1']:.2f} %",
+            f"{row['difference']['top1_difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "bench": bench,
+    "gpu": gpu,
+    "demo": demo,
+    "gpu_table": gpu_table,
+    "conformal": conformal,
+    "int8": int8,
+}
 
 
 def fill(text: str) -> str:

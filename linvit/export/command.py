@@ -219,7 +219,7 @@ def _show(options: ExportOptions, results: dict[str, Any]) -> None:
     made = table(columns, text=("images",))
     for each in results["agreement"]:
         cells = [each["images"], f"{each['num_images']}", f"{each['difference']:.1e}", f"{100 * each['top1']:.1f} %"]
-        made.add_row(*cells, *([f"{100 * each['heatmap']:.1g} %"] if has_maps else []))
+        made.add_row(*cells, *([f"{100 * each['heatmap']:.2g} %"] if has_maps else []))
     page().print(made)
     if "accuracy" in results:
         found = results["accuracy"]

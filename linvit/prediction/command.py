@@ -183,15 +183,15 @@ def _paths(images: Iterable[str]) -> Iterator[str]:
 
 
 def _check_heatmaps(folder: Path, images: LooseImages) -> None:
-    """Create the folder; raises UsageError if it cannot be written, or if a map would replace an image."""
+    """Raise UsageError if the folder cannot be written, or if a map would replace an image."""
     from linvit.explanation.naming import check_maps
 
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--heatmap {folder} is not a folder; give a folder")
     check_folder("--heatmap", folder)
     check_maps("--heatmap", folder, map(images.path, range(len(images))), extensions=(".png",))
-    folder.mkdir(parents=True, exist_ok=True)
-    check_file("--heatmap", folder / "map.png")
+    if folder.exists():
+        check_file("--heatmap", folder / "map.png")
 
 
 def _load(options: PredictOptions) -> Classifier:
@@ -226,7 +226,9 @@ def _create_heatmaps(folder: Path, classifier: Classifier, predictor: Predictor,
 
     method = options.heatmap_method or ("cam" if is_exported(options.source) else "relevance")
     # The predictor has moved the model to its device.
-    return HeatMaps(folder, method, classifier, img_size=predictor.spec.size, tiling=predictor.tiling)
+    heatmaps = HeatMaps(folder, method, classifier, img_size=predictor.spec.size, tiling=predictor.tiling)
+    folder.mkdir(parents=True, exist_ok=True)
+    return heatmaps
 
 
 def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:

@@ -148,6 +148,7 @@ def test_a_model_without_attention_is_refused_before_it_predicts(
     assert predict(tmp_path / "model", data / "val/red/0.png", *arguments) == 1
     assert "is not a Vision Transformer" in capsys.readouterr().err
     assert not (tmp_path / "p.jsonl").exists()
+    assert not (tmp_path / "maps").exists()
 
 
 def test_classes_of_one_name_are_told_apart(
