@@ -41,7 +41,10 @@ def open_torch_export(
 
     def execute(batch: Tensor) -> list[Tensor]:
         found = module(batch.to(device))
-        return [found] if isinstance(found, Tensor) else list(found)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        if [list(each.shape[1:]) for each in outputs] != list(metadata.output_shapes.values()):
+            raise ValueError(f"{path} has another output than its record says; export it again")
+        return outputs
 
     return execute, metadata
 

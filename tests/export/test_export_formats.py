@@ -9,7 +9,7 @@ from kinds import KINDS, SHARES
 from torch import nn
 
 from linvit.data.augment.build import InputSpec
-from linvit.export.check import compare, random_images
+from linvit.export.check import compare, random_images, require
 from linvit.export.graph import trace
 from linvit.export.onnx import write_onnx
 from linvit.export.openvino import write_openvino
@@ -102,3 +102,15 @@ def test_nan_and_differences_do_not_pass():
         lambda x: right, lambda x: right * torch.tensor([[torch.nan], [1.0]]), [*images, *images], images="x"
     )
     assert np.isnan(broken.difference)
+
+
+def test_heat_maps_that_differ_do_not_pass():
+    logits, maps = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.ones(2, 2, 2, 2)
+    # Half of the map of the first image's class is elsewhere; the other class does not count.
+    moved = maps.clone()
+    moved[0, 1], moved[1, 1] = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), 9
+    found = compare(lambda x: (logits, maps), lambda x: (logits, moved), [torch.zeros(2, 3, 4, 4)], images="x")
+    assert (found.difference, found.heatmap) == (0, 0.5)
+    with pytest.raises(ValueError, match="heat maps of the exported model differ from the original's by 50 % on x"):
+        require(found, precision="float32", tolerance=None)
+    require(found, precision="bf16", tolerance=None)

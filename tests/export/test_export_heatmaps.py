@@ -1,6 +1,7 @@
 """Heat maps of exported models: the same as the original's, from predict and explain, in every runtime."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
 from linvit.runtimes.metadata import HEATMAPS
 from linvit.runtimes.model import open_exported
+from linvit.runtimes.torch_export import RECORD
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason="needs pip install 'linvit[export]'")
@@ -41,9 +43,9 @@ def pooled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(pooled, onnx_exported_once, tmp_path_factory):
-    """The model in every runtime; the ONNX file takes pixels."""
+    """The model in every runtime; the graph of the first two takes pixels."""
     folder = tmp_path_factory.mktemp("files")
-    options = {"onnx": ["--with-preprocessing"], "openvino": [], "torch-export": []}
+    options = {"onnx": ["--with-preprocessing"], "openvino": ["--with-preprocessing"], "torch-export": []}
     for kind, name in FILES.items():
         results = ["--json", folder / f"{kind}.json", "--with-heatmap", *options[kind]]
         assert run("export", pooled, "-o", folder / name, "--format", kind, "-j", 0, *results) == 0
@@ -102,22 +104,36 @@ def test_explain_writes_maps_of_a_chosen_class_and_a_page(pooled, files, data, t
 
 
 def test_maps_are_of_all_classes_and_add_up_to_the_logits(files):
-    found = open_exported(str(files / "ov"), device="cpu").model
+    found = open_exported(str(files / "m.pt2"), device="cpu", trust_code=True).model
     assert found.metadata.output_shapes[HEATMAPS] == [3, 8, 6]
     logits, maps = found.class_maps(torch.randn(2, 3, *SPEC.size))
     rest = logits - maps.sum((2, 3))
     torch.testing.assert_close(rest[0], rest[1], rtol=0, atol=1e-4)
 
 
-def test_files_without_maps_and_other_methods_are_refused(exported, files, data, tmp_path, capsys):
+def with_record(source, target, heatmaps):
+    """Copy a `.pt2` file, with other heat maps in its record."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as copy:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith(RECORD):
+                content = json.dumps({**json.loads(content), "heatmaps": heatmaps}).encode()
+            copy.writestr(name, content)
+    return target
+
+
+def test_files_without_maps_and_other_methods_are_refused(files, data, tmp_path, capsys):
     image = data / "val/red/0.png"
+    bare = with_record(files / "m.pt2", tmp_path / "bare.pt2", None)
+    wrong = with_record(files / "m.pt2", tmp_path / "wrong.pt2", [6, 8])
     for source, options, words in (
-        (exported["onnx"], [], "was exported without heat maps: export it with --with-heatmap"),
+        (bare, [], "was exported without heat maps: export it with --with-heatmap"),
+        (wrong, [], "has another output than its record says"),
         (files / "m.onnx", ["rollout"], "which has maps by method cam only, not rollout"),
     ):
         for command, folder, method in (("predict", "--heatmap", "--heatmap-method"), ("explain", "-o", "--method")):
             named = [method, *options] if options else []
-            assert run(command, source, image, folder, tmp_path / "maps", *named) == 1
+            assert run(command, source, image, folder, tmp_path / "maps", "--trust-code", *named) == 1
             error = capsys.readouterr().err
             assert words in error
             assert error.count("\n") == 1
