@@ -12,6 +12,7 @@ from linvit.version import __version__
 # The module of each public name, which `__getattr__` imports on first use.
 _PUBLIC = {
     "LinformerAttention": "linvit.model.attention",
+    "LinformerEva": "linvit.model.eva",
     "LinformerViT": "linvit.model.vit",
     "PROJECTIONS": "linvit.model.projections",
     "Predictor": "linvit.prediction.predictor",
@@ -25,6 +26,7 @@ _PUBLIC = {
 __all__ = [
     "PROJECTIONS",
     "LinformerAttention",
+    "LinformerEva",
     "LinformerViT",
     "Predictor",
     "Spectrum",

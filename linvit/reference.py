@@ -83,6 +83,73 @@ def linformer_attention(
     return out if out_bias is None else out + out_bias
 
 
+def rotary_linformer_attention(
+    x: Tensor,
+    *,
+    q: Sequence[tuple[Tensor, Tensor | None]],
+    k: Sequence[tuple[Tensor, Tensor | None]],
+    v: Sequence[tuple[Tensor, Tensor | None]],
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    E: Sequence[Reduction],
+    F: Sequence[Reduction],
+    R: Tensor,
+    rotate: str = "keys",
+    normalise: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    gate: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Linformer self-attention with rotary embedding of the tokens `x` (B, T, D); returns (B, T, D).
+
+    The query of patch j is R_j N(x_j Wq). Keys are rotated before they are projected, or rows afterwards:
+
+        "keys"   K̄_i = Σ_j E_ij R_j N(x_j Wk)
+        "rows"   K̄_i = R̄_i N(Σ_j E_ij x_j Wk)        R̄_i = Σ_j |E_ij| R_j / Σ_j |E_ij|
+
+    `q[h]`, `k[h]`, `v[h]` are weight (d, D) and bias of head h. `R` (H, N, d, d) is the rotation of each patch. Prefix
+    tokens are not rotated. `normalise` is N for queries and for keys. The heads' outputs, side by side, go through
+    `norm` and are multiplied by `gate` (B, T, D) before the output layer.
+    """
+    H, P = len(E), num_prefix_tokens
+    N, d = x.shape[1] - P, q[0][0].shape[0]
+    normalise_q, normalise_k = normalise or (lambda y: y, lambda y: y)
+    heads = []
+    for h in range(H):
+        Q = _rotated(normalise_q(_apply(q[h], x)), R[h], P)
+        if rotate == "keys":
+            matrix = E[h]
+            assert isinstance(matrix, Tensor)
+            K = _rotated(normalise_k(_apply(k[h], x)), R[h], P)
+            K_bar = torch.cat([K[:, :P], _reduced_rows(matrix, K[:, P:], present)], dim=1)
+        else:
+            mass = _mass(E[h])
+            mass = mass[None] if present is None else mass * present[:, None]
+            full = mass.sum(2)[:, :, None, None]
+            mean = torch.einsum("bkn,nij->bkij", mass, R[h]) / torch.where(full == 0, 1, full)
+            rows = normalise_k(_reduced(E[h], k[h], x[:, P:], present))
+            rows = torch.einsum("bkij,bkj->bki", mean.expand(len(x), -1, -1, -1), rows)
+            K_bar = torch.cat([normalise_k(_apply(k[h], x[:, :P])), rows], dim=1)
+        V_bar = torch.cat([_apply(v[h], x[:, :P]), _reduced(F[h], v[h], x[:, P:], present)], dim=1)
+        counts = torch.full((len(x), K_bar.shape[1] - P), N / (K_bar.shape[1] - P), dtype=x.dtype)
+        if present is not None:
+            counts = _patches_per_key(E[h], F[h], present)
+        scores = Q @ K_bar.transpose(1, 2) / math.sqrt(d)
+        if P > 0 or present is not None:
+            scores = scores + _log_counts(torch.cat([torch.ones(len(x), P, dtype=x.dtype), counts], dim=1))[:, None]
+        heads.append(scores.softmax(dim=-1) @ V_bar)
+    out = torch.cat(heads, dim=-1)
+    out = out if norm is None else norm(out)
+    out = (out if gate is None else out * gate) @ out_weight.T
+    return out if out_bias is None else out + out_bias
+
+
+def _rotated(y: Tensor, R: Tensor, num_prefix_tokens: int) -> Tensor:
+    prefix, patches = y[:, :num_prefix_tokens], y[:, num_prefix_tokens:]
+    return torch.cat([prefix, torch.einsum("nij,bnj->bni", R, patches)], dim=1)
+
+
 def _head_layer(weight: Tensor, bias: Tensor | None, part: int, head: int, d: int) -> tuple[Tensor, Tensor | None]:
     D = weight.shape[1]
     rows = slice(part * D + head * d, part * D + (head + 1) * d)
@@ -100,7 +167,10 @@ def _reduced(
 ) -> Tensor:
     if not isinstance(reduction, Tensor):
         return _apply(layer, reduction(patches))
-    y = _apply(layer, patches)
+    return _reduced_rows(reduction, _apply(layer, patches), present)
+
+
+def _reduced_rows(reduction: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
     if present is None:
         return reduction @ y
     share = _present_share(reduction, present)
@@ -109,10 +179,15 @@ def _reduced(
 
 def _present_share(reduction: Reduction, present: Tensor) -> Tensor:
     """The share of each row's absolute mass, or of each cell's area, on present patches (B, N): (B, k)."""
-    assert isinstance(reduction, Tensor | Pooling)
-    mass = reduction.area if isinstance(reduction, Pooling) else reduction.abs()
+    mass = _mass(reduction)
     full = mass.sum(dim=1)
     return (present.to(mass) @ mass.T) / torch.where(full == 0, 1, full)
+
+
+def _mass(reduction: Reduction) -> Tensor:
+    """|E|, or the share of each cell's area per patch: (k, N)."""
+    assert isinstance(reduction, Tensor | Pooling)
+    return reduction.area if isinstance(reduction, Pooling) else reduction.abs()
 
 
 def _patches_per_key(E: Reduction, F: Reduction, present: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from timm.models import VisionTransformer
 from linvit.bench.options import Group
 from linvit.measure.memory import StepMemory
 from linvit.measure.timing import count_flops
-from linvit.model.attention import LinformerAttention
 from linvit.model.build import ModelSpec, build, parse_spec
+from linvit.model.projected import ProjectedAttention
 from linvit.model.projections import Projection
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.cells import CsvWriter
 from linvit.output.files import reason
 from linvit.settings.fields import Mode
@@ -98,7 +98,7 @@ class Plan:
 
 def describe(model: VisionTransformer) -> Facts:
     """The facts of a Vision Transformer at its image size."""
-    layers = [module for module in model.modules() if isinstance(module, LinformerAttention)]
+    layers = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
     pairs = [pair for pair in (layer.projections() for layer in layers) if pair is not None]
     lengths = {length for key, _ in pairs for length in key.lengths}
     # A set, since layers and heads may share parameters.
@@ -107,7 +107,7 @@ def describe(model: VisionTransformer) -> Facts:
         patches=model.patch_embed.num_patches,
         k=(min(lengths), max(lengths)) if len(lengths) > 1 else next(iter(lengths), None),
         kind=pairs[0][0].kind if pairs else FULL_ATTENTION,
-        share=model.share if isinstance(model, LinformerViT) and pairs else "",
+        share=model.share if isinstance(model, LinformerTransformer) and pairs else "",
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_projection_parameters=sum(p.numel() for p in own),
     )

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,10 @@ from linvit.measure.provenance import provenance
 from linvit.measure.timing import Runner, gemm_flops_per_second, interleave, make_step
 from linvit.model.attention import LinformerAttention
 from linvit.model.build import ModelSpec, build
+from linvit.model.eva import rotary_of_layers
+from linvit.model.projected import ProjectedAttention
 from linvit.model.projections import MatrixProjection, Projection
+from linvit.model.rotary import RotaryAttention
 from linvit.output.files import json_text, write_text
 from linvit.output.streams import is_stream
 from linvit.output.terminal import note
@@ -70,23 +74,27 @@ def check_attention(spec: ModelSpec, img_size: tuple[int, int]) -> Check | None:
     Raises ValueError, naming the model, if the difference is too large.
     """
     model = build(spec, img_size)
-    layers = [m for m in model.modules() if isinstance(m, LinformerAttention) and m.projections() is not None]
-    if not layers:
+    layers = [m for m in model.modules() if isinstance(m, ProjectedAttention)]
+    number = next((index for index, layer in enumerate(layers) if layer.projections() is not None), None)
+    if number is None:
         return None
-    layer = copy.deepcopy(layers[0]).eval()
+    layer = copy.deepcopy(layers[number]).eval()
+    rope = rotary_of_layers(model)[number]
     projections = layer.projections()
     assert projections is not None
     num_tokens = layer.num_prefix_tokens + model.patch_embed.num_patches
-    x = torch.randn(1, num_tokens, layer.qkv.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, num_tokens, model.embed_dim, generator=torch.Generator().manual_seed(0))
     if all(isinstance(projection, MatrixProjection) for projection in projections):
         compared, bound = "first Linformer layer and linvit.reference, both in float64", FLOAT64_BOUND
         layer.double()
-        found, expected = (_with_gradient(f, x.double()) for f in (layer, lambda y: _reference(layer, y)))
+        table = None if rope is None else rope.double()
+        functions = _forward(layer, table), lambda y: _reference(layer, y, table)
+        found, expected = (_with_gradient(function, x.double()) for function in functions)
     else:
         compared, bound = "first Linformer layer, float32 and, associative, in float64", FLOAT32_BOUND
         precise = copy.deepcopy(layer).double()
         precise.order = "associative"
-        found, expected = _with_gradient(layer, x), _with_gradient(precise, x.double())
+        found, expected = (_with_gradient(_forward(own, rope), y) for own, y in ((layer, x), (precise, x.double())))
     difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
     # NaN must fail too, so the test is not `difference > bound`.
     if not difference <= bound:
@@ -106,20 +114,34 @@ def _with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     return y.detach(), gradient
 
 
-def _reference(layer: LinformerAttention, x: Tensor) -> Tensor:
+def _forward(layer: nn.Module, rope: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return layer if rope is None else partial(layer, rope=rope)
+
+
+def _reference(layer: ProjectedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
     projections = layer.projections()
     assert projections is not None
     assert isinstance(layer.proj, nn.Linear)
     E, F = (_head_matrices(projection, layer.num_heads) for projection in projections)
-    return reference.linformer_attention(
+    common: dict[str, Any] = {
+        "out_weight": layer.proj.weight,
+        "out_bias": layer.proj.bias,
+        "E": E,
+        "F": F,
+        "num_prefix_tokens": layer.num_prefix_tokens,
+    }
+    if isinstance(layer, LinformerAttention):
+        return reference.linformer_attention(x, qkv_weight=layer.qkv.weight, qkv_bias=layer.qkv.bias, **common)
+    assert isinstance(layer, RotaryAttention)
+    return reference.rotary_linformer_attention(
         x,
-        qkv_weight=layer.qkv.weight,
-        qkv_bias=layer.qkv.bias,
-        out_weight=layer.proj.weight,
-        out_bias=layer.proj.bias,
-        E=E,
-        F=F,
-        num_prefix_tokens=layer.num_prefix_tokens,
+        q=layer.head_layers("q"),
+        k=layer.head_layers("k"),
+        v=layer.head_layers("v"),
+        R=layer.rotations(rope, num_patches=E[0].shape[1]).to(x.dtype),
+        normalise=(layer.q_norm, layer.k_norm),
+        norm=layer.norm,
+        **common,
     )
 
 

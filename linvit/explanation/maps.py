@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from linvit.explanation.cam import check_class_maps, class_maps
 from linvit.measure.attention import LayerAttention, Vit, as_vit, capture_attention, spread
-from linvit.model.attention import LinformerAttention
+from linvit.model.projected import ProjectedAttention
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.settings.fields import unknown_choice
 
@@ -284,8 +284,8 @@ def _reads_class_token(vit: Vit) -> bool:
     return getattr(vit, "global_pool", "avg") == "token"
 
 
-def _linformer_attention(block: nn.Module) -> LinformerAttention | None:
-    return next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
+def _linformer_attention(block: nn.Module) -> ProjectedAttention | None:
+    return next((module for module in block.modules() if isinstance(module, ProjectedAttention)), None)
 
 
 def approximations(vit: Vit, method: Method) -> list[str]:

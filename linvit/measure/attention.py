@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from linvit.model.attention import LinformerAttention
 from linvit.model.mlp import LeanMlp
+from linvit.model.projected import ProjectedAttention
 from linvit.model.projections import MatrixProjection, Projection
 
 # Entries of a block of rows: 64 MiB in single precision.
@@ -200,7 +200,7 @@ def capture_attention(model: Vit, image: Tensor) -> tuple[list[LayerAttention], 
     layers = []
     for index, block in enumerate(model.blocks):
         layer = recorder.layer(index, grid_size=(int(rows), int(columns)))
-        attention = next((module for module in block.modules() if isinstance(module, LinformerAttention)), None)
+        attention = next((module for module in block.modules() if isinstance(module, ProjectedAttention)), None)
         projections = None if attention is None else attention.projections()
         layer.projection = None if projections is None else projections[1]
         layers.append(layer)
@@ -295,7 +295,7 @@ def _ready_to_capture(model: nn.Module) -> Iterator[None]:
             settings.append((module, "grad_checkpointing", False))
         if isinstance(module, LeanMlp):
             settings.append((module, "recompute", "activation"))
-        if isinstance(module, LinformerAttention):
+        if isinstance(module, ProjectedAttention):
             projections = module.projections()
             # The folded order forms no queries.
             is_matrix = projections is not None and isinstance(projections[0], MatrixProjection)

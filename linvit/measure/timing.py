@@ -6,6 +6,7 @@ FLOPs are two per multiply-add, as torch counts them; the fastest matrix product
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn, no_grad
@@ -20,8 +21,10 @@ GEMM_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 GEMM_REPEATS = 5
 
 
-def count_flops(model: nn.Module, images: Tensor, *, mode: Mode) -> int:
+def count_flops(model: nn.Module, images: Tensor, *, mode: Mode, **arguments: Any) -> int:
     """Operations of one forward pass or training step; `model` and `images` are on the meta device.
+
+    `arguments` are further keywords of the model.
 
     On the meta device a step costs neither time nor memory, and attention is two matrix products in the forward pass
     and four in the backward pass. What a fused kernel recomputes to save memory is therefore not counted. (torch's
@@ -32,10 +35,10 @@ def count_flops(model: nn.Module, images: Tensor, *, mode: Mode) -> int:
     counter = FlopCounterMode(display=False)
     if mode == "forward":
         with counter, no_grad():
-            model(images)
+            model(images, **arguments)
     else:
         with counter:
-            model(images).sum().backward()
+            model(images, **arguments).sum().backward()
         model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
 

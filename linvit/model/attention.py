@@ -12,7 +12,6 @@ B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head 
 k projected length, K = P + k keys.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,16 +27,13 @@ from linvit.model.kernels import (
     autocast_dtype,
     cast_once,
     choose_order,
-    in_forward_mode,
     is_plain_linear,
     keeps_scores_on_chip,
     runs_in_chunks,
-    split_attention,
 )
-from linvit.model.local import LocalConv
-from linvit.model.projections import IdentityProjection, MatrixProjection, Projection
+from linvit.model.projected import ProjectedAttention
+from linvit.model.projections import MatrixProjection, Projection
 from linvit.model.scripted import ScriptableAttention
-from linvit.model.sharing import check_pair
 from linvit.model.tokens import Patches, TokenLayout, find_patches, read_patches
 
 # Tokens × width of one chunk on a CPU: 2 MiB in single precision.
@@ -48,7 +44,7 @@ Attend = Callable[[Tensor, slice], Tensor]
 
 
 @register_notrace_module
-class LinformerAttention(Attention):
+class LinformerAttention(ProjectedAttention, Attention):
     """Self-attention whose keys and values are projected from N patches to k; a drop-in for timm's `Attention`.
 
     Args:
@@ -107,31 +103,9 @@ class LinformerAttention(Attention):
             device=device,
             dtype=dtype,
         )
-        self.num_prefix_tokens = num_prefix_tokens
         self.foldable = not (qk_norm or scale_norm)
-        # None lets `choose_order` decide. Tests and benchmarks set it.
-        self.order: Order | None = None
-        # None chooses by size, see `split_attention`.
-        self.query_chunks: int | None = None
-        self.local: LocalConv | None = None
+        self.start_unprojected(num_prefix_tokens)
         self.set_projections(key_projection, value_projection)
-
-    def set_projections(self, key_projection: Projection | None, value_projection: Projection | None = None) -> None:
-        """Set E and F. None for F shares E between keys and values, None for both gives ordinary attention.
-
-        Raises ValueError if they do not match: maps for a different number of heads, different lengths or grids, or
-        only one of them is a matrix.
-        """
-        check_pair(key_projection, value_projection, num_heads=self.num_heads)
-        self.key_projection = key_projection
-        self.value_projection = value_projection
-
-    def projections(self) -> tuple[Projection, Projection] | None:
-        """E and F, or None if this layer is ordinary attention."""
-        key = self.key_projection
-        if key is None or isinstance(key, IdentityProjection):
-            return None
-        return key, key if self.value_projection is None else self.value_projection
 
     def forward(
         self,
@@ -141,10 +115,7 @@ class LinformerAttention(Attention):
         layout: TokenLayout | None = None,
     ) -> Tensor:
         projections = self.projections()
-        if is_causal and projections is not None:
-            raise ValueError("a projected key mixes all positions, so Linformer attention cannot be causal")
-        if is_causal and self.local is not None:
-            raise ValueError("the convolution beside attention sees later patches, so this layer cannot be causal")
+        self._refuse_causal(is_causal)
         if projections is None:
             out = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
             if self.local is None:
@@ -155,12 +126,6 @@ class LinformerAttention(Attention):
             patches = read_patches(x, *projections, self.num_prefix_tokens, layout, attn_mask)
             out = self._attend(x, *projections, patches)
         return out if self.local is None else self._add_to_patches(out, self.local(x, patches))
-
-    def _add_to_patches(self, out: Tensor, added: Tensor) -> Tensor:
-        if self.num_prefix_tokens == 0:
-            return out + added
-        prefix, patches = out.split([self.num_prefix_tokens, added.shape[1]], dim=1)
-        return torch.cat([prefix, patches + added], dim=1)
 
     def _attend(self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches) -> Tensor:
         order = self._choose_order(key_proj, value_proj, x)
@@ -177,18 +142,19 @@ class LinformerAttention(Attention):
             out = attend(x, slice(None))
         return self.proj_drop(out)
 
-    def attend_to(self, x: Tensor) -> Attend:
-        """A function that maps any tokens to their outputs, given the keys and values of the tokens x (B, T, D).
+    def outputs_of(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The outputs (B, t, D) of the tokens with the indices `tokens` (t), given all tokens x (B, T, D).
 
-        This computes a few of the tokens without the others. The layer must have projections. Output dropout is not
-        applied. Raises ValueError if `qkv` is not a plain linear layer.
+        The layer must have projections. Output dropout is not applied. Raises ValueError if `qkv` is not a plain linear
+        layer.
         """
         projections = self.projections()
         assert projections is not None
         if not is_plain_linear(self.qkv):
-            raise ValueError("attend_to reads the weight of qkv: remove adapters, hooks and quantised weights from it")
+            raise ValueError("outputs_of reads the weight of qkv: remove adapters, hooks and quantised weights from it")
         patches = read_patches(x, *projections, self.num_prefix_tokens, layout=None, mask=None)
-        return self._prepare(x, *projections, patches, "associative")
+        out = self._prepare(x, *projections, patches, "associative")(x[:, tokens], slice(None))
+        return self._with_local(out, x, patches, tokens)
 
     def _prepare(
         self, x: Tensor, key_proj: Projection, value_proj: Projection, patches: Patches, order: Order
@@ -205,14 +171,7 @@ class LinformerAttention(Attention):
         # Only the per-head order calls `qkv`; the others read its weight, which must not bypass an adapter or a hook.
         readable = is_plain_linear(self.qkv)
         if not is_matrix and (self.order == "per_head" or not readable):
-            raise ValueError(
-                f"projection {key_proj.kind!r} reduces tokens before Wk and Wv, so it has no per_head order: "
-                + (
-                    "use associative or folded"
-                    if readable
-                    else "remove adapters, hooks and quantised weights from qkv, or use another kind of projection"
-                )
-            )
+            raise self._no_per_head_order(key_proj, readable)
         if not readable:
             return "per_head"
         foldable = self.foldable and is_plain_linear(self.proj)
@@ -249,45 +208,18 @@ class LinformerAttention(Attention):
         is_matrix = isinstance(key_proj, MatrixProjection)
         on_grid = patches.place(tokens) if is_matrix else patches.fill(tokens, key_proj.absent)
 
-        def project(
-            projection: Projection, share: Tensor | None, weight: Tensor, bias: Tensor | None
-        ) -> tuple[Tensor, ...]:
-            reduced = patches.project(projection, on_grid, share)  # (B, M, k, D)
-            rows = torch.cat([prefix.expand(-1, reduced.shape[1], -1, -1), reduced], dim=2)  # (B, M, K, D)
-            row_sums = (
-                None
-                if bias is None
-                else F.pad(patches.row_sums(projection, on_grid, share), (0, 0, self.num_prefix_tokens, 0), value=1.0)
-            )
-            return self._map_rows(rows, row_sums, weight, bias)
-
+        has_bias = weights.kv_bias is not None
+        rows = self._rows(prefix, on_grid, key_proj, patches.key_share, patches, has_bias=has_bias)
         if value_proj is key_proj:
-            keys, values = project(key_proj, patches.key_share, weights.kv, weights.kv_bias)
+            keys, values = self._map_rows(*rows, weights.kv, weights.kv_bias, parts=2)
             return keys, values
+        value_rows = self._rows(prefix, on_grid, value_proj, patches.value_share, patches, has_bias=has_bias)
         biases = (None, None) if weights.kv_bias is None else weights.kv_bias.chunk(2)
         (keys,), (values,) = (
-            project(projection, share, weight, bias)
-            for projection, share, weight, bias in zip(
-                (key_proj, value_proj), (patches.key_share, patches.value_share), weights.kv.chunk(2), biases
-            )
+            self._map_rows(*part, weight, bias)
+            for part, weight, bias in zip((rows, value_rows), weights.kv.chunk(2), biases)
         )
         return keys, values
-
-    def _map_rows(
-        self, rows: Tensor, row_sums: Tensor | None, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Apply `weight` (D or 2 D, D), which is Wk, Wv or both, to rows (B, M, K, D): one or two of (B, H, K, d)."""
-        parts = weight.shape[0] // self.attn_dim
-        if rows.shape[1] == 1:
-            y = F.linear(rows, weight).unflatten(3, (parts, self.num_heads, -1))  # (B, 1, K, parts, H, d)
-            y = y.squeeze(1).permute(2, 0, 3, 1, 4)
-        else:
-            by_head = weight.unflatten(0, (parts, 1, self.num_heads, -1))
-            y = rows @ by_head.mT  # (parts, B, H, K, d)
-        if bias is not None and row_sums is not None:
-            # In the precision of the products, since the result goes into fused attention.
-            y = torch.addcmul(y, row_sums.to(y.dtype), bias.to(y.dtype).unflatten(0, (parts, 1, self.num_heads, 1, -1)))
-        return y.unbind(0)
 
     def _unfolded(self, keys: Tensor, values: Tensor, bias: Tensor | None, weights: "_Weights") -> Attend:
         """softmax(X Wq K̄ᵀ/√d) V̄, then the output layer."""
@@ -324,39 +256,6 @@ class LinformerAttention(Attention):
         out: Tensor = self.proj(self.norm(heads.transpose(1, 2).flatten(2)))
         return out
 
-    def _softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        # Fused attention on a CPU has no forward-mode derivatives.
-        if self.fused_attn and not in_forward_mode():
-            dropout = self.attn_drop.p if self.training else 0.0
-            bias = None if bias is None else bias.to(q.dtype)
-            return split_attention(q, k, v, bias=bias, dropout=dropout, chunks=self.query_chunks)
-        scores = (q * self.scale) @ k.mT
-        if bias is not None:
-            scores = scores + bias
-        return self.attn_drop(scores.softmax(dim=-1)) @ v
-
-    def _key_bias(self, x: Tensor, lengths: list[int], patches: Patches) -> Tensor | None:
-        """The bias added to the scores of each key (B or 1, H or 1, 1, K), or None if there is none."""
-        prefix, longest = self.num_prefix_tokens, max(lengths)
-        per_image = patches.log_patches_per_key()
-        if per_image is not None:
-            bias = F.pad(per_image, (prefix, 0))
-            if patches.prefix_mask is not None:
-                hidden = F.pad(~patches.prefix_mask, (0, longest))[:, None, None]
-                bias = bias.masked_fill(hidden, -math.inf)
-            # With every key hidden, softmax would be 0/0.
-            return bias.masked_fill((bias == -math.inf).all(dim=-1, keepdim=True), 0.0).to(x.dtype)
-        if prefix == 0 and min(lengths) == longest:
-            return None
-        rows = []
-        for k in lengths[:1] if min(lengths) == longest else lengths:
-            row = x.new_full((prefix + longest,), math.log(patches.num_present / k) if prefix else 0.0)
-            row[:prefix] = 0.0
-            if k < longest:
-                row[prefix + k :] = -math.inf
-            rows.append(row)
-        return torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
-
     def _weights(self, dtype: torch.dtype) -> "_Weights":
         weight, bias = self.qkv.weight, self.qkv.bias
         if weight.dtype != dtype and autocast_dtype(weight) == dtype:
@@ -366,10 +265,6 @@ class LinformerAttention(Attention):
         q, kv = weight.split(sizes)
         q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
         return _Weights(q, kv, q_bias, kv_bias)
-
-    def _split_prefix(self, y: Tensor) -> list[Tensor]:
-        """Split (B, M, T, C) into prefix tokens and patches."""
-        return y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
 
     def _split_heads(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -13,11 +13,12 @@ import timm
 import torch
 from timm.models import VisionTransformer, get_pretrained_cfg, parse_model_name
 from timm.models._hub import download_from_hf
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import linvit.model.registry  # noqa: F401  registers the linvit_* names
 from linvit.model.description import CONFIG, ModelDescription, check_arguments, read_config
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.files import reason
 from linvit.output.terminal import printable
 from linvit.settings.fields import one_of, unknown
@@ -28,7 +29,7 @@ CHECKPOINTING = ("none", "mlp", "full")
 LOCAL = "local-dir:"
 # Before the name of a model on the Hugging Face hub.
 HUB = "hf-hub:"
-ONLY_VITS = "only timm's VisionTransformer, and linvit's, are compared here"
+ONLY_VITS = "only timm's VisionTransformer and Eva, and linvit's models, are compared here"
 
 
 class TimmModel(nn.Module):
@@ -157,26 +158,44 @@ def parse_spec(text: str) -> ModelSpec:
     return ModelSpec(text, name, kwargs, checkpointing)
 
 
-def build(spec: ModelSpec, img_size: tuple[int, int], *, device: Literal["cpu", "meta"] = "cpu") -> VisionTransformer:
+def build(
+    spec: ModelSpec, img_size: tuple[int, int], *, device: Literal["cpu", "meta"] = "cpu"
+) -> VisionTransformer | Eva:
     """Build the model for images of (height, width) with weights drawn from seed 0; on the meta device it has none.
 
     Raises UsageError, naming the specification, for unknown keywords, for values that do not fit, such as k ≥ N, and
     for a model that is not a Vision Transformer.
     """
     torch.manual_seed(0)
-    kwargs = {"weight_init": "skip", **spec.kwargs} if device == "meta" else spec.kwargs
     try:
         check_arguments(spec.name, spec.kwargs)
         with torch.device(device):
-            model = timm.create_model(spec.name, img_size=img_size, **kwargs)
+            model = _without_weights(spec, img_size) if device == "meta" else _with_weights(spec, img_size)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(f"{spec.text} at {img_size[0]}×{img_size[1]} px: {_explain(error)}") from error
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer | Eva):
         raise UsageError(f"{spec.text}: {ONLY_VITS}")
-    if spec.grad_checkpointing == "mlp" and not isinstance(model, LinformerViT):
+    if spec.grad_checkpointing == "mlp" and not isinstance(model, LinformerTransformer):
         raise UsageError(f"{spec.text}: only linvit's models can recompute just the mlp; take grad_checkpointing=full")
     if spec.grad_checkpointing != "none":
         model.set_grad_checkpointing("mlp" if spec.grad_checkpointing == "mlp" else True)
+    return model
+
+
+def _with_weights(spec: ModelSpec, img_size: tuple[int, int]) -> nn.Module:
+    model: nn.Module = timm.create_model(spec.name, img_size=img_size, **spec.kwargs)
+    return model
+
+
+def _without_weights(spec: ModelSpec, img_size: tuple[int, int]) -> nn.Module:
+    """Build on the meta device; drawing weights there takes seconds per model."""
+    try:
+        model: nn.Module = timm.create_model(spec.name, img_size=img_size, **{"weight_init": "skip", **spec.kwargs})
+    except TypeError as error:
+        # Rotary models do not have this keyword.
+        if "'weight_init'" not in str(error):
+            raise
+        return _with_weights(spec, img_size)
     return model
 
 

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -132,7 +133,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     ValueError if the shapes do not fit the grid, and if only one of the two has a convolutional stem.
     """
     _check_stem(state_dict, model)
-    out: dict[str, Tensor] = vit_checkpoint_filter_fn(state_dict, model)
+    return _fit_projections(vit_checkpoint_filter_fn(state_dict, model), model)
+
+
+def rotary_checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`checkpoint_filter_fn` for a checkpoint of a LinformerEva or a timm `Eva`, and a LinformerEva."""
+    return _fit_projections(eva_checkpoint_filter_fn(state_dict, model), model)
+
+
+def _fit_projections(out: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     convolutions = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LocalConv)}
     lacking = convolutions.keys() - out.keys()
     if lacking:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from linvit.measure.attention import AttentionMatrix, LayerAttention, Vit, as_vit, capture_attention
 from linvit.measure.timing import count_flops
-from linvit.model.attention import LinformerAttention
+from linvit.model.eva import rotary_of_layers
+from linvit.model.projected import ProjectedAttention
 from linvit.spectrum.result import Spectrum
 from linvit.spectrum.singular_values import (
     SingularValues,
@@ -88,6 +89,7 @@ def attention_spectrum(
         singular_values=sums.values / len(images),
         energies=sums.energies / len(images),
         total_energies=sums.totals / len(images),
+        rotary=any(rope is not None for rope in rotary_of_layers(vit)),
     )
 
 
@@ -127,9 +129,10 @@ def _flops_besides_attention(model: Vit, image: Tensor, num_tokens: int) -> int:
     total = count_flops(bare, image, mode="forward")
     width = bare.embed_dim
     tokens = image.new_empty(1, num_tokens, width)
-    linformer_layers = [module for module in bare.modules() if isinstance(module, LinformerAttention)]
-    if linformer_layers:
-        return total - sum(count_flops(layer, tokens, mode="forward") for layer in linformer_layers)
+    layers = [module for module in bare.modules() if isinstance(module, ProjectedAttention)]
+    if layers:
+        arguments = [{} if rope is None else {"rope": rope} for rope in rotary_of_layers(bare)]
+        return total - sum(count_flops(layer, tokens, mode="forward", **own) for layer, own in zip(layers, arguments))
     # Four products with D × D weights, two with the T × T attention; two operations per multiply-add.
     ordinary = 2 * num_tokens * width * (4 * width + 2 * num_tokens)
     return total - len(bare.blocks) * ordinary

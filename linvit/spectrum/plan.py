@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from linvit.measure.timing import count_flops
+from linvit.model.eva import LinformerEva, rotary_of_layers
 from linvit.model.projections import GridSize
 from linvit.model.projections.grid import factor_pair
 from linvit.model.sharing import Share
@@ -217,33 +218,53 @@ def attention_flops(spectrum: Spectrum, k: int | None, *, projection: str, share
     Raises ValueError if the projection does not support the sharing.
     """
     return _count(
-        spectrum.grid_size, spectrum.num_prefix_tokens, spectrum.embed_dim, spectrum.num_heads, k, projection, share
+        spectrum.grid_size,
+        spectrum.num_prefix_tokens,
+        spectrum.embed_dim,
+        spectrum.num_heads,
+        k,
+        projection,
+        share,
+        spectrum.rotary,
     )
 
 
 @cache
 def _count(
-    grid_size: GridSize, num_prefix: int, embed_dim: int, num_heads: int, k: int | None, projection: str, share: Share
+    grid_size: GridSize,
+    num_prefix: int,
+    embed_dim: int,
+    num_heads: int,
+    k: int | None,
+    projection: str,
+    share: Share,
+    rotary: bool,
 ) -> int:
+    common: dict[str, Any] = dict(
+        # An image with one pixel per patch.
+        img_size=grid_size,
+        patch_size=1,
+        embed_dim=embed_dim,
+        depth=1,
+        num_heads=num_heads,
+        class_token=num_prefix > 0,
+        global_pool="avg",
+        num_classes=0,
+        k=[k],
+        projection=projection,
+        share=share,
+    )
+    registers = max(num_prefix - 1, 0)
     with torch.device("meta"):
-        # A model of one layer, on an image with one pixel per patch.
-        model = LinformerViT(
-            img_size=grid_size,
-            patch_size=1,
-            embed_dim=embed_dim,
-            depth=1,
-            num_heads=num_heads,
-            class_token=num_prefix > 0,
-            reg_tokens=max(num_prefix - 1, 0),
-            global_pool="avg",
-            num_classes=0,
-            k=[k],
-            projection=projection,
-            share=share,
-            weight_init="skip",
+        model = (
+            LinformerEva(**common, num_reg_tokens=registers, use_rot_pos_emb=True)
+            if rotary
+            else LinformerViT(**common, reg_tokens=registers, weight_init="skip")
         )
         tokens = torch.empty(1, num_prefix + grid_size[0] * grid_size[1], embed_dim)
-    return count_flops(model.blocks[0].attn, tokens, mode="forward")
+        rope = rotary_of_layers(model)[0]
+    arguments = {} if rope is None else {"rope": rope}
+    return count_flops(model.blocks[0].attn, tokens, mode="forward", **arguments)
 
 
 def _energy_kept(spectrum: Spectrum, layer: int, k: int) -> float:

@@ -43,6 +43,7 @@ class Spectrum:
         singular_values: (L, H, R), descending, means over images.
         energies: (L, H, R), means of their squares over images.
         total_energies: (L, H), means over images of the energy of the whole matrix; exact for both methods.
+        rotary: whether keys are rotated by their place, which needs Wk on all patches.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Spectrum:
     singular_values: np.ndarray
     energies: np.ndarray
     total_energies: np.ndarray
+    rotary: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -122,7 +124,7 @@ class Spectrum:
     def from_dict(cls, found: dict[str, Any]) -> "Spectrum":
         """The spectrum that `to_dict` wrote; raises ValueError for anything else."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or found.keys() != names | {"run_lengths"}:
+        if not isinstance(found, dict) or found.keys() | {"rotary"} != names | {"run_lengths"}:
             raise ValueError(NO_SPECTRUM)
         arrays = {name: np.asarray(found[name], dtype=np.float64) for name in _ARRAYS}
         for name in ("singular_values", "energies"):

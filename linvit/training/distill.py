@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,7 +63,7 @@ class Distillation:
         self.teacher_input = _TeacherInput(spec, teacher_spec, device)
         self.projected: _ProjectedTokens | None = None
         if config.kd_distill_type == "feature":
-            if not isinstance(model, VisionTransformer):
+            if not isinstance(model, VisionTransformer | Eva):
                 raise ValueError(f"--kd-distill-type feature needs a Vision Transformer, not {config.model}: use logit")
             if not hasattr(self.teacher, "forward_intermediates"):
                 raise ValueError(f"--kd-distill-type feature: {config.kd_model_name} has no tokens; use logit")
@@ -142,7 +143,7 @@ class _ProjectedTokens(nn.Module):
     It is one module, so that torch.compile and DistributedDataParallel include the projection.
     """
 
-    def __init__(self, model: VisionTransformer, width: int) -> None:
+    def __init__(self, model: VisionTransformer | Eva, width: int) -> None:
         super().__init__()
         self.model = model
         self.projection = nn.Linear(model.embed_dim, width).to(next(model.parameters()).device)

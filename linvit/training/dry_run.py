@@ -11,6 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 from rich.table import Table
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ from linvit.data.augment.build import InputSpec
 from linvit.data.loader import Batch, Loader
 from linvit.device import autocast, autocast_dtype
 from linvit.measure.timing import count_flops
-from linvit.model.attention import LinformerAttention
 from linvit.model.build import TimmModel
+from linvit.model.projected import ProjectedAttention
 from linvit.output.plots import drawable, save_figure
 from linvit.output.terminal import EMPTY, format_bytes, page, table
 from linvit.training.config import TrainConfig
@@ -41,7 +42,7 @@ def show_plan(config: TrainConfig, model: TimmModel, loader: Loader, spec: Input
     for line in yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True).splitlines():
         print_line(line)
     console = page()
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         console.print(layer_table(model))
     batch = next((batch for batch in loader if len(batch.images)), None)
     if batch is None:
@@ -56,13 +57,13 @@ def show_plan(config: TrainConfig, model: TimmModel, loader: Loader, spec: Input
     print_line(f"one batch: {path}; nothing was trained")
 
 
-def layer_table(model: VisionTransformer) -> Table:
+def layer_table(model: VisionTransformer | Eva) -> Table:
     """Tokens, projected length, kind, parameters, and parameters of E and F, of each layer and of the model."""
     made = table(("layer", "tokens", "k", "projection", "parameters", "in E and F"), text=("layer", "projection"))
     tokens = f"{model.patch_embed.num_patches + model.num_prefix_tokens:,}"
     seen: set[int] = set()
     for number, block in enumerate(model.blocks):
-        pair = block.attn.projections() if isinstance(block.attn, LinformerAttention) else None
+        pair = block.attn.projections() if isinstance(block.attn, ProjectedAttention) else None
         # A projection that layers share counts in the first layer.
         own = [parameter for each in set(pair or ()) for parameter in each.parameters() if id(parameter) not in seen]
         seen |= {id(parameter) for parameter in own}

@@ -19,7 +19,7 @@ from linvit.data.augment.build import resolve_input
 from linvit.data.sources.classes import order_conflict
 from linvit.distributed import Ranks
 from linvit.model.build import LOCAL, TimmModel, create_model
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.files import reason
 from linvit.runs.weights import SavedWeights, classifier_parameters, compact, fit_weights, load_exactly, read_weights
 from linvit.settings.fields import listed, unknown
@@ -195,7 +195,7 @@ def place_model(model: TimmModel, options: DeviceOptions, ranks: Ranks) -> None:
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
     checkpointing = options.grad_checkpointing
-    if not isinstance(model, LinformerViT):
+    if not isinstance(model, LinformerTransformer):
         if checkpointing == "mlp":
             raise ValueError(f"--grad-checkpointing mlp is for linvit models, not for {type(model).__name__}: use full")
         checkpointing = checkpointing in (True, "full")

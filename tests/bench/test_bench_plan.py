@@ -34,7 +34,7 @@ def test_a_spec_is_a_name_and_keywords():
         ("linvit_mini_patch4_64:projektion=linear", "unknown keyword 'projektion'; did you mean 'projection'?"),
         ("linvit_mini_patch4_64:k=64", "k=64 does not shorten a sequence of 64 patches"),
         ("vit_tiny_patch16_224:grad_checkpointing=mlp", "take grad_checkpointing=full"),
-        ("resnet18", "only timm's VisionTransformer, and linvit's, are compared here"),
+        ("resnet18", "only timm's VisionTransformer and Eva, and linvit's models, are compared here"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused(text, words):

@@ -29,6 +29,20 @@ def test_layers_are_compared_with_the_reference(keywords):
     assert 0 < found.largest_difference < found.bound == 1e-10
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "linvit_mini_patch4_rope_64:depth=1,k=16",
+        "linvit_mini_patch4_rope_64:depth=2,k=(None,16),class_token=True,rope_type='mixed',rope_rotate_half=False",
+        "linvit_mini_patch4_rope_64:depth=1,k=16,attn_type='eva',scale_attn_inner=True,qk_norm=True",
+    ],
+)
+def test_rotary_layers_are_compared_with_the_reference(spec):
+    found = check_attention(parse_spec(spec), SIZE)
+    assert found.compared == "first Linformer layer and linvit.reference, both in float64"
+    assert 0 < found.largest_difference < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["maxpool", "conv"])
 def test_projections_that_are_not_a_matrix_are_compared_with_float64(kind):
     found = check_attention(parse_spec(f"linvit_mini_patch4_64:depth=1,k=16,projection={kind}"), SIZE)

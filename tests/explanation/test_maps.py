@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 from kinds import FIXED, REDUCING
-from small_vits import PER_LAYER, PREFIXES, images, make
+from small_vits import PER_LAYER, PREFIXES, TINY, images, make
+from timm.layers import apply_rot_embed_cat
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from linvit import attention_maps
 from linvit.explanation.maps import METHODS, Explanation
 from linvit.measure import attention as measured
+from linvit.model.eva import LinformerEva
+from linvit.model.registry import ROPE
 
 KINDS = ["linear", "separable", "avgpool", "random", "dct"]
 HEADS = 3
@@ -26,16 +29,24 @@ class Dense:
         self.layers = []
         for block in model.blocks:
             block.attn.forward = self.forward_of(block.attn)
-        self.tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        placed = model._pos_embed(model.patch_embed(x))
+        tokens, rope = placed if isinstance(placed, tuple) else (placed, None)
+        self.tokens = model.norm_pre(tokens)
         for block in model.blocks:
-            self.tokens = block(self.tokens)
+            self.tokens = block(self.tokens) if rope is None else block(self.tokens, rope=rope)
         self.logits = model.forward_head(model.norm(self.tokens))
         for block in model.blocks:
             del block.attn.forward
 
     def forward_of(self, attention):
-        def forward(x, **_):
+        def forward(x, rope=None, **_):
             q, k, v = attention.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            if rope is not None:
+                prefix = attention.num_prefix_tokens
+                q, k = (
+                    torch.cat([y[:, :, :prefix], apply_rot_embed_cat(y[:, :, prefix:], rope, half=True)], dim=2)
+                    for y in (q, k)
+                )
             pair = attention.projections() if hasattr(attention, "projections") else None
             num_tokens = x.shape[1]
             bias = torch.zeros(num_tokens, dtype=x.dtype)
@@ -106,6 +117,20 @@ CASES = [(kind, share) for kind in KINDS for share in PER_LAYER if kind not in F
 @pytest.mark.parametrize(("kind", "share"), CASES)
 def test_equals_dense_matrices(kind, share, prefix):
     model, x = small(projection=kind, share=share, k=PER_LAYER[share], **prefix)
+    assert_equal_dense_matrices(model, x)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_rotary_models_equal_dense_matrices(pool):
+    arguments = {**ROPE, "class_token": True, "num_reg_tokens": 2, "global_pool": pool, "dtype": torch.float64}
+    model = LinformerEva(**{**TINY, "k": [6, None, 12]}, **arguments).eval()
+    for name, parameter in model.named_parameters():
+        if "qkv" in name or "head" in name:
+            nn.init.normal_(parameter, std=0.5)
+    assert_equal_dense_matrices(model, images(batch=1, dtype=torch.float64))
+
+
+def assert_equal_dense_matrices(model, x):
     dense = Dense(model, x)
     A = dense.matrices()
     v = start(model, A[0].shape[-1])

@@ -156,10 +156,10 @@ def test_queries_in_chunks_equal_the_reference(share, order):
 def test_attending_to_tokens_does_not_bypass_an_adapter():
     attention, _, _ = make_attention("separable", "kv", GRIDS[0], 1)
     x = tokens(GRIDS[0], 1)
-    torch.testing.assert_close(attention.attend_to(x)(x[:, 2:5], slice(None)), attention(x)[:, 2:5])
+    torch.testing.assert_close(attention.outputs_of(x, torch.arange(2, 5)), attention(x)[:, 2:5])
     attention.qkv.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="remove adapters, hooks and quantised weights"):
-        attention.attend_to(x)
+        attention.outputs_of(x, torch.arange(2))
 
 
 def test_autocast_casts_tokens_once():

@@ -13,6 +13,7 @@ def test_lists_the_registered_models_with_their_sizes(tmp_path, capsys):
     assert cli.main(["models", "linvit_mini_*", "--json", str(tmp_path / "models.json")]) == 0
     entries = json.loads((tmp_path / "models.json").read_text())
     assert [(entry["name"], entry["img_size"], entry["num_tokens"]) for entry in entries] == [
+        ("linvit_mini_patch4_rope_64", 64, 256),
         ("linvit_mini_patch4_64", 64, 256),
         ("linvit_mini_patch8_288", 288, 1296),
     ]

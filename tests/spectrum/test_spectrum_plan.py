@@ -1,6 +1,7 @@
 """Plans stay within their budget, improve with more of it and fit the model; they and the knapsack are optimal."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from spectra import images, linformer_vit, make_spectrum, timm_vit
 
 import linvit
 from linvit.measure.timing import count_flops
+from linvit.model.eva import rotary_of_layers
 from linvit.model.projections.grid import factor_pair
 from linvit.spectrum.plan import (
     UNITS,
@@ -67,6 +69,21 @@ def test_costs_are_those_of_the_model(share, prefix):
     tokens = torch.empty(1, 48 + prefix, 96, device="meta")
     expected = count_flops(model.blocks[0].attn, tokens, mode="forward")
     assert attention_flops(spectrum, 12, projection="separable", share=share) == expected
+
+
+@pytest.mark.parametrize("k", [12, None])
+def test_costs_are_those_of_a_rotary_model(k):
+    spectrum = replace(make_spectrum(RANKS, grid_size=(8, 6), num_prefix_tokens=1), rotary=True)
+    model = timm.create_model(
+        "linvit_mini_patch4_rope_64", img_size=(32, 24), embed_dim=96, num_heads=3, depth=1, k=[k], class_token=True
+    ).to("meta")
+    tokens = torch.empty(1, 49, 96, device="meta")
+    rope = rotary_of_layers(model)[0]
+    expected = count_flops(model.blocks[0].attn, tokens, mode="forward", rope=rope)
+    assert attention_flops(spectrum, k, projection="separable", share="kv") == expected
+    # Wk of all patches, instead of 12 rows; two operations per multiply-add.
+    unrotated = attention_flops(replace(spectrum, rotary=False), k, projection="separable", share="kv")
+    assert k is None or expected > unrotated + 2 * 96**2 * (48 - 12)
 
 
 @pytest.mark.parametrize("speedup", [1.0, 1.05, 1.2, 1.4, 1.6])
