@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from linvit.data.augment.build import InputSpec
@@ -97,6 +96,8 @@ class Activations:
     num_held_out: int
     num_prefix_tokens: int
     batch_size: int
+    # Keywords of the attention of each block, see `linvit.conversion.blocks`.
+    arguments: list[dict[str, Any]]
     # Whether blocks compute in bfloat16; the tokens between them stay in single precision.
     amp: bool = False
 
@@ -154,21 +155,3 @@ def relative_error(tokens: Tensor, target: Tensor, weights: Tensor) -> float:
     """Root of the weighted mean squared error of tokens (n, T, D), with weights (n, T)."""
     squares = (tokens - target).square().sum(-1)
     return float((squares * weights).mean().sqrt())
-
-
-def embed(model: VisionTransformer, images: Tensor) -> Tensor:
-    """The tokens (B, T, D) that enter the first block, for images (B, 3, H, W)."""
-    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    return tokens
-
-
-def after_attention(block: Block, tokens: Tensor) -> Tensor:
-    """The tokens after a block's attention, from those that enter the block; in evaluation mode."""
-    out: Tensor = tokens + block.ls1(block.attn(block.norm1(tokens)))
-    return out
-
-
-def after_mlp(block: Block, tokens: Tensor) -> Tensor:
-    """The tokens after a block's MLP, from those after its attention; in evaluation mode."""
-    out: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-    return out

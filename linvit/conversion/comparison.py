@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timm.models import VisionTransformer, get_model_args
+from timm.models import get_model_args
 from torch import Tensor
 
+from linvit.conversion.blocks import Vit
 from linvit.measure.memory import OutOfMemory, can_read_peaks, cuda_step_memory, step_memory_in_subprocess
 from linvit.measure.timing import Runner, interleave, make_step
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.settings.fields import DType
 
 WARMUP_ROUNDS = 1
@@ -50,13 +51,13 @@ class Comparison:
         batch_size: images per forward pass.
     """
 
-    def __init__(self, original: VisionTransformer, images: Tensor, *, batch_size: int) -> None:
+    def __init__(self, original: Vit, images: Tensor, *, batch_size: int) -> None:
         self.original, self.batches = original, images.split(batch_size)
         with torch.no_grad():
             self.expected = [_outputs(original, batch) for batch in self.batches]
 
     @torch.no_grad()
-    def fidelity(self, model: VisionTransformer, *, amp: bool = False) -> Fidelity:
+    def fidelity(self, model: Vit, *, amp: bool = False) -> Fidelity:
         """How close a model in evaluation mode is to the original.
 
         With `amp` the model computes in bfloat16, and its rounding lowers the cosines a little.
@@ -73,14 +74,14 @@ class Comparison:
         class_cosine, patch_cosine, feature_cosine, agreement = torch.cat(rows, dim=1).mean(1).tolist()
         return Fidelity(
             num_images=sum(map(len, self.batches)),
-            class_cosine=class_cosine if original.has_class_token else None,
+            class_cosine=class_cosine if original.cls_token is not None else None,
             patch_cosine=patch_cosine,
             feature_cosine=feature_cosine if original.global_pool else None,
             top1_agreement=agreement if original.num_classes > 0 else None,
         )
 
 
-def _outputs(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(model: Vit, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens after the last norm (B, T, D), the classifier's input and its output, both (B, ·)."""
     tokens = model.forward_features(images)
     pooled = model.forward_head(tokens, pre_logits=True)
@@ -109,8 +110,8 @@ class Speed:
 
 
 def measure_speed(
-    original: VisionTransformer,
-    converted: LinformerViT,
+    original: Vit,
+    converted: LinformerTransformer,
     img_size: tuple[int, int],
     *,
     rounds: int,
@@ -131,7 +132,7 @@ def measure_speed(
         Runner(name, make_step(model, images, mode="forward", dtype=getattr(torch, dtype)))
         for name, model in zip(("the original", "the converted model"), models)
     ]
-    interleave(runners, rounds=rounds, warmup=WARMUP_ROUNDS, clock=lambda: _synchronised_clock(images), report=report)
+    interleave(runners, rounds=rounds, warmup=WARMUP_ROUNDS, clock=lambda: synchronised_clock(images), report=report)
     original_seconds, converted_seconds = (runner.seconds for runner in runners)
     if not (original_seconds and converted_seconds):
         raise ValueError(f"--target-size {img_size[0]}x{img_size[1]} does not fit in memory: leave this size out")
@@ -155,16 +156,14 @@ def measure_speed(
     )
 
 
-def resized_copy(model: VisionTransformer, img_size: tuple[int, int]) -> VisionTransformer:
+def resized_copy(model: Vit, img_size: tuple[int, int]) -> Vit:
     """A copy for images of this size, (height, width); raises ValueError if its projections would be too long."""
     resized = copy.deepcopy(model)
     resized.set_input_size(img_size=img_size)
     return resized
 
 
-def _own_process_bytes(
-    model: VisionTransformer, img_size: tuple[int, int], batch_size: int, dtype: DType
-) -> int | None:
+def _own_process_bytes(model: Vit, img_size: tuple[int, int], batch_size: int, dtype: DType) -> int | None:
     """Memory that a forward pass adds, measured in a separate process that holds no other model."""
     if not can_read_peaks():
         return None
@@ -176,14 +175,15 @@ def _own_process_bytes(
     return memory.step_bytes
 
 
-def model_spec(model: VisionTransformer) -> str:
+def model_spec(model: Vit) -> str:
     """A registered model as a spec for `linvit bench`, without its size: NAME:keyword=value,…"""
     arguments = {name: value for name, value in get_model_args(model).items() if name != "img_size"}
     keywords = ",".join(f"{name}={value!r}" for name, value in arguments.items() if value is not None)
     return f"{model.pretrained_cfg['architecture']}:{keywords}"
 
 
-def _synchronised_clock(images: Tensor) -> float:
+def synchronised_clock(images: Tensor) -> float:
+    """Seconds, after all work on the device of `images` is done."""
     if images.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

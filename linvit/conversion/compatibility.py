@@ -15,14 +15,12 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from linvit.model.mlp import LeanMlp
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 
 # Why other model classes cannot be converted.
-_ROPE = "rotary position embedding rotates queries and keys by their position, and a projected key has no position"
 _RELATIVE = "its attention adds a bias for every pair of positions, and a projected key has no position"
 _WINDOWS = "it attends within windows, whose sequences are already short"
 _REFUSED: dict[str, str] = {
-    "Eva": _ROPE,
     "NaFlexVit": "it packs images of any grid into one batch, and a projection is made for one grid",
     "Beit": _RELATIVE,
     "VisionTransformerRelPos": _RELATIVE,
@@ -42,7 +40,7 @@ _NORMS = ("layernorm", "rmsnorm", "simplenorm", "layernormfp32", "rmsnormfp32", 
 _ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu", "silu", "relu", "mish", "hard_swish", "leaky_relu")
 
 
-def linformer_keywords(model: nn.Module) -> dict[str, Any]:
+def vit_keywords(model: nn.Module) -> dict[str, Any]:
     """Keywords with which `LinformerViT` builds the same model, except for its projections.
 
     Raises ValueError, naming the class and the reason, for a model that cannot be converted.
@@ -86,31 +84,32 @@ def linformer_keywords(model: nn.Module) -> dict[str, Any]:
 def _check_convertible(model: Any) -> None:
     if type(model) is not VisionTransformer:
         reasons = [_REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _REFUSED]
-        reason = reasons[0] if reasons else "only timm's VisionTransformer can be"
-        if isinstance(model, LinformerViT):
+        reason = reasons[0] if reasons else "only timm's VisionTransformer and Eva can be"
+        if isinstance(model, LinformerTransformer):
             reason = "its attention is already projected"
         raise ValueError(f"{type(model).__name__} cannot be converted: {reason}")
     blocks = list(model.blocks)
     for layer in (block for block in blocks if type(block) is not Block):
-        raise _refusal(layer, _REFUSED_BLOCKS.get(type(layer).__name__, "its blocks are not timm's Block"))
+        raise refusal(layer, _REFUSED_BLOCKS.get(type(layer).__name__, "its blocks are not timm's Block"))
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
-        raise _refusal(embed, "its patch embedding is not timm's PatchEmbed")
+        raise refusal(embed, "its patch embedding is not timm's PatchEmbed")
     if embed.img_size is None:
-        raise _refusal(embed, "it has no fixed image size, and a projection is made for one grid")
+        raise refusal(embed, "it has no fixed image size, and a projection is made for one grid")
     for attention in (block.attn for block in blocks):
         if type(attention) is not Attention or type(attention.qkv) is not nn.Linear:
-            raise _refusal(attention, "its attention is not timm's Attention with a single linear layer for q, k and v")
+            raise refusal(attention, "its attention is not timm's Attention with a single linear layer for q, k and v")
         if attention.gate is not None:
-            raise _refusal(attention, "its attention is gated")
+            raise refusal(attention, "its attention is gated")
 
 
-def _refusal(part: nn.Module, reason: str) -> ValueError:
-    return ValueError(f"a VisionTransformer with {type(part).__name__} cannot be converted: {reason}")
+def refusal(part: nn.Module, reason: str) -> ValueError:
+    """The error for a model with such a part."""
+    return ValueError(f"a Vision Transformer with {type(part).__name__} cannot be converted: {reason}")
 
 
 def _mlp_keywords(mlp: nn.Module, dim: int) -> dict[str, Any]:
-    """The MLP's kind and activation, and a ratio for which `int(dim * ratio)` is its width."""
+    """The MLP's kind, ratio and activation."""
     if type(mlp) in (Mlp, LeanMlp):
         name, hidden = "mlp", mlp.fc1
     elif type(mlp) is GluMlp and not mlp.gate_last:
@@ -118,12 +117,15 @@ def _mlp_keywords(mlp: nn.Module, dim: int) -> dict[str, Any]:
     elif type(mlp) is SwiGLU:
         name, hidden = "swiglu", mlp.fc1_x
     else:
-        raise _refusal(mlp, "its MLP is not timm's Mlp, SwiGLU or SwiGLUPacked")
+        raise refusal(mlp, "its MLP is not timm's Mlp, SwiGLU or SwiGLUPacked")
     assert isinstance(hidden, nn.Linear)
-    width = hidden.out_features
+    return {"mlp_layer": name, "mlp_ratio": mlp_ratio(hidden.out_features, dim), **_activation_keywords(mlp.act)}
+
+
+def mlp_ratio(width: int, dim: int) -> float:
+    """A ratio for which `int(dim * ratio)`, as in timm, is the MLP's width."""
     exact = width / dim
-    ratio = exact if int(dim * exact) == width else (width + 0.5) / dim
-    return {"mlp_layer": name, "mlp_ratio": ratio, **_activation_keywords(mlp.act)}
+    return exact if int(dim * exact) == width else (width + 0.5) / dim
 
 
 def _activation_keywords(act: Any) -> dict[str, Any]:
@@ -131,23 +133,24 @@ def _activation_keywords(act: Any) -> dict[str, Any]:
         return {}
     name = next((name for name in _ACTIVATIONS if get_act_layer(name) is type(act)), None)
     if name is None:
-        raise _refusal(act, "timm has no name for its activation")
+        raise refusal(act, "timm has no name for its activation")
     return {"act_layer": name}
 
 
 def _norm_keywords(model: VisionTransformer) -> dict[str, Any]:
     """The normalisation of the blocks, and of the patch embedding if it has one."""
     norm = model.blocks[0].norm1
-    names: dict[str, Any] = {"norm_layer": _norm_name(norm)}
+    names: dict[str, Any] = {"norm_layer": norm_name(norm)}
     if not isinstance(model.patch_embed.norm, nn.Identity):
-        names["embed_norm_layer"] = _norm_name(model.patch_embed.norm)
+        names["embed_norm_layer"] = norm_name(model.patch_embed.norm)
     return {**names, "norm_eps": norm.eps}
 
 
-def _norm_name(norm: nn.Module) -> str:
+def norm_name(norm: nn.Module) -> str:
+    """timm's name of a normalisation; raises ValueError if it has none."""
     name = next((name for name in _NORMS if norm_class(name) is type(norm)), None)
     if name is None:
-        raise _refusal(norm, "timm has no name for its normalisation")
+        raise refusal(norm, "timm has no name for its normalisation")
     return name
 
 

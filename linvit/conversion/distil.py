@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from linvit.conversion.calibration import embed, token_weights
+from linvit.conversion.blocks import Vit, block_arguments, embed
+from linvit.conversion.calibration import token_weights
 from linvit.conversion.comparison import Comparison, Fidelity
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 
 # Number of blocks whose tokens enter the loss, evenly spaced; the last block is one of them.
 NUM_TAPPED_BLOCKS = 4
@@ -44,8 +44,8 @@ class DistilOptions:
 
 
 def distil(
-    original: VisionTransformer,
-    converted: LinformerViT,
+    original: Vit,
+    converted: LinformerTransformer,
     batches: Iterator[Tensor],
     unseen: Comparison,
     options: DistilOptions,
@@ -89,7 +89,7 @@ def distil(
     return unseen.fidelity(converted)
 
 
-def distillation_loss(original: VisionTransformer, converted: LinformerViT, images: Tensor) -> Tensor:
+def distillation_loss(original: Vit, converted: LinformerTransformer, images: Tensor) -> Tensor:
     """The loss on images (B, 3, H, W), with gradients for `converted` only."""
     with torch.no_grad():
         target_tokens = _tapped_tokens(original, images)
@@ -107,19 +107,19 @@ def distillation_loss(original: VisionTransformer, converted: LinformerViT, imag
     return total
 
 
-def _tapped_tokens(model: VisionTransformer, images: Tensor) -> list[Tensor]:
+def _tapped_tokens(model: Vit, images: Tensor) -> list[Tensor]:
     """Tokens after the tapped blocks and after the last norm: each (B, T, D)."""
     depth = len(model.blocks)
     tapped = {math.ceil(depth * (number + 1) / NUM_TAPPED_BLOCKS) - 1 for number in range(NUM_TAPPED_BLOCKS)}
     tokens, outputs = embed(model, images), []
-    for index, block in enumerate(model.blocks):
-        tokens = block(tokens)
+    for index, (block, arguments) in enumerate(zip(model.blocks, block_arguments(model))):
+        tokens = block(tokens, **arguments)
         if index in tapped:
             outputs.append(tokens)
     return [*outputs, model.norm(tokens)]
 
 
-def _copy_state(model: LinformerViT) -> dict[str, Tensor]:
+def _copy_state(model: LinformerTransformer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 

@@ -16,14 +16,26 @@ n images, T tokens, D width.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvit.conversion.calibration import Activations, after_attention, after_mlp, relative_error
+from linvit.conversion.blocks import (
+    Vit,
+    after_attention,
+    after_mlp,
+    attended,
+    attention_scale,
+    local_added,
+    mlp_scale,
+    scale_attention,
+    without_local,
+)
+from linvit.conversion.calibration import Activations, relative_error
 from linvit.conversion.convert import projected_lengths, use_ordinary_attention
+from linvit.conversion.local import LocalMoments, add_kernel_change, best_changes, neighbourhoods
 from linvit.conversion.solvers import (
     DescentOptions,
     Moments,
@@ -32,9 +44,9 @@ from linvit.conversion.solvers import (
     descend,
     replaced_by_identity,
 )
-from linvit.model.attention import LinformerAttention
+from linvit.model.projected import ProjectedAttention
 from linvit.model.sharing import Share
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 
 # Patches of each image that a regression uses.
 PATCHES_FITTED = 256
@@ -67,8 +79,8 @@ class LayerFit:
 
 
 def fit_layers(
-    original: VisionTransformer,
-    converted: LinformerViT,
+    original: Vit,
+    converted: LinformerTransformer,
     activations: Activations,
     options: FitOptions,
     *,
@@ -91,9 +103,10 @@ def fit_layers(
     if len(fits) == len(converted.blocks):
         return fits
     for layer, (original_block, block) in enumerate(zip(original.blocks, converted.blocks)):
-        target = activations.map(partial(after_attention, original_block), activations.original)
+        arguments = activations.arguments[layer]
+        target = activations.map(partial(after_attention, original_block, arguments), activations.original)
         if layer < len(done):
-            attended = _add_attention(block, activations, _heads(block, activations))
+            attended = _add_attention(block, activations, _heads(block, arguments, activations))
         else:
             attended, before, after = _fit_attention(original_block, converted, layer, activations, target, options)
         activations.original = activations.map(partial(after_mlp, original_block), target)
@@ -107,26 +120,31 @@ def fit_layers(
 
 
 def _fit_attention(
-    original: Block, converted: LinformerViT, layer: int, activations: Activations, target: Tensor, options: FitOptions
+    original: Block,
+    converted: LinformerTransformer,
+    layer: int,
+    activations: Activations,
+    target: Tensor,
+    options: FitOptions,
 ) -> tuple[Tensor, float, float]:
     """Fit the attention of one layer; returns the tokens after it, and its error before and after the fit."""
-    block = converted.blocks[layer]
+    block, arguments = converted.blocks[layer], activations.arguments[layer]
     held_out = activations.held_out(activations.converted)
-    before = _error(activations, activations.map(partial(after_attention, block), held_out), target)
+    before = _error(activations, activations.map(partial(after_attention, block, arguments), held_out), target)
     if block.attn.projections() is not None:
         if options.descent.steps:
             parameters = _layer_parameters(block.attn, converted.share)
-            descend(block, parameters, activations, target, options.descent, _generator(options, layer))
-        attended = _refit_attention(block, activations, target, _generator(options, layer))
+            descend(block, arguments, parameters, activations, target, options.descent, _generator(options, layer))
+        attended = _refit_attention(block, arguments, activations, target, _generator(options, layer))
         after = _error(activations, activations.held_out(attended), target)
         if options.max_error is None or after <= options.max_error:
             return attended, before, after
         use_ordinary_attention(converted, [layer])
         block.attn.load_state_dict(original.attn.state_dict())
     if _is_unchanged(converted, layer):
-        attended = _add_attention(block, activations, _heads(block, activations))
+        attended = _add_attention(block, activations, _heads(block, arguments, activations))
     else:
-        attended = _refit_attention(block, activations, target, _generator(options, layer))
+        attended = _refit_attention(block, arguments, activations, target, _generator(options, layer))
     return attended, before, _error(activations, activations.held_out(attended), target)
 
 
@@ -134,29 +152,40 @@ def _generator(options: FitOptions, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed(options.seed * 1000 + layer)
 
 
-def _layer_parameters(attention: LinformerAttention, share: Share) -> list[nn.Parameter]:
+def _layer_parameters(attention: ProjectedAttention, share: Share) -> list[nn.Parameter]:
     """The parameters that belong to this layer alone: all except an E shared by all layers."""
     shared = attention.key_projection if share == "layerwise" else None
     kept = set() if shared is None else set(shared.parameters())
     return [parameter for parameter in attention.parameters() if parameter not in kept]
 
 
-def _heads(block: Block, activations: Activations) -> Tensor:
+def _heads(block: Block, arguments: dict[str, Any], activations: Activations) -> Tensor:
     """The heads' outputs, which are the input of Wo: (n, T, D)."""
-    with replaced_by_identity(block.attn, "proj"):
-        return activations.map(lambda x: block.attn(block.norm1(x)), activations.converted)
+    with replaced_by_identity(block.attn, "proj"), without_local(block.attn):
+        return activations.map(lambda x: attended(block, x, arguments), activations.converted)
 
 
 def _add_attention(block: Block, activations: Activations, heads: Tensor) -> Tensor:
     """The tokens after a layer's attention, from the heads' outputs."""
-    return activations.map(lambda x, h: x + block.ls1(block.attn.proj(h)), activations.converted, heads)
+    return activations.map(
+        lambda x, h: x + scale_attention(block, local_added(block, x, block.attn.proj(h))), activations.converted, heads
+    )
 
 
-def _refit_attention(block: Block, activations: Activations, target: Tensor, generator: torch.Generator) -> Tensor:
-    """Refit Wo so that the tokens after the attention match `target`; returns these tokens."""
-    heads = _heads(block, activations)
+def _refit_attention(
+    block: Block,
+    arguments: dict[str, Any],
+    activations: Activations,
+    target: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Refit Wo, and the convolution beside it, so that the tokens after the attention match `target`; returns these."""
+    heads = _heads(block, arguments, activations)
     tensors = (heads, activations.converted, target)
-    _refit(block.attn.proj, block.ls1, lambda h: h, activations, tensors, generator)
+    if getattr(block.attn, "local", None) is None:
+        _refit(block.attn.proj, attention_scale(block), lambda h: h, activations, tensors, generator)
+    else:
+        _refit_with_local(block, activations, tensors, generator)
     return _add_attention(block, activations, heads)
 
 
@@ -166,13 +195,13 @@ def _refit_mlp(
     """Refit the MLP's last layer so that the tokens after the MLP match `target`; `attended` enter it."""
     with replaced_by_identity(block.mlp, "fc2") as layer:
         tensors = (attended, attended, target)
-        _refit(layer, block.ls2, lambda x: block.mlp(block.norm2(x)), activations, tensors, generator)
+        _refit(layer, mlp_scale(block), lambda x: block.mlp(block.norm2(x)), activations, tensors, generator)
 
 
 @torch.no_grad()
 def _refit(
     layer: nn.Linear,
-    scale: nn.Module,
+    scale: Tensor | None,
     layer_input: Callable[[Tensor], Tensor],
     activations: Activations,
     tensors: tuple[Tensor, Tensor, Tensor],
@@ -194,12 +223,39 @@ def _refit(
         source, x, target, weight = (each[:, tokens] for each in batch)
         with activations.precision():
             h = layer_input(source)
-            residual = target - x - scale(layer(h))
+            added = layer(h)
+            residual = target - x - (added if scale is None else scale * added)
         weight = weight * counts.to(weight.device)
         num_fitted = min(max(activations.num_fitted - number * activations.batch_size, 0), len(x))
         fitted.add(h[:num_fitted], residual[:num_fitted], weight[:num_fitted])
         held_out.add(h[num_fitted:], residual[num_fitted:], weight[num_fitted:])
     add_change(layer, scale, best_change(fitted, held_out, has_bias=layer.bias is not None))
+
+
+@torch.no_grad()
+def _refit_with_local(
+    block: Block, activations: Activations, tensors: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+) -> None:
+    """Refit Wo and the convolution beside it; `tensors` are the heads' outputs, the tokens before and the target."""
+    layer, local, scale = block.attn.proj, block.attn.local, attention_scale(block)
+    num_prefix = activations.num_prefix_tokens
+    fitted, held_out = (LocalMoments.of(layer, local) for _ in range(2))
+    weights = activations.weights(tensors[2])
+    for number, batch in enumerate(activations.batches(*tensors, weights)):
+        tokens, counts = _sample_tokens(batch[0].shape[1], num_prefix, generator)
+        h, x, target, weight = (each[:, tokens] for each in batch)
+        with activations.precision():
+            normed = block.norm1(batch[1])
+            n = neighbourhoods(normed, local, tokens, num_prefix)
+            added = layer(h) + torch.einsum("ntsc,cs->ntc", n, local.weight.flatten(1))
+            residual = target - x - (added if scale is None else scale * added)
+        weight = weight * counts.to(weight.device)
+        num_fitted = min(max(activations.num_fitted - number * activations.batch_size, 0), len(x))
+        fitted.add_local(h[:num_fitted], n[:num_fitted], residual[:num_fitted], weight[:num_fitted])
+        held_out.add_local(h[num_fitted:], n[num_fitted:], residual[num_fitted:], weight[num_fitted:])
+    change, kernel = best_changes(fitted, held_out, has_bias=layer.bias is not None)
+    add_change(layer, scale, change)
+    add_kernel_change(local, scale, kernel)
 
 
 def _sample_tokens(num_tokens: int, num_prefix_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -212,7 +268,7 @@ def _sample_tokens(num_tokens: int, num_prefix_tokens: int, generator: torch.Gen
     return tokens, counts
 
 
-def _is_unchanged(converted: LinformerViT, layer: int) -> bool:
+def _is_unchanged(converted: LinformerTransformer, layer: int) -> bool:
     """Whether all layers up to this one have ordinary attention, so that they still equal the original's."""
     return all(k is None for k in projected_lengths(converted)[: layer + 1])
 
@@ -223,7 +279,9 @@ def _error(activations: Activations, held_out: Tensor, target: Tensor) -> float:
     return relative_error(held_out, expected, activations.weights(expected))
 
 
-def _measure(converted: LinformerViT, layer: int, activations: Activations, before: float, after: float) -> LayerFit:
+def _measure(
+    converted: LinformerTransformer, layer: int, activations: Activations, before: float, after: float
+) -> LayerFit:
     tokens, target = activations.held_out(activations.converted), activations.held_out(activations.original)
     return LayerFit(
         layer=layer,

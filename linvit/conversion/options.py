@@ -30,7 +30,11 @@ class ConvertOptions(BaseModel):
     speedup: float | None = Field(
         None,
         gt=1,
-        description="with --k plan: factor by which to reduce operations, at the first --target-size (default: 1.5)",
+        description="with --k plan: factor by which to speed the model up, at the first --target-size (default: 1.5)",
+    )
+    plan_by: Literal["time", "flops"] = Field(
+        "time",
+        description="what --k plan reduces by --speedup: the time of a forward pass on this device, or operations",
     )
     layers: tuple[str, ...] = Field(
         (),
@@ -42,6 +46,11 @@ class ConvertOptions(BaseModel):
     )
     share: Literal["none", "headwise", "kv", "layerwise"] = Field(
         "kv", description="which heads and layers share E and F"
+    )
+    local: int | None = Field(
+        None,
+        description="side of the kernel of a depth-wise convolution beside attention, in patches, fitted with Wo; 3 is "
+        "usual (default: none)",
     )
     start_from: Path | None = Field(
         None,
@@ -115,7 +124,8 @@ class ConvertOptions(BaseModel):
             raise ValueError("--speedup needs planned lengths: leave out --k, or give --k plan")
         if self.layers and not isinstance(self.k, int):
             raise ValueError("--layers needs one length for all these layers: give --k N")
-        fixed = [name for name in ("k", "speedup", "layers", "projection", "share") if name in self.model_fields_set]
+        decided = ("k", "speedup", "plan_by", "layers", "projection", "share", "local")
+        fixed = [name for name in decided if name in self.model_fields_set]
         if self.start_from is not None and fixed:
             raise ValueError(f"--start-from uses the settings of the earlier conversion: leave out --{fixed[0]}")
         if self.distill_steps is not None and self.distill_minutes is not None:

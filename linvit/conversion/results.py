@@ -12,7 +12,7 @@ from linvit.conversion.comparison import Fidelity, Speed
 from linvit.conversion.convert import projected_lengths
 from linvit.conversion.fit import LayerFit
 from linvit.data.augment.build import InputSpec
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.files import write_json
 from linvit.output.terminal import EMPTY, format_bytes, format_lengths, format_size, note, table
 from linvit.runs.folder import Classifier, save_classifier
@@ -33,7 +33,7 @@ class ConversionResult:
     model was distilled.
     """
 
-    converted: LinformerViT
+    converted: LinformerTransformer
     original: Classifier
     spec: InputSpec
     fits: list[LayerFit]

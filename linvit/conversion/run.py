@@ -5,12 +5,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
 
-from linvit.conversion.calibration import Activations, CalibrationImages, embed
+from linvit.conversion.blocks import Vit, block_arguments, embed
+from linvit.conversion.calibration import Activations, CalibrationImages
 from linvit.conversion.comparison import Comparison, Fidelity, Speed, measure_speed, resized_copy
-from linvit.conversion.compatibility import linformer_keywords
-from linvit.conversion.convert import convert_vit
+from linvit.conversion.convert import convert_vit, linformer_keywords
 from linvit.conversion.distil import DistilOptions, distil
 from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
 from linvit.conversion.options import ConvertOptions
@@ -24,7 +23,7 @@ from linvit.measure.provenance import provenance
 from linvit.measure.timing import exact_float32
 from linvit.model.build import create_model
 from linvit.model.sharing import ProjectedLength
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.files import sha256_of, write_json
 from linvit.output.terminal import page, progress_bar, show_line
 from linvit.runs.folder import Classifier, load_classifier, source_files
@@ -36,8 +35,8 @@ DEFAULT_SPEEDUP = 1.5
 NUM_PLANNING_IMAGES = 8
 # Options that change the fit. The others may differ when an interrupted conversion resumes.
 _FIT_SETTINGS = (
-    *("source", "weights", "model_kwargs", "k", "speedup", "layers", "projection", "share", "img_size"),
-    *("num_images", "steps", "max_error", "amp", "batch_size", "seed"),
+    *("source", "weights", "model_kwargs", "k", "speedup", "plan_by", "layers", "projection", "share", "local"),
+    *("img_size", "num_images", "steps", "max_error", "amp", "batch_size", "seed"),
 )
 
 
@@ -92,7 +91,7 @@ class _Conversion:
         self.options = options
         device = torch.device(choose_device(options.device))
         self.classifier = _load_original(options)
-        assert isinstance(self.classifier.model, VisionTransformer)
+        assert isinstance(self.classifier.model, Vit)
         self.original = self.classifier.model.to(device, torch.float32)
         self.start = None if options.start_from is None else load_converted(options.start_from, self.original)
         self.images = CalibrationImages(
@@ -142,13 +141,20 @@ class _Conversion:
             batches.append(embed(self.original, images))
             self.bar.advance(task, len(images))
         tokens = torch.cat(batches)
-        num_prefix_tokens, options = self.original.num_prefix_tokens, self.options
-        return Activations(tokens, tokens, self.images.num_held_out, num_prefix_tokens, options.batch_size, options.amp)
+        return Activations(
+            original=tokens,
+            converted=tokens,
+            num_held_out=self.images.num_held_out,
+            num_prefix_tokens=self.original.num_prefix_tokens,
+            batch_size=self.options.batch_size,
+            arguments=block_arguments(self.original),
+            amp=self.options.amp,
+        )
 
-    def _convert(self, activations: Activations) -> LinformerViT:
+    def _convert(self, activations: Activations) -> LinformerTransformer:
         options = self.options
         if self.start is not None:
-            assert isinstance(self.start.model, LinformerViT)
+            assert isinstance(self.start.model, LinformerTransformer)
             return self.start.model.to(activations.original.device, torch.float32)
         k: ProjectedLength
         if options.k == "plan":
@@ -158,7 +164,7 @@ class _Conversion:
         else:
             k = options.k
         torch.manual_seed(options.seed)
-        return convert_vit(self.original, k=k, projection=options.projection, share=options.share)
+        return convert_vit(self.original, k=k, projection=options.projection, share=options.share, local=options.local)
 
     def _plan(self, activations: Activations) -> list[int | None]:
         task = self.bar.add_task("planning", total=None)
@@ -169,12 +175,16 @@ class _Conversion:
             speedup=self.options.speedup or DEFAULT_SPEEDUP,
             projection=self.options.projection,
             share=self.options.share,
+            local=self.options.local,
+            by=self.options.plan_by,
+            batch_size=self._batch_size,
             target_size=height_and_width(sizes[0]) if sizes else None,
             amp=self.options.amp,
+            times_in_bfloat16=self._times_in_bfloat16,
             report=lambda done, total: self.bar.update(task, completed=done, total=total),
         )
 
-    def _fit(self, converted: LinformerViT, activations: Activations) -> list[LayerFit]:
+    def _fit(self, converted: LinformerTransformer, activations: Activations) -> list[LayerFit]:
         task = self.bar.add_task("fitting layers", total=len(converted.blocks))
         done = self.state.load(converted)
         self.bar.advance(task, len(done))
@@ -187,7 +197,7 @@ class _Conversion:
         options = FitOptions(descent, max_error=self.options.max_error, seed=self.options.seed)
         return fit_layers(self.original, converted, activations, options, done=done, report=report)
 
-    def _distil(self, converted: LinformerViT, unseen: Comparison) -> Fidelity:
+    def _distil(self, converted: LinformerTransformer, unseen: Comparison) -> Fidelity:
         task = self.bar.add_task("distilling", total=100)
         options = self.options
         return distil(
@@ -199,7 +209,7 @@ class _Conversion:
             report=lambda progress: self.bar.update(task, completed=100 * progress),
         )
 
-    def _measure_speed(self, converted: LinformerViT) -> list[Speed]:
+    def _measure_speed(self, converted: LinformerTransformer) -> list[Speed]:
         rounds = self.options.rounds
         if rounds == 0:
             return []
@@ -209,13 +219,17 @@ class _Conversion:
         def report(index: int) -> None:
             self.bar.advance(task)
 
-        # CPUs mostly process single images in single precision; a GPU would idle on those.
-        is_on_gpu = self.images.device.type == "cuda"
-        batch_size, amp = (self.options.batch_size, self.options.amp) if is_on_gpu else (1, False)
-        return [
-            measure_speed(self.original, converted, size, rounds=rounds, batch_size=batch_size, amp=amp, report=report)
-            for size in sizes
-        ]
+        arguments: dict[str, Any] = {"rounds": rounds, "batch_size": self._batch_size, "amp": self._times_in_bfloat16}
+        return [measure_speed(self.original, converted, size, report=report, **arguments) for size in sizes]
+
+    @property
+    def _batch_size(self) -> int:
+        """Images per timed pass: CPUs mostly process single images, on which a GPU would idle."""
+        return self.options.batch_size if self.images.device.type == "cuda" else 1
+
+    @property
+    def _times_in_bfloat16(self) -> bool:
+        return self.options.amp and self.images.device.type == "cuda"
 
 
 def _load_original(options: ConvertOptions) -> Classifier:
@@ -241,7 +255,7 @@ def _lengths_by_layer(layers: list[int], k: int, *, depth: int) -> list[int | No
     return [k if layer in layers else None for layer in range(depth)]
 
 
-def _check_target_size(converted: LinformerViT, size: tuple[int, int]) -> None:
+def _check_target_size(converted: LinformerTransformer, size: tuple[int, int]) -> None:
     """Raise ValueError if the converted model does not support images of this size, before it is fitted."""
     try:
         resized_copy(converted, size)

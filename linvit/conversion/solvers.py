@@ -17,14 +17,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from linvit.conversion.calibration import Activations, after_attention
-from linvit.model.attention import LinformerAttention
+from linvit.conversion.blocks import after_attention, scale_attention
+from linvit.conversion.calibration import Activations
+from linvit.model.projected import ProjectedAttention
 
 # Relative to the mean square of the layer's input. The heads' outputs span few dimensions per image, so a penalty that
 # is too small fits these images only.
@@ -95,10 +96,10 @@ def ridge_solutions(moments: Moments, *, has_bias: bool) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def add_change(layer: nn.Linear, scale: nn.Module, change: Tensor) -> None:
-    """Add a change (D' + 1, D) of γ[W b] to `layer`; `scale`, LayerScale or the identity, is the γ after it."""
-    if isinstance(scale, LayerScale):
-        gamma = scale.gamma.double()
+def add_change(layer: nn.Linear, scale: Tensor | None, change: Tensor) -> None:
+    """Add a change (D' + 1, D) of γ[W b] to `layer`; `scale` is the γ (D) after it, if any."""
+    if scale is not None:
+        gamma = scale.double()
         change = torch.where(gamma.abs() > MIN_LAYER_SCALE, change / gamma, 0.0)
     change = change.to(layer.weight.dtype)
     layer.weight.add_(change[:-1].mT)
@@ -128,6 +129,7 @@ class DescentOptions:
 
 def descend(
     block: Block,
+    arguments: dict[str, Any],
     parameters: Iterable[nn.Parameter],
     activations: Activations,
     target: Tensor,
@@ -138,10 +140,10 @@ def descend(
 
     The weights with the lowest error on the held-out images are kept, which may be the initial ones.
     """
-    attention: LinformerAttention = block.attn
+    attention: ProjectedAttention = block.attn
     optimizer = torch.optim.Adam([{"params": [each], "size": _size(each)} for each in parameters], betas=(0.9, 0.98))
     weights, num_prefix = activations.weights(target), activations.num_prefix_tokens
-    best = _BestState(attention, lambda: _held_out_error(block, activations, target, weights))
+    best = _BestState(attention, lambda: _held_out_error(block, arguments, activations, target, weights))
     num_patches = target.shape[1] - num_prefix
     for step in range(options.steps):
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
@@ -156,7 +158,7 @@ def descend(
         token_weight[:, num_prefix:] *= num_patches / len(patches)
         x = activations.converted[images]
         normed = block.norm1(x)
-        added = block.ls1(attention.attend_to(normed)(normed[:, tokens], slice(None)))
+        added = scale_attention(block, attention.outputs_of(normed, tokens, **arguments))
         squares = (x[:, tokens] + added - target[images][:, tokens]).square().sum(-1)
         optimizer.zero_grad()
         (squares * token_weight).mean().backward()
@@ -166,9 +168,11 @@ def descend(
     best.restore()
 
 
-def _held_out_error(block: Block, activations: Activations, target: Tensor, weights: Tensor) -> float:
+def _held_out_error(
+    block: Block, arguments: dict[str, Any], activations: Activations, target: Tensor, weights: Tensor
+) -> float:
     """Weighted mean squared error of the tokens after the attention, on the held-out images."""
-    tokens = activations.map(partial(after_attention, block), activations.held_out(activations.converted))
+    tokens = activations.map(partial(after_attention, block, arguments), activations.held_out(activations.converted))
     squares = (tokens - activations.held_out(target)).square().sum(-1)
     return float((squares * activations.held_out(weights)).mean())
 

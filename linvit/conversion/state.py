@@ -18,18 +18,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from timm.models import VisionTransformer
 
+from linvit.conversion.blocks import Vit
 from linvit.conversion.convert import unmatched_weights, use_ordinary_attention
 from linvit.conversion.fit import LayerFit
-from linvit.model.vit import LinformerViT
+from linvit.model.transformer import LinformerTransformer
 from linvit.output.files import parse_json, reason, write_file, write_json
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runs.weights import compact
 from linvit.settings.fields import listed
 
 
-def load_converted(folder: Path, original: VisionTransformer) -> Classifier:
+def load_converted(folder: Path, original: Vit) -> Classifier:
     """Load the converted model in `folder` at the original's image size; E and F move to that grid.
 
     Raises ValueError if it is not a converted model, belongs to another model, or its projections would not shorten the
@@ -37,7 +37,7 @@ def load_converted(folder: Path, original: VisionTransformer) -> Classifier:
     """
     classifier = load_classifier(str(folder), img_size=original.patch_embed.img_size)
     model = classifier.model
-    if not isinstance(model, LinformerViT):
+    if not isinstance(model, LinformerTransformer):
         raise ValueError(f"--start-from {folder} is not a converted model: give the output folder of a conversion")
     if unmatched := unmatched_weights(original, model):
         raise ValueError(f"--start-from {folder} belongs to another model: its {compact(unmatched)} differ")
@@ -80,14 +80,14 @@ class FitState:
                 raise ValueError("plan.json holds no lengths")
         return lengths
 
-    def save(self, fit: LayerFit, converted: LinformerViT) -> None:
+    def save(self, fit: LayerFit, converted: LinformerTransformer) -> None:
         """Save a fitted layer; raises OSError if it cannot be written."""
         self._begin()
         weights = {name: value.contiguous() for name, value in converted.blocks[fit.layer].state_dict().items()}
         write_file(self._path(fit.layer, "safetensors"), lambda file: file.write(save(weights)))
         write_json(self._path(fit.layer, "json"), asdict(fit), indent=None)
 
-    def load(self, converted: LinformerViT) -> list[LayerFit]:
+    def load(self, converted: LinformerTransformer) -> list[LayerFit]:
         """Copy the saved layers into the model; returns their fits."""
         fits: list[LayerFit] = []
         while (path := self._path(len(fits), "json")).is_file():

@@ -12,9 +12,8 @@ from torch import nn
 from vits import make_images, make_vit
 
 import linvit
-from linvit.conversion.compatibility import linformer_keywords
-from linvit.conversion.convert import nearest_name, projected_lengths, use_ordinary_attention
-from linvit.model.vit import LinformerViT
+from linvit.conversion.convert import linformer_keywords, nearest_name, projected_lengths, use_ordinary_attention
+from linvit.model.transformer import LinformerTransformer
 
 # timm models that together cover every setting; overrides keep them small.
 MODELS = {
@@ -36,6 +35,19 @@ MODELS = {
     ),
 }
 
+MODELS |= {
+    "DINOv3": ("vit_small_patch16_dinov3", {}),
+    "DINOv3, with biases": ("vit_base_patch16_dinov3_qkvb", {}),
+    "DINOv3, SwiGLU": ("vit_small_plus_patch16_dinov3", {}),
+    "DINOv3, L": ("vit_large_patch16_dinov3", {}),
+    "EVA-02, S": ("eva02_small_patch14_224", {}),
+    "EVA-02, B": ("eva02_base_patch14_448", {}),
+    "Perception Encoder, T": ("vit_pe_core_tiny_patch16_384", {"attn_pool_num_heads": 2}),
+    "Perception Encoder, S": ("vit_pe_core_small_patch16_384", {"attn_pool_num_heads": 2}),
+    "ROPE-ViT, mixed": ("vit_small_patch16_rope_mixed_ape_224", {}),
+    "Sapiens2": ("vit_base_patch16_sapiens2", {"num_heads": 4, "num_kv_heads": [4, 2, 4], "img_size": (64, 48)}),
+}
+
 
 @pytest.mark.parametrize("case", MODELS)
 @torch.no_grad()
@@ -43,7 +55,7 @@ def test_identity_gives_the_models_own_outputs(case):
     name, kwargs = MODELS[case]
     model = make_vit(name, **kwargs)
     converted = linvit.convert_vit(model, projection="identity")
-    assert isinstance(converted, LinformerViT)
+    assert isinstance(converted, LinformerTransformer)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
     torch.testing.assert_close(converted.forward_features(images), model.forward_features(images), rtol=0, atol=1e-5)
     torch.testing.assert_close(converted(images), model(images), rtol=0, atol=1e-5)
@@ -104,7 +116,8 @@ def test_the_global_random_state_is_unchanged():
 @pytest.mark.parametrize(
     ("name", "kwargs", "words"),
     [
-        ("eva02_tiny_patch14_224", {}, "Eva cannot be converted: rotary position embedding"),
+        ("eva02_enormous_patch14_clip_224", {"depth": 1}, "its blocks normalise after attention and MLP"),
+        ("naflexvit_base_patch16_gap", {}, "it packs images of any grid into one batch"),
         ("swin_tiny_patch4_window7_224", {}, "SwinTransformer cannot be converted: it attends within windows"),
         ("samvit_base_patch16_224", {}, "VisionTransformerSAM cannot be converted: it attends within windows"),
         ("vit_relpos_small_patch16_224", {}, "VisionTransformerRelPos cannot be converted: its attention adds a bias"),
@@ -114,13 +127,17 @@ def test_the_global_random_state_is_unchanged():
             "Beit cannot be converted: its attention adds a bias for every pair of positions",
         ),
         ("deit_tiny_distilled_patch16_224", {}, "its distillation token has its own classifier"),
-        ("resnet18", {}, "ResNet cannot be converted: only timm's VisionTransformer can be"),
+        ("resnet18", {}, "ResNet cannot be converted: only timm's VisionTransformer and Eva can be"),
         ("linvit_mini_patch4_64", {}, "LinformerViT cannot be converted: its attention is already projected"),
-        ("vit_base_patch16_xp_224", {}, "a VisionTransformer with ParallelScalingBlock cannot be converted"),
+        ("vit_base_patch16_xp_224", {}, "a Vision Transformer with ParallelScalingBlock cannot be converted"),
         ("vit_small_patch16_224", {"block_fn": ParallelThingsBlock}, "several attention layers in parallel"),
         ("vit_small_patch16_224", {"block_fn": ResPostBlock}, "its blocks normalise after attention and MLP"),
-        ("vit_small_patch16_224", {"attn_layer": "diff"}, "a VisionTransformer with DiffAttention cannot be converted"),
-        ("vit_small_r26_s32_224", {}, "a VisionTransformer with HybridEmbed cannot be converted"),
+        (
+            "vit_small_patch16_224",
+            {"attn_layer": "diff"},
+            "a Vision Transformer with DiffAttention cannot be converted",
+        ),
+        ("vit_small_r26_s32_224", {}, "a Vision Transformer with HybridEmbed cannot be converted"),
     ],
 )
 def test_other_models_are_refused_by_name(name, kwargs, words):

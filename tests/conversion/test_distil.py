@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from vits import make_images, make_vit
+from vits import make_images, make_rotary, make_vit
 
 from linvit.conversion.comparison import Comparison
 from linvit.conversion.convert import convert_vit
@@ -53,9 +53,10 @@ def test_minutes_end_by_the_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("num_classes", [5, 0])
+@pytest.mark.parametrize("make", [make_vit, make_rotary])
 @torch.no_grad()
-def test_the_loss_is_zero_for_equal_models(num_classes):
-    model = make_vit(num_classes=num_classes)
+def test_the_loss_is_zero_for_equal_models(make, num_classes):
+    model = make(num_classes=num_classes)
     same, other = convert_vit(model, projection="identity"), convert_vit(model, k=9)
     images = make_images(3)
     assert distillation_loss(model, same, images) == pytest.approx(0, abs=1e-6)

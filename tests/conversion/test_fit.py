@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kinds import KIND_SHARES
-from vits import make_activations, make_images, make_vit
+from vits import make_activations, make_images, make_rotary, make_vit
 
 from linvit.conversion.convert import convert_vit, projected_lengths
 from linvit.conversion.fit import PATCHES_FITTED, FitOptions, _sample_tokens, fit_layers
@@ -37,6 +37,17 @@ def test_a_fit_improves_every_kind_and_sharing(kind, share):
     assert all(each.error_after < each.error_before for each in fits)
     assert difference(model, converted) < 0.9 * difference(model, unfitted)
     assert all(attention.order is None for attention in (block.attn for block in converted.blocks))
+
+
+@pytest.mark.parametrize("kind", ["separable", "maxpool"])
+def test_a_fit_improves_rotary_models(kind):
+    for name in ("vit_small_patch16_dinov3", "eva02_small_patch14_224", "vit_small_patch16_rope_mixed_224"):
+        model = make_rotary(name)
+        _, converted, fits = fit(BOTH, model=model, projection=kind)
+        torch.manual_seed(0)
+        unfitted = convert_vit(model, k=9, projection=kind)
+        assert all(each.error_after < each.error_before for each in fits)
+        assert difference(model, converted) < 0.9 * difference(model, unfitted)
 
 
 def test_identity_stays_exact():

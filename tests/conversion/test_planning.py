@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from vits import make_activations, make_images, make_vit
+from vits import make_activations, make_images, make_rotary, make_vit
 
+from linvit.conversion import planning
 from linvit.conversion.convert import convert_vit
+from linvit.conversion.layer_times import LayerTimes, measure_layer_times
 from linvit.conversion.planning import Offer, _choose, _flops, _offers, plan_lengths
 
 
 def plan(speedup, model=None, **kwargs):
     # Long sequences of a narrow model, where attention is most of the work.
     model = model or make_vit(patch_size=4, mlp_ratio=1.0)
-    settings = {"projection": "separable", "share": "kv", **kwargs}
+    settings = {"projection": "separable", "share": "kv", "by": "flops", **kwargs}
     return plan_lengths(model, make_activations(model, fitted=2, held_out=1).original, speedup=speedup, **settings)
 
 
@@ -25,6 +27,11 @@ def test_a_higher_speedup_gives_shorter_lengths():
     assert [cost(lengths) for lengths in plans] == sorted((cost(lengths) for lengths in plans), reverse=True)
     assert len({cost(lengths) for lengths in plans}) == 3
     assert all(k is None or 16 <= k < 256 for lengths in plans for k in lengths)
+
+
+def test_rotary_models_are_planned():
+    lengths = plan(1.3, make_rotary(patch_size=4, mlp_ratio=1.0))
+    assert 16 <= min(k for k in lengths if k is not None) < 256
 
 
 def test_attention_has_a_larger_share_of_the_cost_at_a_larger_size():
@@ -54,13 +61,46 @@ def test_errors_are_measured_on_the_last_tokens():
     model, images = make_vit(patch_size=4, mlp_ratio=1.0), make_images(4)
     lengths = [16, 36, 64]
     activations = make_activations(model, fitted=0, held_out=4)
-    offers = list(_offers(model, activations, lengths, projection="separable", share="kv"))
+    costs = {k: 1.0 for k in (None, *lengths)}
+    offers = list(_offers(model, activations, costs, lengths, projection="separable", share="kv"))
     target = model.forward_features(images)
     for layer, (_, middle, _, ordinary) in enumerate(offers):
         tokens = convert_vit(model, k=[36 if each == layer else None for each in range(3)]).forward_features(images)
         relative = (tokens - target).square().sum(-1) / target.square().sum(-1)
         assert middle.error == pytest.approx(float(relative[:, 0].mean() + relative[:, 1:].mean()), rel=1e-3)
         assert ordinary.error == 0
+
+
+def test_a_plan_by_time_spends_measured_seconds(monkeypatch):
+    seconds = {None: 10.0, 16: 6.0, 25: 7.0, 36: 11.0, 64: 12.0, 100: 13.0, 144: 14.0}
+    asked = []
+
+    def measured(model, lengths, **settings):
+        asked.append(settings)
+        return LayerTimes({k: seconds.get(k, 20.0) for k in (None, *lengths)}, rest=6.0)
+
+    monkeypatch.setattr(planning, "measure_layer_times", measured)
+    lengths = plan(1.2, by="time", local=3, target_size=(128, 128))
+    # 3 layers of 10 s and a rest of 6 s may take 30 s; lengths that are slower than ordinary attention are never taken.
+    assert set(lengths) <= {None, 16, 25}
+    assert sum(seconds[k] for k in lengths) + 6 <= 36 / 1.2
+    assert sum(k is None for k in lengths) == 1
+    assert asked == [dict(projection="separable", share="kv", local=3, img_size=(128, 128), amp=False, batch_size=1)]
+    seconds |= {16: 10.0, 25: 10.5}
+    with pytest.raises(ValueError, match="at 64x64 no length is faster than ordinary attention on this device"):
+        plan(1.2, by="time")
+
+
+@pytest.mark.parametrize("make", [make_vit, make_rotary])
+def test_layer_times_are_of_the_size_that_is_planned_for(make):
+    model = make(patch_size=4, mlp_ratio=1.0)
+    small = measure_layer_times(model, [16], projection="separable", share="kv")
+    large = measure_layer_times(model, [16], projection="separable", share="kv", local=3, img_size=(192, 192))
+    assert small.attention.keys() == large.attention.keys() == {None, 16}
+    # Nine times the patches; attention to all of them takes 81 times the operations.
+    assert large.attention[None] > 9 * small.attention[None]
+    assert large.attention[16] < 0.5 * large.attention[None]
+    assert small.per_layer(16, depth=3) == pytest.approx(small.attention[16] + small.rest / 3)
 
 
 def test_layerwise_sharing_has_one_length():

@@ -3,9 +3,11 @@
 import timm
 import torch
 from timm.models import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor
 
-from linvit.conversion.calibration import Activations, embed
+from linvit.conversion.blocks import block_arguments, embed
+from linvit.conversion.calibration import Activations
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,11 @@ def make_vit(name: str = "vit_small_patch16_224", *, weight: float = 0.15, **kwa
     return model
 
 
+def make_rotary(name: str = "vit_small_patch16_dinov3", **kwargs) -> Eva:
+    """A small rotary model; DINOv3's has registers, LayerScale and no position embedding of its own."""
+    return make_vit(name, **{"num_reg_tokens": 2, **kwargs})
+
+
 def make_images(count: int, size: int = 64, seed: int = 1) -> Tensor:
     """Smooth random images with noise: (count, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
@@ -36,5 +43,5 @@ def make_images(count: int, size: int = 64, seed: int = 1) -> Tensor:
 def make_activations(model: VisionTransformer, *, fitted: int = 16, held_out: int = 8) -> Activations:
     """The tokens that enter the first block, for `make_images`."""
     with torch.no_grad():
-        tokens = embed(model, make_images(fitted + held_out))
-    return Activations(tokens, tokens, held_out, model.num_prefix_tokens, batch_size=8)
+        tokens, arguments = embed(model, make_images(fitted + held_out)), block_arguments(model)
+    return Activations(tokens, tokens, held_out, model.num_prefix_tokens, 8, arguments=arguments)
