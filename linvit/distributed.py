@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import ParamSpec, TypeVar, cast
 
@@ -25,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, recor
 
 from linvit.device import choose_device
 from linvit.output.terminal import printable
+from linvit.settings.process import UsageError
 
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
@@ -35,6 +37,8 @@ OUT_OF_MEMORY = (
     "memory ran out, and splitting the batch does not help here: set a smaller --model or --img-size, or use --fsdp on "
     "several GPUs, then --resume from the last checkpoint"
 )
+# How long processes of `waiting_group` wait for each other.
+_LONGEST_WAIT = timedelta(days=365)
 # The signals that stop a run; SIGUSR1 does not exist on every system.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else []))
 
@@ -118,6 +122,14 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def refuse_several_processes(fix: str) -> None:
+    """Raise UsageError, with this fix, if torchrun or srun started several processes; the first reports it."""
+    # In a shell of salloc, SLURM_NTASKS counts tasks that nobody started.
+    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        error = UsageError(f"this command runs in one process: {fix}")
+        raise error if world_info_from_env()[1] == 0 else PrimaryError(error)
+
+
 def record_errors(work: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Wrap `work` so that torchrun prints its error as the root cause; without torchrun nothing changes."""
     return cast(Callable[Arguments, int], record(work, error_handler=_ErrorFile()))
@@ -150,10 +162,20 @@ def usable_workers(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def waiting_group() -> dist.ProcessGroup | None:
+    """A group of all processes over gloo, for tensors on the CPU, in which they wait for each other for up to a year.
+
+    The default group gives up after 10 (NCCL) or 30 minutes. None for a single process; all processes must call it.
+    """
+    if not dist.is_initialized():
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
+
+
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Add `values` over all processes, in place; all processes must call it."""
     if dist.is_initialized():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 
@@ -166,10 +188,11 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
     return int(largest)
 
 
-def on_primary(call: Callable[[], Value]) -> Value:
+def on_primary(call: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
     """Run `call` in the primary process and return its result in all; a ValueError or OSError is raised in all.
 
-    In the others it is a PrimaryError, which they do not report.
+    In the others it is a PrimaryError, which they do not report. The default `group` waits for some minutes only; see
+    `waiting_group`.
     """
     if not dist.is_initialized():
         return call()
@@ -179,7 +202,7 @@ def on_primary(call: Callable[[], Value]) -> Value:
             result = [call()]
         except (ValueError, OSError) as error:
             result = [error]
-    dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, group=group)
     if isinstance(result[0], ValueError | OSError):
         raise result[0] if dist.get_rank() == 0 else PrimaryError(result[0])
     return cast(Value, result[0])

@@ -126,12 +126,12 @@ def test_only_the_primary_reports_its_error(
     sent: list[object] = []
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "broadcast_object_list", sent.extend)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda result, group: sent.extend(result))
     status = getattr(error, "exit_status", 1)
     assert run(lambda: on_primary(fail)) == status
     assert capsys.readouterr().err == f"error: {str(error).replace(chr(27), '�')}\n"
 
-    def receive(result: list[object]) -> None:
+    def receive(result: list[object], group: object) -> None:
         result[:] = sent
 
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)

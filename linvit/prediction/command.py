@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from linvit.evaluation.options import SourceOptions
-from linvit.output.streams import goes_to_stdout
+from linvit.output.streams import goes_to_stdout, is_stream
 from linvit.prediction.options import PredictorOptions
 from linvit.prediction.writers import FORMATS, format_of
 from linvit.settings.flags import UsageError, check_file, check_files, check_folder, check_inputs, parse_options
 
 if TYPE_CHECKING:
+    from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages
     from linvit.prediction.heatmaps import HeatMaps
     from linvit.prediction.predictor import Prediction, Predictor
@@ -43,11 +44,22 @@ class PredictOptions(PredictorOptions, SourceOptions):
     )
     output: Path | None = Field(
         None,
-        description=f"write the predictions to this file: {', '.join(FORMATS)}; - writes CSV to stdout (default: lines "
-        "on stdout, tab-separated in a pipe)",
+        description=f"write the predictions to this file: {', '.join(FORMATS)}; - writes CSV to stdout; a name without "
+        "an extension is a folder of parts, written by one process or all of torchrun's (default: lines on stdout, "
+        "tab-separated in a pipe)",
+    )
+    part_format: Literal["csv", "jsonl", "parquet"] | None = Field(
+        None, description="format of parts (default: that of the parts in the folder, else csv)"
+    )
+    part_size: int | None = Field(
+        None,
+        gt=0,
+        description="images per part (default: that of the parts in the folder, else at most 1024 in full batches)",
     )
 
-    tile_output: Path | None = Field(None, description="write the predictions of each tile to this file")
+    tile_output: Path | None = Field(
+        None, description="write the predictions of each tile to this file, or folder of parts if --output is one"
+    )
 
     conformal: Path | None = Field(
         None,
@@ -66,9 +78,18 @@ class PredictOptions(PredictorOptions, SourceOptions):
 
     @model_validator(mode="after")
     def _check(self) -> PredictOptions:
-        for name, path in (("--output", self.output), ("--tile-output", self.tile_output)):
-            if path is not None and format_of(path) not in FORMATS:
-                raise ValueError(f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        for name, path in self.outputs:
+            if path is not None and not _is_folder(path) and format_of(path) not in FORMATS:
+                raise ValueError(
+                    f"{name} {path}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or have no "
+                    "extension to be a folder of parts"
+                )
+        if self.tile_output is not None and _is_folder(self.tile_output) != self.in_parts:
+            raise ValueError("--output and --tile-output must both be files, or both folders of parts")
+        if not self.in_parts and (self.part_size is not None or self.part_format is not None):
+            raise ValueError("--part-size and --part-format need --output FOLDER, a name without an extension")
+        if self.in_parts and self.heatmap is not None:
+            raise ValueError("--heatmap is not available with parts; give --output a file, or use linvit explain")
         if self.tile is None and self.tile_output is not None:
             raise ValueError("--tile-output needs --tile")
         if self.conformal is not None and self.tile is not None:
@@ -78,6 +99,20 @@ class PredictOptions(PredictorOptions, SourceOptions):
         if self.heatmap is None and "heatmap_method" in self.model_fields_set:
             raise ValueError("--heatmap-method needs --heatmap FOLDER")
         return self
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the predictions go to a folder of parts."""
+        return self.output is not None and _is_folder(self.output)
+
+    @property
+    def outputs(self) -> list[tuple[str, Path | None]]:
+        """The files or folders of predictions, with their flags."""
+        return [("--output", self.output), ("--tile-output", self.tile_output)]
+
+
+def _is_folder(path: Path) -> bool:
+    return not is_stream(path) and format_of(path) not in FORMATS and (not path.suffix or path.is_dir())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,6 +130,10 @@ def main(argv: Sequence[str]) -> int:
             "model": ["-m", "--model"],
         },
     )
+    if options.in_parts:
+        from linvit.distributed import record_errors
+
+        return record_errors(predict_parts_command)(options)
     return predict_command(options)
 
 
@@ -104,46 +143,35 @@ def predict_command(options: PredictOptions) -> int:
     The status is 1 if none of the images can be read. Raises UsageError, before anything is loaded, for a path that
     does not exist and a file that cannot be written; ValueError if the source does not fit the options.
     """
-    from linvit.data.sources.base import PackedStrings
     from linvit.data.sources.loose import LooseImages
     from linvit.device import choose_device
+    from linvit.distributed import refuse_several_processes
     from linvit.output.terminal import note, print_line
-    from linvit.prediction.writers import (
-        HEATMAP_COLUMNS,
-        IMAGE_COLUMNS,
-        SET_COLUMNS,
-        TILE_COLUMNS,
-        check_format,
-        open_rows,
-    )
+    from linvit.prediction.lines import print_row, show_row
+    from linvit.prediction.writers import HEATMAP_COLUMNS, IMAGE_COLUMNS, TILE_COLUMNS, open_rows, with_sets
     from linvit.runs.folder import source_files
 
+    refuse_several_processes("give predict --output FOLDER, a name without an extension, to share the images in parts")
     check_inputs(("--class-map", options.class_map), ("--conformal", options.conformal))
-    files = [("--output", options.output), ("--tile-output", options.tile_output)]
+    files = options.outputs
     check_files(*files, inputs=[*source_files(options.source), *_input_files(options.images)])
     show = note if any(goes_to_stdout(path) for _, path in files) else print_line
-    try:
-        for path in (options.output, options.tile_output):
-            if path is not None:
-                check_format(path)
-        images = LooseImages(PackedStrings.pack(_paths(options.images)))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    images = LooseImages(_find_images(options, [path for _, path in files if path is not None]))
     if options.heatmap is not None:
         _check_heatmaps(options.heatmap, images)
     choose_device(options.device)
-    classifier = _load(options)
+    classifier = _load(options, say=note)
     predictor = _create_predictor(classifier, options)
     heatmaps = None if options.heatmap is None else _create_heatmaps(options.heatmap, classifier, predictor, options)
-    columns = IMAGE_COLUMNS if heatmaps is None else HEATMAP_COLUMNS
+    columns: tuple[str, ...] = IMAGE_COLUMNS if heatmaps is None else HEATMAP_COLUMNS
     if predictor.conformal is not None:
-        columns = (*columns[:-1], *SET_COLUMNS, columns[-1])
+        columns = with_sets(columns)
     with ExitStack() as stack:
         is_shown = sys.stderr.isatty() if show is note else sys.stdout.isatty()
         write_image: WriteRow = (
-            partial(_show_row, show=show)
+            partial(show_row, show=show)
             if is_shown
-            else partial(_print_row, columns=columns, topk=predictor.topk, show=show)
+            else partial(print_row, columns=columns, topk=predictor.topk, show=show)
         )
         write_tile: WriteRow = _discard
         if options.output is not None:
@@ -163,6 +191,54 @@ def predict_command(options: PredictOptions) -> int:
     if num_unreadable:
         note(f"{num_unreadable:,} of {len(images):,} images have no prediction; their rows give the reasons")
     return 1 if len(images) and num_unreadable == len(images) else 0
+
+
+def predict_parts_command(options: PredictOptions) -> int:
+    """Write the predictions of every image to a folder of parts, with the processes of torchrun; returns the status.
+
+    The status is 1 if none of the images can be read. Raises UsageError if images are missing or the folder has parts
+    of another run, and ValueError if the source does not fit the options.
+    """
+    from linvit.prediction.share import predict_parts
+
+    return predict_parts(
+        [path for _, path in options.outputs if path is not None],
+        device=options.device,
+        find=partial(_find_images_for_parts, options),
+        load=partial(_load_for_parts, options),
+        write=_write,
+        model_kwargs=options.model_kwargs,
+        format=options.part_format,
+        part_size=options.part_size,
+    )
+
+
+def _find_images_for_parts(options: PredictOptions) -> PackedStrings:
+    """Check the folders, before anything is loaded, and list the images."""
+    from linvit.prediction.parts import check_parts_folders
+
+    check_inputs(("--class-map", options.class_map), ("--conformal", options.conformal))
+    check_parts_folders(*options.outputs)
+    return _find_images(options, [Path(f"{options.output}/part.{options.part_format or 'csv'}")])
+
+
+def _load_for_parts(options: PredictOptions, device: str, say: Callable[[str], object]) -> tuple[Classifier, Predictor]:
+    options = options.model_copy(update={"device": device})
+    classifier = _load(options, say=say)
+    return classifier, _create_predictor(classifier, options)
+
+
+def _find_images(options: PredictOptions, outputs: Iterable[Path]) -> PackedStrings:
+    """The paths of all images; raises UsageError if one is missing, or a package for the format of an output."""
+    from linvit.data.sources.base import PackedStrings
+    from linvit.prediction.writers import check_format
+
+    try:
+        for path in outputs:
+            check_format(path)
+        return PackedStrings.pack(_paths(options.images))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _input_files(images: Iterable[str]) -> list[str]:
@@ -194,11 +270,11 @@ def _check_heatmaps(folder: Path, images: LooseImages) -> None:
         check_file("--heatmap", folder / "map.png")
 
 
-def _load(options: PredictOptions) -> Classifier:
+def _load(options: PredictOptions, *, say: Callable[[str], object]) -> Classifier:
     from linvit.evaluation.inference import open_source
 
     classifier = open_source(options)
-    return replace(classifier, class_names=_labels(classifier, options))
+    return replace(classifier, class_names=_labels(classifier, options, say))
 
 
 def _create_predictor(classifier: Classifier, options: PredictOptions) -> Predictor:
@@ -231,13 +307,12 @@ def _create_heatmaps(folder: Path, classifier: Classifier, predictor: Predictor,
     return heatmaps
 
 
-def _labels(classifier: Classifier, options: PredictOptions) -> list[str] | None:
+def _labels(classifier: Classifier, options: PredictOptions, say: Callable[[str], object]) -> list[str] | None:
     from linvit.evaluation.classes import lemmas
-    from linvit.output.terminal import note
 
     names = classifier.class_names
     if names is None:
-        note(f"{options.source} has no class names; predictions show class numbers; --class-map names them")
+        say(f"{options.source} has no class names; predictions show class numbers; --class-map names them")
     if options.label_type == "name":
         return names
     descriptions = lemmas()
@@ -253,8 +328,8 @@ def _write(
     write_image: WriteRow,
     write_tile: WriteRow,
     *,
-    images: LooseImages,
-    heatmaps: HeatMaps | None,
+    images: LooseImages | None = None,
+    heatmaps: HeatMaps | None = None,
 ) -> int:
     """Write a row for every prediction and for each of its tiles; returns the number of images without a prediction."""
     from linvit.prediction.writers import IMAGE_COLUMNS
@@ -263,7 +338,7 @@ def _write(
     for index, prediction in enumerate(predictions):
         num_unreadable += prediction.error is not None
         heatmap = None
-        if heatmaps is not None:
+        if heatmaps is not None and images is not None:
             heatmap, prediction = heatmaps.write(images, index, prediction)
         row = {name: getattr(prediction, name) for name in IMAGE_COLUMNS}
         if prediction.label_set is not None:
@@ -273,24 +348,6 @@ def _write(
             best = {"labels": tile.labels, "probabilities": tile.probabilities}
             write_tile({"path": prediction.path, **tile.box._asdict(), **best})
     return num_unreadable
-
-
-def _show_row(row: Row, *, show: Callable[[str], None]) -> None:
-    """Print a line for a reader."""
-    best = [f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"])]
-    error = [] if row["error"] is None else [row["error"]]
-    unsure = [f"unsure: {row['label_set'] or 'no class fits'}"] if row.get("unsure") == "yes" else []
-    show(f"{row['path']}: {'; '.join([*best, *unsure, *error])}")
-
-
-def _print_row(row: Row, *, columns: Sequence[str], topk: int, show: Callable[..., None]) -> None:
-    """Print a line for a program: the columns of a CSV file, separated by tabs."""
-    best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
-    show(
-        row["path"],
-        *best,
-        *(row.get(name) or "" for name in columns if name not in ("path", "labels", "probabilities")),
-    )
 
 
 def _discard(row: Row) -> None:

@@ -1,8 +1,10 @@
 """Predict the classes of images with `linvit.Predictor`."""
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -70,6 +72,8 @@ class Predictor:
         for prediction in predictor(["a.jpg", "folder"]):
             print(prediction.path, prediction.labels[0], prediction.probabilities[0])
 
+    A pickle of it holds `source` and the options: it is loaded again, on a device of the machine that unpickles it.
+
     Args:
         source: run folder, folder with config.json and weights, checkpoint, exported model, timm model name, or a
             `Classifier`.
@@ -117,6 +121,8 @@ class Predictor:
             "workers": workers,
         }
         tiles = {"tile": tile, "overlap": overlap, "merge": merge}
+        others = {"device": device, "amp": amp, "conformal": conformal, "trust_code": trust_code, "say": say}
+        self._arguments: dict[str, Any] = {"source": source, **settings, **tiles, **others}
         options = validate(PredictorOptions, {name: _plain(value) for name, value in (settings | tiles).items()})
         if not isinstance(source, str | Path | Classifier):
             raise ValueError(f"source takes a path, a model's name or a Classifier, not {type(source).__name__}")
@@ -144,6 +150,22 @@ class Predictor:
         self.batch_size = options.batch_size or default_batch_size(self.device, self.spec.size)
         self.workers = usable_workers(options.workers)
         self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), log=say)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._arguments), ()
+
+    def settings(self) -> dict[str, Any]:
+        """What predictions depend on besides the weights, as plain values; device and batch size change rounding."""
+        amp_dtype = self._forward.amp_dtype
+        rule = None if self.conformal is None else self.conformal.model_dump_json()
+        return {
+            **asdict(self.spec),
+            "topk": self.topk,
+            "tile": None if self.tiling is None else asdict(self.tiling),
+            "amp": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
+            "class names": hashlib.sha256("\0".join(self.class_names).encode()).hexdigest(),
+            "conformal rule": None if rule is None else hashlib.sha256(rule.encode()).hexdigest(),
+        }
 
     def __call__(self, images: Input | Iterable[Input]) -> Iterator[Prediction]:
         """A prediction for every image, in order; images of a folder are in natural order.

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias
 
 from linvit.output.cells import CsvWriter, Utf8
 from linvit.output.files import json_text, scratch_of, sync_folder, target_of, valid_utf8, writing
@@ -18,12 +18,17 @@ FORMATS = (".csv", ".jsonl", ".parquet")
 # "labels" and "probabilities" are lists, which CSV spreads over several columns.
 IMAGE_COLUMNS = ("path", "labels", "probabilities", "error")
 HEATMAP_COLUMNS = ("path", "labels", "probabilities", "heatmap", "error")
-# With --conformal, before "error".
+# With --conformal; see `with_sets`.
 SET_COLUMNS = ("label_set", "unsure")
 TILE_COLUMNS = ("path", "top", "left", "height", "width", "labels", "probabilities")
 _LISTS = {"labels": "label", "probabilities": "probability"}
 # Rows per group of a Parquet file, which are held in memory.
 _GROUP_SIZE = 4096
+
+
+def with_sets(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of images with those of `--conformal`."""
+    return (*columns[:-1], *SET_COLUMNS, columns[-1])
 
 
 def format_of(path: Path) -> str:
@@ -39,21 +44,24 @@ def check_format(path: Path) -> None:
 
 
 @contextmanager
-def open_rows(path: Path, columns: Sequence[str], *, topk: int) -> Iterator[WriteRow]:
+def open_rows(
+    path: Path, columns: Sequence[str], *, topk: int, json_lines: Literal["growing", "complete"] = "growing"
+) -> Iterator[WriteRow]:
     """A function that writes a row to the file, in the format of its extension (see `format_of`).
 
     JSON lines are written as rows arrive, so a run that is interrupted leaves all finished rows. Other files appear
-    when they are complete, or not at all. Pipes and stdout get rows as they arrive.
+    when they are complete, or not at all, and so do JSON lines if requested. Pipes and stdout get rows as they arrive.
 
     Args:
         columns: the names in a row; a name that a row lacks stays empty.
         topk: length of the lists in a row.
+        json_lines: whether a file of JSON lines grows under its name or appears when it is complete.
 
     Raises OSError, naming the file, if it cannot be written, or if another process is writing the same JSON lines.
     """
     with ExitStack() as files:
         with writing(path):
-            file = files.enter_context(_open(path))
+            file = files.enter_context(_open(path, is_growing=json_lines == "growing" and format_of(path) == ".jsonl"))
             rows = _WRITERS[format_of(path)](file, columns, topk)
 
         def write(row: Row) -> None:
@@ -69,19 +77,18 @@ def open_rows(path: Path, columns: Sequence[str], *, topk: int) -> Iterator[Writ
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is complete when it gets its name, a file of JSON lines, or a stream."""
+def _open(path: Path, *, is_growing: bool) -> Iterator[BinaryIO]:
+    """Open a file that is complete when it gets its name, one that grows under its name, or a stream."""
     if is_stream(path):
         with open_stream(path) as stream:
             yield stream
         return
     target = target_of(path)
-    is_growing = format_of(path) == ".jsonl"
     place = target if is_growing else scratch_of(target)
     file = place.open("ab")
     try:
         if is_growing:
-            _lock(file)
+            lock(file)
         file.truncate(0)
         yield file
         file.flush()
@@ -99,7 +106,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _lock(file: BinaryIO) -> None:
+def lock(file: BinaryIO) -> None:
     """Lock a file until it is closed; raises OSError if another process holds the lock."""
     if os.name != "posix":
         return

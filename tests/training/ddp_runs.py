@@ -4,7 +4,7 @@
 
 A plain run; one that is stopped by a signal to process 1 alone; one in which the loss of process 1 alone becomes NaN;
 one in which process 1 alone runs out of memory; and one on the images of BROKEN, many of which cannot be read. Then the
-plain run is evaluated.
+plain run is evaluated, and predicts the validation images of BROKEN in parts.
 """
 
 import atexit
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
 }
 # One image at a time, so that all batches are equal; --json and --csv are added.
 EVAL = ["-b", "1", "-j", "0", "--device", "cpu", "--bootstrap", "20", "--temperature", "fit"]
+# Parts of two full batches; -o is added.
+PREDICT = ["-b", "2", "-j", "0", "--device", "cpu", "--weights", "last"]
 # The settings that differ in each run.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -106,8 +108,11 @@ if __name__ == "__main__":
     data, broken, output = map(Path, sys.argv[1:4])
     # Registered first, so called last.
     atexit.register(keep_threads, output)
-    *further_ports, eval_port = sys.argv[4:]
+    *further_ports, eval_port, predict_port = sys.argv[4:]
     run_all(RUNS, data=data, broken=broken, output=output, further_ports=further_ports)
     use_port(eval_port)
     files = ["--json", str(output / "eval.json"), "--csv", str(output / "eval.csv")]
-    sys.exit(main(["eval", str(output / "plain"), str(data), *EVAL, *files]))
+    status = main(["eval", str(output / "plain"), str(data), *EVAL, *files])
+    use_port(predict_port)
+    folder = ["-o", str(output / "parts"), "--part-size", "4", "--part-format", "jsonl"]
+    sys.exit(status or main(["predict", str(output / "plain"), str(broken / "val"), *PREDICT, *folder]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_runs import EVAL, RUNS, SETTINGS
+from ddp_runs import EVAL, PREDICT, RUNS, SETTINGS
 from tiny_runs import make_broken_images, make_images, read_state, read_summary, train
 from torchrun import free_ports, torchrun
 
@@ -32,7 +32,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ddp_runs.py filled."""
     output = tmp_path_factory.mktemp("ddp")
-    first, *further = free_ports(len(RUNS) + 1)
+    first, *further = free_ports(len(RUNS) + 2)
     done = torchrun(first, "ddp_runs.py", data, broken, output, *further)
     assert done.returncode == 0, done.stderr
     (output / "stdout.txt").write_text(done.stdout)
@@ -41,7 +41,7 @@ def runs(data: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_one_process_writes_for_both(runs: Path) -> None:
     assert [row["epoch"] for row in read_summary(runs / "plain")] == ["0", "1"]
-    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == sorted(RUNS)
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == sorted([*RUNS, "parts"])
 
 
 def test_no_gloo_thread_is_left_when_the_interpreter_exits(runs: Path) -> None:
@@ -86,6 +86,16 @@ def test_two_processes_write_the_results_of_one(runs: Path, data: Path, tmp_path
     assert one == two
     assert files["eval.csv"].read_bytes() == (runs / "eval.csv").read_bytes()
     assert (runs / "stdout.txt").read_text().count("top-1 %") == 2, "only one process prints the two tables"
+
+
+def test_two_processes_predict_the_rows_of_one(runs: Path, broken: Path, tmp_path: Path) -> None:
+    assert main(["predict", str(runs / "plain"), str(broken / "val"), *PREDICT, "-o", str(tmp_path / "all.jsonl")]) == 0
+    parts = sorted((runs / "parts").glob("part-*"))
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "all.jsonl").read_bytes()
+    assert [len(part.read_text().splitlines()) for part in parts] == [4, 4, 1]
+    assert json.loads((runs / "parts/_manifest.json").read_text())["complete"]
+    printed = (runs / "stdout.txt").read_text()
+    assert printed.count(f"{runs / 'parts'}: predictions on 8 of 9 images\n") == 1, "only one process prints it"
 
 
 def test_a_stop_request_in_one_process_stops_both_at_the_same_batch(runs: Path) -> None:
