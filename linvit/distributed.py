@@ -46,6 +46,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == 
 class RankError(ValueError):
     """The error that ended one of several processes; its message begins with the rank."""
 
+    exit_status = 1
+
 
 class PrimaryError(RankError):
     """The primary process's error, raised in the others too; only the primary reports it."""
@@ -109,7 +111,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             time.sleep(SECONDS_BEFORE_LOST_RANKS)
             raise LostRanksError(f"rank {ranks.rank}: another process failed; its own message says why") from error
         if isinstance(error, ValueError | OSError):
-            raise RankError(f"rank {ranks.rank}: {error}") from error
+            named = RankError(f"rank {ranks.rank}: {error}")
+            named.exit_status = getattr(error, "exit_status", 1)
+            raise named from error
         error.add_note(f"in the process of rank {ranks.rank}")
         raise
     # Not after an error: leaving the group waits for the other processes, which may be waiting for this one.

@@ -82,6 +82,8 @@ def test_an_error_names_the_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert isinstance(found, ValueError)
         assert str(found) == "rank 1: no such image"
         assert json.loads(report.read_text())["message"]["message"] == "rank 1: no such image"
+        assert found.exit_status == 1
+    assert failure(UsageError("no such image"), monkeypatch, report).exit_status == 2
     bug = KeyError("bug")
     assert failure(bug, monkeypatch, report) is bug
     assert bug.__notes__ == ["in the process of rank 1"]

@@ -66,7 +66,9 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts the classes of files, folders, globs, arrays (H, W, 3) uint8 RGB and PIL images, as evaluation does.
+    """Predicts the classes of files, folders, globs, bytes of files, arrays (H, W, 3) uint8 RGB and PIL images.
+
+    Predictions are those of evaluation.
 
         predictor = linvit.Predictor("output/RUN")
         for prediction in predictor(["a.jpg", "folder"]):
@@ -175,15 +177,15 @@ class Predictor:
 
         Raises ValueError for a folder without images and for an input that is not an image.
         """
-        if isinstance(images, str | PathLike | np.ndarray | Image.Image):
+        if isinstance(images, str | PathLike | bytes | np.ndarray | Image.Image):
             return self.predict(find_images([images]))
-        if isinstance(images, bytes) or not isinstance(images, Iterable):
+        if not isinstance(images, Iterable):
             raise ValueError(f"{type(images).__name__} is not an image, nor a list of images")
         if isinstance(images, Sized):
             return self.predict(find_images(images))
         return self._predict_in_portions(iterate_images(images))
 
-    def _predict_in_portions(self, images: Iterator[str | np.ndarray]) -> Iterator[Prediction]:
+    def _predict_in_portions(self, images: Iterator[str | bytes | np.ndarray]) -> Iterator[Prediction]:
         # Full batches, so that predictions are the same to the last bit as those of a list.
         while portion := list(islice(images, self.batch_size * max(self.workers, 1))):
             yield from self.predict(LooseImages(portion))

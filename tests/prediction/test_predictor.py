@@ -1,7 +1,9 @@
 """Predictions equal those of evaluation, with or without tiles, from files or memory, at any batch size."""
 
+import pickle
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from linvit.data.decode import read_image
 from linvit.data.loader import create_eval_loader
 from linvit.data.sources.folder import open_folder
 from linvit.evaluation.collect import evaluate
+from linvit.evaluation.conformal import ConformalRule
 from linvit.prediction.predictor import Predictor, default_batch_size
 from linvit.runs.folder import Classifier, load_classifier
 
@@ -137,7 +140,7 @@ PIXELS = np.zeros((8, 8, 3), np.uint8)
         (PIXELS[:, :0], "an array of uint8 (8, 0, 3) is not an image"),
         ([torch.zeros(3, 8, 8)], "Tensor is not an image"),
         (None, "NoneType is not an image, nor a list of images"),
-        (b"a.jpg", "bytes is not an image, nor a list of images"),
+        (bytearray(b"a.jpg"), "int is not an image"),
         ([None], "NoneType is not an image"),
         ((each for each in [3]), "int is not an image"),
     ],
@@ -174,6 +177,37 @@ def test_arrays_and_pillow_images_are_predicted_like_their_file(run: Path, photo
     file, array, pillow = Predictor(run)([photo, read_image(photo), Image.open(photo)])
     assert (array.path, pillow.path) == (None, None)
     assert file.probabilities == array.probabilities == pillow.probabilities
+
+
+def test_the_bytes_of_a_file_are_predicted_like_the_file(run: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for options in ({}, {"tile": 32}):
+        predictor = Predictor(run, **options)
+        from_file, failed = predictor([photo, tmp_path / "empty"])
+        data, nothing = predictor([photo.read_bytes(), b""])
+        assert data == replace(from_file, path=None)
+        assert (nothing.path, nothing.error) == (None, failed.error)
+    assert list(predictor(photo.read_bytes())) == [data]
+
+
+def test_a_pickled_predictor_predicts_the_same_and_holds_no_weights(run: Path, photo: Path, tmp_path: Path) -> None:
+    rule = ConformalRule(
+        method="lac", alpha=0.1, threshold=0.7, num_calibration=9, class_names=Predictor(run).class_names
+    )
+    (tmp_path / "rule.json").write_text(rule.model_dump_json())
+    options = {"topk": 2, "weights": "last", "img_size": (32, 40), "device": "cpu", "amp": True}
+    for predictor in (
+        Predictor(run, conformal=tmp_path / "rule.json", **options),
+        Predictor(run, tile=32, merge="max"),
+    ):
+        pickled = pickle.dumps(predictor)
+        assert len(pickled) < 2000
+        again = pickle.loads(pickled)
+        assert list(again(photo)) == list(predictor(photo))
+        assert again.settings() == predictor.settings()
+    # A classifier in memory travels as it is.
+    classifier = load_classifier(str(run))
+    assert list(pickle.loads(pickle.dumps(Predictor(classifier)))(photo)) == list(Predictor(run)(photo))
 
 
 def test_memory_that_runs_out_halves_the_batch(

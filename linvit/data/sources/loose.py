@@ -24,8 +24,9 @@ from linvit.data.sources.base import ImageSet, PackedStrings
 from linvit.data.sources.folder import is_first_visit, list_folder
 from linvit.output.files import reason
 
-# A path or pattern, an image as (H, W, 3) RGB or (H, W) grey, uint8 or uint16, or a Pillow image.
-Input: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image
+# A path or pattern, the bytes of an image file, an image as (H, W, 3) RGB or (H, W) grey, uint8 or uint16, or a Pillow
+# image.
+Input: TypeAlias = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
 # Each thread of `load_batches` keeps a batch in memory until its turn.
 _MOST_THREADS = 8
@@ -35,15 +36,16 @@ class LooseImages(ImageSet):
     """Images without labels.
 
     Args:
-        images: the path of each image, or its pixels, (H, W, 3) RGB or (H, W) grey, uint8 or uint16.
+        images: the path of each image, the bytes of its file, or its pixels, (H, W, 3) RGB or (H, W) grey, uint8 or
+            uint16.
     """
 
-    def __init__(self, images: PackedStrings | Sequence[str | np.ndarray]) -> None:
+    def __init__(self, images: PackedStrings | Sequence[str | bytes | np.ndarray]) -> None:
         super().__init__(Path(), split="", class_names=(), labels=np.zeros(len(images), np.int64))
         self._images = images
 
     def name(self, index: int) -> str | None:
-        """The path as given; None for an image that was given as pixels."""
+        """The path as given; None for an image that was given as bytes or pixels."""
         image = self._images[index]
         return image if isinstance(image, str) else None
 
@@ -54,6 +56,8 @@ class LooseImages(ImageSet):
         image = self._images[index]
         if isinstance(image, str):
             return read_file(self.path(index))
+        if isinstance(image, bytes):
+            return image
         # As a PGM or PPM file, whose pixels are not compressed; 16 bits are big-endian there.
         kind = b"P5" if image.ndim == 2 else b"P6"
         highest = np.iinfo(image.dtype).max
@@ -66,14 +70,18 @@ def find_images(inputs: Iterable[Input]) -> LooseImages:
     return LooseImages(list(iterate_images(inputs)))
 
 
-def iterate_images(inputs: Iterable[Input]) -> Iterator[str | np.ndarray]:
-    """The path or pixels of every image that the inputs name or contain, in order; a path that does not exist is kept.
+def iterate_images(inputs: Iterable[Input]) -> Iterator[str | bytes | np.ndarray]:
+    """The path, bytes or pixels of every image that the inputs name or contain, in order.
+
+    A path that does not exist is kept.
 
     Raises ValueError for a folder without images and for an input that is not an image.
     """
     for image in inputs:
         if isinstance(image, str | os.PathLike):
             yield from expand(os.fsdecode(image), missing="keep")
+        elif isinstance(image, bytes):
+            yield image
         else:
             yield _pixels(image)
 
