@@ -21,6 +21,7 @@ from linvit.distributed import (
     stop_requested,
     sum_over_ranks,
     usable_workers,
+    waiting_group,
 )
 from linvit.settings.process import UsageError, run
 
@@ -116,6 +117,7 @@ def test_a_single_process_exchanges_nothing() -> None:
     assert sum_over_ranks(values) is values
     assert on_primary(lambda: 3) == 3
     assert largest_over_ranks(3, torch.device("cpu")) == 3
+    assert waiting_group() is None
 
 
 @pytest.mark.parametrize("error", [UsageError("a\x1bb"), OSError("no space")])

@@ -16,7 +16,7 @@ from linvit.runs.folder import Classifier
 from linvit.runtimes.model import ExportedModel
 
 # Options whose value is a digest.
-_DIGESTS = ("class names", "conformal rule")
+_DIGESTS = ("class_names", "conformal_rule")
 
 
 class Images(BaseModel):
@@ -28,14 +28,25 @@ class Images(BaseModel):
     sha256: str
 
 
+class Model(BaseModel):
+    """Where the weights come from, and a digest of the architecture, the weights and extra arguments.
+
+    That of an exported model is of its file.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    weights: str
+    sha256: str
+
+
 class Identity(BaseModel):
     """What the rows of a run depend on; the device and the batch size change no more than rounding."""
 
     model_config = ConfigDict(frozen=True)
 
     images: Images
-    # Digest of the architecture, the weights and extra arguments, or of the file of an exported model.
-    model: str
+    model: Model
     options: dict[str, Any]
 
     def changes(self, now: "Identity") -> list[str]:
@@ -45,12 +56,13 @@ class Identity(BaseModel):
             found.append(f"{self.images.count:,} images, now {now.images.count:,}")
         elif self.images != now.images:
             found.append("other images")
-        if self.model != now.model:
+        # The same weights may lie elsewhere.
+        if self.model.sha256 != now.model.sha256:
             found.append("other weights")
         for name in sorted(self.options.keys() | now.options.keys()):
             before, after = self.options.get(name), now.options.get(name)
             if before != after:
-                found.append(f"other {name}" if name in _DIGESTS else f"{name} {before}, now {after}")
+                found.append(f"other {name.replace('_', ' ')}" if name in _DIGESTS else f"{name} {before}, now {after}")
         return found
 
 
@@ -64,7 +76,7 @@ def identify(
     """
     return Identity(
         images=Images(count=len(images), sha256=_digest(os.fsencode(os.path.abspath(path)) for path in images)),
-        model=_model_digest(classifier, model_kwargs),
+        model=Model(weights=classifier.weights, sha256=_model_digest(classifier, model_kwargs)),
         # As they are after a round trip through a file.
         options=parse_json(json_text(predictor.settings())),
     )

@@ -116,8 +116,9 @@ def check_parts_folders(*folders: tuple[str, Path | None]) -> None:
         check_folder(flag, folder)
         if flags.setdefault(target_of(folder), flag) != flag:
             raise UsageError(f"{flags[target_of(folder)]} and {flag} are both {folder}; choose two folders")
-        names = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-        if names and MANIFEST not in names:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        # A run that was killed at its start leaves hidden files only.
+        if MANIFEST not in names and not all(name.startswith(".") for name in names):
             raise UsageError(f"{flag} {folder} holds other files than predictions; choose a new or empty folder")
         if folder.is_dir():
             check_file(flag, folder / MANIFEST)

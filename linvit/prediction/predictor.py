@@ -165,8 +165,8 @@ class Predictor:
             "topk": self.topk,
             "tile": None if self.tiling is None else asdict(self.tiling),
             "amp": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
-            "class names": hashlib.sha256("\0".join(self.class_names).encode()).hexdigest(),
-            "conformal rule": None if rule is None else hashlib.sha256(rule.encode()).hexdigest(),
+            "class_names": hashlib.sha256("\0".join(self.class_names).encode()).hexdigest(),
+            "conformal_rule": None if rule is None else hashlib.sha256(rule.encode()).hexdigest(),
         }
 
     def __call__(self, images: Input | Iterable[Input]) -> Iterator[Prediction]:

@@ -100,8 +100,7 @@ def _finish(parts: Parts, num_unreadable: int) -> int:
             f"{parts.files(absent[0])[0]} is missing, although it was written: all machines must see the same "
             f"{parts.folders[0]}; choose a folder that they share"
         )
-    if parts.missing:
-        parts.write_manifests(is_complete=True)
+    parts.write_manifests(is_complete=True)
     num_images = sum(len(parts.images(part)) for part in parts.missing)
     num_before = len(parts) - len(parts.missing)
     before = f"; complete before: {num_before:,} of {len(parts):,} parts" if num_before else ""

@@ -30,6 +30,8 @@ SPEC = InputSpec((32, 24), (0.1, 0.2, 0.3), (0.3, 0.3, 0.4), "bilinear", 0.8, "c
 def script() -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Tokens would lie in the home folder.
+        patched.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
         yield runpy.run_path(str(Path(__file__).parents[2] / "examples" / "ray_predict.py"))
         ray.shutdown()

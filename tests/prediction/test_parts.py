@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from linvit.cli import main
-from linvit.prediction.identity import Identity, Images
+from linvit.prediction.identity import Identity, Images, Model
 from linvit.prediction.parts import Parts, default_part_size
 from linvit.prediction.predictor import Predictor
 
@@ -62,6 +62,7 @@ def test_parts_hold_the_rows_of_one_file(
             {"file": parts[2].name, "first": 8, "images": 3},
         ]
         assert (found["complete"], found["identity"]["images"]["count"]) == (True, 11)
+        assert found["identity"]["model"]["weights"] == str(run / "best/model.safetensors")
         if part_format == "jsonl":
             assert b"".join(part.read_bytes() for part in parts) == whole.read_bytes()
         elif part_format == "csv":
@@ -90,9 +91,11 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
         return predict_batch(predictor, batch)
 
     monkeypatch.setattr(Predictor, "_probabilities", killed)
-    assert (
-        predict(run, *images, "-b", "1", "-o", tmp_path / "parts", "--part-size", "3", "--part-format", "jsonl") == 130
-    )
+    # A run that was killed before it had written its manifest.
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/._manifest.json.part").touch()
+    options = ["-o", tmp_path / "parts", "--part-size", "3", "--part-format", "jsonl"]
+    assert predict(run, *images, "-b", "1", *options) == 130
     monkeypatch.undo()
     names = {path.name for path in (tmp_path / "parts").iterdir()}
     (scratch,) = {name for name in names if name.endswith(".part")}
@@ -112,10 +115,14 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
     assert [Path(path).parent.name for path in paths] == ["red"] * 5 + ["blue"] * 5
     assert manifest_of(tmp_path / "parts")["complete"]
 
+    # As if it had been killed after its last part.
+    manifest = tmp_path / "parts/_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
     monkeypatch.setattr(Predictor, "_probabilities", killed)
     assert predict(run, *images, "-o", tmp_path / "parts") == 0
     out = capsys.readouterr().out
     assert out == f"{tmp_path / 'parts'}: predictions on 0 of 0 images; complete before: 4 of 4 parts\n"
+    assert manifest_of(tmp_path / "parts")["complete"]
 
 
 def test_parts_of_another_run_are_refused(
@@ -218,7 +225,7 @@ def test_each_image_is_in_one_part_of_one_process(
     size = default_part_size(num_images, world_size=world_size, batch_size=batch_size)
     assert size % batch_size == 0
     assert size <= max(1024, batch_size)
-    identity = Identity(images=Images(count=num_images, sha256=""), model="", options={})
+    identity = Identity(images=Images(count=num_images, sha256=""), model=Model(weights="", sha256=""), options={})
     parts = Parts((tmp_path,), identity, "csv", size)
     parts = replace(parts, missing=tuple(range(len(parts))))
     shares = [parts.share(rank, world_size) for rank in range(world_size)]
