@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    # Processes of other programs that compete for the cores.
+    load = os.getloadavg()[0]
     rates: dict[int, list[float]] = {processes: [] for processes in options.processes}
     starts: dict[int, list[float]] = {processes: [] for processes in options.processes}
     with tempfile.TemporaryDirectory() as name:
@@ -98,7 +100,7 @@ def main() -> None:
     about = {"model": MODEL, "image": f"{WIDTH}×{HEIGHT} JPEG", "file_kb": round(kilobytes), "images": options.images}
     if options.json:
         found_at = provenance(script_command(), seed=0, n=options.rounds)
-        write_json(options.json, {**found_at, **about, "threads": 1, "rows": rows})
+        write_json(options.json, {**found_at, **about, "threads": 1, "load_before": round(load, 1), "rows": rows})
 
 
 if __name__ == "__main__":
