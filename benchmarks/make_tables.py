@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = RESULTS / "bench_readme_cpu.json"
 GPU, COMPILED = "bench_h100", "bench_h100_compiled"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("bench", "evaluate", "export")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("bench", "evaluate", "export", "many_machines")),
+)
 PLOTS = {ROOT / "docs" / "bench.png": BENCH, ROOT / "docs" / "bench_h100.png": RESULTS / f"{GPU}.json"}
 
 Row = dict[str, Any]
@@ -207,6 +210,61 @@ def int8() -> str:
     return "\n".join(lines)
 
 
+def predict_scaling() -> str:
+    """Images/s of `linvit predict` by the number of processes."""
+    found = read("predict_scaling")
+    lines = ["| processes | images/s | times one process | seconds to start |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        rate, ratio = (
+            f"{row[name]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+            for name, digits, (low, high) in (
+                ("images_per_second", 1, row["range"]),
+                ("ratio", 2, row["ratio_range"]),
+            )
+        )
+        lines.append(f"| {row['processes']} | {rate} | {ratio} | {row['start_seconds']:.0f} |")
+    load = found["load_before"]
+    shared = f", while other programs kept {load:.0f} processes busy" if load >= 0.5 else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{found['model']}`, float32, {found['images']} files of {found['image']} ({found['file_kb']} KB), "
+            f"{found['hardware']}, one thread per process{shared}; medians (and ranges) of {found['n']} rounds. "
+            f"`{found['command']}`",
+        ]
+    )
+
+
+def supply() -> str:
+    """What feeds a GPU: images/s that a core decodes and that a GPU predicts, and bytes/s of the files."""
+    decoded = {row["case"]: row for row in read("loader")["rows"] if row["mode"] == "val"}
+    gpu_rows = read(GPU)
+    model = "linvit_small_patch16_224:k=64,projection=separable,share=kv"
+    (forward,) = (
+        row for row in gpu_rows["rows"] if (row["model"], row["mode"], row["image_size"]) == (model, "forward", 1024)
+    )
+    small, large = decoded["500x375-224"], decoded["2048x1536-1024"]
+    rate = forward["batch_size"] / forward["seconds"]
+    lines = [
+        "| JPEG files | read by one core | file | 1,000 images/s need |",
+        "|---|---|---|---|",
+    ]
+    for case, row in (("500×375, to 224 px", small), ("2048×1536, to 1024 px", large)):
+        per_core = row["ours images/s"]
+        needed = f"{1000 / per_core:.0f} cores, {row['file KB'] / 1000:.2f} GB/s"
+        lines.append(f"| {case} | {per_core:.0f} images/s | {row['file KB']} KB | {needed} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"An {gpu_rows['hardware']} predicts {rate:.0f} images/s of 1024 px with `{model}` in bfloat16 "
+            f"([docs/bench.md](bench.md#on-a-gpu)): {rate / large['ours images/s']:.0f} cores and "
+            f"{rate * large['file KB'] / 1e6:.2f} GB/s keep it busy.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bench": bench,
     "gpu": gpu,
@@ -214,6 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_table": gpu_table,
     "conformal": conformal,
     "int8": int8,
+    "predict_scaling": predict_scaling,
+    "supply": supply,
 }
 
 
