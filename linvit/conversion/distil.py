@@ -1,13 +1,18 @@
 """Distil a converted model from its original, end to end, on unlabelled images.
 
-Both models see the same images. The loss is the relative squared error of the tokens after a few blocks and after the
-last norm, plus the KL divergence of the logits if there is a classifier.
+Both models see the same images. There are two losses. If there is a classifier, both add the KL divergence of the
+logits.
+
+- "tokens": the relative squared error of the tokens after a few blocks and after the last norm.
+- "features": of the tokens after the last norm alone, 1 - cosine of the class token, 0.9 (1 - mean cosine of the
+  patches), and 0.1 times their smooth L1 distance, as in IronViT.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +25,9 @@ from linvit.model.transformer import LinformerTransformer
 
 # Number of blocks whose tokens enter the loss, evenly spaced; the last block is one of them.
 NUM_TAPPED_BLOCKS = 4
+DistilLoss = Literal["tokens", "features"]
+PATCH_COSINE_WEIGHT = 0.9
+PATCH_DISTANCE_WEIGHT = 0.1
 # Fraction of the training in which the rate rises.
 WARMUP = 0.05
 MAX_GRADIENT_NORM = 1.0
@@ -31,13 +39,16 @@ NUM_CHECKS = 5
 class DistilOptions:
     """Length of the training in optimizer steps or in minutes (give one), AdamW's rate, and whether to use bfloat16.
 
-    With `amp`, weights, losses and the final comparison still stay in single precision.
+    With `amp`, weights, losses and the final comparison still stay in single precision. A step sums the gradients of
+    `accumulate` batches.
     """
 
     steps: int | None = None
     minutes: float | None = None
     rate: float = 1e-5
     amp: bool = False
+    loss: DistilLoss = "tokens"
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         assert (self.steps is None) != (self.minutes is None)
@@ -71,11 +82,12 @@ def distil(
         rate = options.rate * min(1.0, progress / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images = next(batches)
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
-            loss = distillation_loss(original, converted, images)
-        loss.backward()
+        for _ in range(options.accumulate):
+            images = next(batches)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+                loss = distillation_loss(original, converted, images, options.loss)
+            (loss / options.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(converted.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         clock.steps += 1
@@ -89,22 +101,36 @@ def distil(
     return unseen.fidelity(converted)
 
 
-def distillation_loss(original: Vit, converted: LinformerTransformer, images: Tensor) -> Tensor:
+def distillation_loss(
+    original: Vit, converted: LinformerTransformer, images: Tensor, loss: DistilLoss = "tokens"
+) -> Tensor:
     """The loss on images (B, 3, H, W), with gradients for `converted` only."""
     with torch.no_grad():
         target_tokens = _tapped_tokens(original, images)
         target_logits = original.forward_head(target_tokens[-1])
     tokens = _tapped_tokens(converted, images)
-    losses = [
-        ((own - target).square().sum(-1) * token_weights(target, original.num_prefix_tokens)).mean()
-        for own, target in zip(map(Tensor.float, tokens), map(Tensor.float, target_tokens))
-    ]
-    total = torch.stack(losses).mean()
+    if loss == "features":
+        ends = tokens[-1].float(), target_tokens[-1].float()
+        total = _feature_loss(*ends, original.num_prefix_tokens, has_class_token=original.cls_token is not None)
+    else:
+        losses = [
+            ((own - target).square().sum(-1) * token_weights(target, original.num_prefix_tokens)).mean()
+            for own, target in zip(map(Tensor.float, tokens), map(Tensor.float, target_tokens))
+        ]
+        total = torch.stack(losses).mean()
     if original.num_classes > 0:
         own_log_probs = F.log_softmax(converted.forward_head(tokens[-1]).float(), dim=-1)
         target_log_probs = F.log_softmax(target_logits.float(), dim=-1)
         total = total + F.kl_div(own_log_probs, target_log_probs, log_target=True, reduction="batchmean")
     return total
+
+
+def _feature_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, *, has_class_token: bool) -> Tensor:
+    """The loss "features" of tokens (B, T, D)."""
+    distances = 1 - F.cosine_similarity(tokens, target, dim=-1)  # (B, T)
+    distance = F.smooth_l1_loss(tokens[:, num_prefix_tokens:], target[:, num_prefix_tokens:])
+    total = PATCH_COSINE_WEIGHT * distances[:, num_prefix_tokens:].mean() + PATCH_DISTANCE_WEIGHT * distance
+    return total + distances[:, 0].mean() if has_class_token else total
 
 
 def _tapped_tokens(model: Vit, images: Tensor) -> list[Tensor]:

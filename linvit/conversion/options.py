@@ -74,7 +74,12 @@ class ConvertOptions(BaseModel):
     distill_steps: int | None = Field(None, gt=0, description="steps of end-to-end distillation after the fit")
     distill_minutes: float | None = Field(None, gt=0, description="minutes of end-to-end distillation after the fit")
     distill_rate: float = Field(1e-5, gt=0, description="learning rate of the distillation")
-    distill_batch_size: int = Field(4, gt=0, description="images per distillation step")
+    distill_batch_size: int = Field(4, gt=0, description="images per batch of the distillation")
+    distill_accumulate: int = Field(1, gt=0, description="batches per distillation step, whose gradients are summed")
+    distill_loss: Literal["tokens", "features"] = Field(
+        "tokens",
+        description="what the distillation compares: the tokens at four depths, or the cosines of the last features",
+    )
     amp: bool = Field(
         False, description="fit and distil in bfloat16; faster on GPUs, and on CPUs with bfloat16 instructions"
     )

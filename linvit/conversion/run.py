@@ -205,7 +205,14 @@ class _Conversion:
             converted,
             self.images.training_batches(options.distill_batch_size),
             unseen,
-            DistilOptions(options.distill_steps, options.distill_minutes, options.distill_rate, options.amp),
+            DistilOptions(
+                options.distill_steps,
+                options.distill_minutes,
+                options.distill_rate,
+                options.amp,
+                options.distill_loss,
+                options.distill_accumulate,
+            ),
             report=lambda progress: self.bar.update(task, completed=100 * progress),
         )
 

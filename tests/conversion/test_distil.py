@@ -30,6 +30,37 @@ def test_distillation_improves_fidelity():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_distillation_of_features_improves_fidelity():
+    _, _, before, after = distilled(DistilOptions(steps=20, rate=1e-3, loss="features", accumulate=2))
+    assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
+
+
+@pytest.mark.parametrize("make", [make_vit, make_rotary])
+@torch.no_grad()
+def test_the_loss_of_features_is_that_of_their_cosines(make):
+    model = make(num_classes=0)
+    other, images = convert_vit(model, k=9), make_images(3)
+    own, target = other.forward_features(images), model.forward_features(images)
+    cosines = [torch.cosine_similarity(own[:, index], target[:, index], dim=-1).mean() for index in range(own.shape[1])]
+    first = model.num_prefix_tokens
+    difference = (own - target)[:, first:].abs()
+    smooth = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean()
+    expected = (1 - cosines[0]) + 0.9 * (1 - torch.stack(cosines[first:]).mean()) + 0.1 * smooth
+    assert distillation_loss(model, other, images, "features") == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_gradients_of_a_step_are_summed():
+    model, images = make_vit(), make_images(8, seed=6)
+
+    def weights(batches, **options):
+        converted = convert_vit(model, k=9)
+        unseen = Comparison(model, make_images(8, seed=5), batch_size=2)
+        distil(model, converted, iter(batches), unseen, DistilOptions(steps=1, rate=1e-3, **options))
+        return converted.blocks[0].attn.qkv.weight
+
+    torch.testing.assert_close(weights(images.split(4), accumulate=2), weights([images]), rtol=0, atol=1e-6)
+
+
 def test_distillation_in_bfloat16_improves_fidelity_too():
     model, converted, before, after = distilled(DistilOptions(steps=40, rate=1e-3, amp=True))
     assert 1 - after.mean_cosine < 0.7 * (1 - before.mean_cosine)
