@@ -2,6 +2,7 @@
 # make test   the test suite
 # make test-export   the tests of exported models; installs ONNX Runtime and OpenVINO
 # make check  formatting, lint, types
+# make wheel  wheel and source archive in dist/, and a trial of the wheel in an empty folder
 #
 # Each sets up first: in the active virtual environment, or else in .venv.
 
@@ -13,7 +14,7 @@ DATA := data/elpv
 SHARE := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-export check
+.PHONY: demo test test-export check wheel
 
 demo: $(VENV)/.linvit-demo
 	$(BIN)/linvit data elpv $(DATA)
@@ -31,6 +32,12 @@ check: $(VENV)/.linvit-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+wheel: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet build
+	rm -rf build dist
+	$(BIN)/python -m build
+	PYTHON=$(BIN)/python .ci/try_wheel dist/*.whl
 
 # One stamp per extra; a change of the dependencies installs again.
 $(VENV)/.linvit-%: pyproject.toml | $(BIN)/python
