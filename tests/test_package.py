@@ -1,5 +1,6 @@
 """The package and its upkeep: every file is in the wheel, one version, and the same checks everywhere."""
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_commit_hooks_run_what_make_check_runs():
     checks = re.findall(r"\$\(BIN\)/(\w+)(?: (\w+))?", recipe)
     assert local["repo"] == "local"
     assert hooks == [" ".join(filter(None, check)) for check in checks]
+
+
+def test_the_log_is_short_and_its_rows_are_complete():
+    lines = (ROOT / "benchmarks/LOG.md").read_text().splitlines()
+    assert len(lines) < 200
+    for above, row in itertools.pairwise(lines):
+        if above.startswith("|") and row.startswith("|"):
+            assert row.count("|") == above.count("|"), row
 
 
 @pytest.mark.parametrize("page", PAGES)
