@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from linvit.settings.fields import unknown
+from linvit.settings.help import EXAMPLES
 from linvit.settings.process import UsageError, run
 from linvit.version import __version__
 
@@ -76,4 +77,8 @@ def _usage() -> str:
     lines = ["usage: linvit COMMAND [arguments]", "", "Vision Transformers with Linformer attention."]
     for heading, group in COMMANDS.items():
         lines += ["", f"{heading}:", *(f"  {name:<{width}}  {load(name).SUMMARY}" for name in group)]
-    return "\n".join([*lines, "", "linvit COMMAND --help lists the options of a command.", "linvit --version"])
+    lines += ["", f"Example: {EXAMPLES['linvit train']}"]
+    lines += [
+        "linvit COMMAND --help shows an example and the options of a command; linvit --version prints the version."
+    ]
+    return "\n".join(lines)

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linvit.data.options import CropMode, CropShare, InputRange, Interpolation, Mean, Std
 from linvit.settings.fields import ImageSize, ModelKeywords, PositiveNumber, height_and_width
-from linvit.settings.flags import COMMAND
 
 
 class ClassifierOptions(BaseModel):
@@ -46,8 +45,6 @@ class ClassifierOptions(BaseModel):
 
 class SourceOptions(ClassifierOptions):
     """The one model that a command uses, and its size; `linvit.evaluation.inference.open_source` opens it."""
-
-    model_config = ConfigDict(title=COMMAND)
 
     source: str = Field(
         description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import inspect
 import os
 import re
 import shutil
@@ -19,13 +18,12 @@ from pydantic.fields import FieldInfo
 from linvit.output.files import check_writable, reason, scratch_of, target_of
 from linvit.output.streams import check_stream, goes_to_stdout, is_stream
 from linvit.settings.fields import Model, element_types, leaf_types, unknown, validate
+from linvit.settings.help import HelpFormatter, describe, help_of, sections
 from linvit.settings.process import UsageError
 from linvit.settings.yaml import parse_yaml
 
 # Extensions of files that hold neither images nor lists of images.
 _REPORTS = (".html", ".json", ".jsonl", ".md")
-# The heading of a command's own options.
-COMMAND = "options of the command"
 # argparse's own pattern lacks exponents and infinity, so it reads -1e-2 as a flag.
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
 
@@ -167,7 +165,7 @@ def build_parser(
     spellings: Mapping[str, Sequence[str]] | None = None,
     bare: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser with a flag per field of `options`, grouped by the class that declares the field.
+    """A parser with a flag per field of `options`, under the headings of `linvit.settings.help`.
 
     Args:
         positionals: maps fields to the placeholders of their positional arguments. A positional field that has a
@@ -176,12 +174,14 @@ def build_parser(
         bare: value of a field whose flag is given without one.
     """
     spellings, bare = spellings or {}, bare or {}
-    names = [
-        f"{placeholder} ..." if tuple in leaf_types(options.model_fields[name].annotation) else placeholder
-        for name, placeholder in positionals.items()
-    ]
-    usage = " ".join([prog, *names, "[options]"])
-    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    names = [_usage_of(placeholder, options.model_fields[name]) for name, placeholder in positionals.items()]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *names, "[options]"]),
+        description=describe(prog, description),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     for name, placeholder in positionals.items():
         field = options.model_fields[name]
         nargs = "+" if tuple in leaf_types(field.annotation) else None
@@ -191,8 +191,9 @@ def build_parser(
             default=argparse.SUPPRESS,
             help=field.description,
         )
-    for title, fields in _sections(options).items():
-        section = parser.add_argument_group(title)
+    for title, fields in sections(options):
+        # argparse has a section "options" for --help.
+        section = parser if title == "options" else parser.add_argument_group(title)
         for name, field in fields.items():
             if not (name in positionals and field.is_required()):
                 _add_flag(section, name, field, spellings.get(name, [flag_of(name)]), bare.get(name))
@@ -243,26 +244,15 @@ def _refuse_single_dashes(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             raise UsageError(unknown("option", part, ["-" + part]))
 
 
-def _sections(options: type[BaseModel]) -> dict[str, dict[str, FieldInfo]]:
-    """The fields by heading, one per class that declares fields: first `options` itself, then its bases in order.
-
-    A base whose `model_config` has the title COMMAND shares the heading of `options`.
-    """
-    sections: dict[str, dict[str, FieldInfo]] = {}
-    left = dict(options.model_fields)
-    for declaring in options.__mro__:
-        fields = {name: left.pop(name) for name in inspect.get_annotations(declaring) if name in left}
-        title = getattr(declaring, "model_config", {}).get("title")
-        own = f"{declaring.__name__.removesuffix('Options').lower()} options"
-        if fields:
-            sections.setdefault(COMMAND if declaring is options else title or own, {}).update(fields)
-    return sections
+def _usage_of(placeholder: str, field: FieldInfo) -> str:
+    several = f"{placeholder} ..." if tuple in leaf_types(field.annotation) else placeholder
+    return several if field.is_required() else f"[{several}]"
 
 
 def _add_flag(
-    section: argparse._ArgumentGroup, name: str, field: FieldInfo, flags: Sequence[str], bare: str | None
+    section: argparse._ActionsContainer, name: str, field: FieldInfo, flags: Sequence[str], bare: str | None
 ) -> None:
-    text = _help(field)
+    text = help_of(field)
     if field.annotation is bool:
         _add_switch(section, name, flags, text)
         return
@@ -294,7 +284,7 @@ def _add_flag(
         )
 
 
-def _add_switch(section: argparse._ArgumentGroup, name: str, flags: Sequence[str], text: str) -> None:
+def _add_switch(section: argparse._ActionsContainer, name: str, flags: Sequence[str], text: str) -> None:
     for spellings, value, words in ((flags, True, text), (_opposites(flags), False, argparse.SUPPRESS)):
         section.add_argument(
             *spellings, dest=name, action="store_const", const=value, default=argparse.SUPPRESS, help=words
@@ -306,24 +296,9 @@ def _opposites(flags: Sequence[str]) -> list[str]:
     return ["--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags]
 
 
-def _help(field: FieldInfo) -> str:
-    text = field.description or ""
-    if "default" not in text and not field.is_required():
-        text += f" (default: {_show_default(field.get_default(call_default_factory=True))})"
-    return text.replace("%", "%%")
-
-
-def _show_default(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if default is None or default == () or default == {}:
-        return "none"
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
 def _placeholder(leaves: Collection[Any]) -> str:
     names = [leaf for leaf in leaves if isinstance(leaf, str)]
-    if names and str not in leaves and int not in leaves:
+    if names and not {str, int, float} & set(leaves):
         return "{" + ",".join(names) + "}"
     for kind, placeholder in ((dict, "NAME=VALUE"), (Path, "PATH"), (str, "NAME"), (float, "X")):
         if kind in leaves:

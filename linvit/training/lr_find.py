@@ -26,8 +26,8 @@ class SweepOptions(BaseModel):
     json_file: Path | None = Field(None, description="write the result as JSON")
 
 
-class LrFindConfig(TrainConfig, SweepOptions):
-    """The configuration of a training run and of the sweep."""
+class LrFindConfig(SweepOptions, TrainConfig):
+    """The configuration of the sweep and of a training run."""
 
 
 def parse_lr_find(argv: Sequence[str]) -> LrFindConfig:
