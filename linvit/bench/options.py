@@ -39,25 +39,23 @@ class BenchOptions(BaseModel):
 
     models: tuple[str, ...] = Field(
         ("linvit_small_patch16_224:k=64",),
-        description="timm names with keywords, such as linvit_small_patch16_224:k=64,projection=separable,share=kv; "
-        "grad_checkpointing=mlp or =full is a keyword too",
+        description="timm names, each with optional keywords, such as linvit_small_patch16_224:k=64,share=kv or "
+        "linvit_small_patch16_1024:grad_checkpointing=mlp",
     )
     baseline: str = Field("vit_small_patch16_224", description="model that every other model is compared with")
     img_size: tuple[ImageSize, ...] = Field((512, 1024), description="image sizes in pixels, such as 512 or 768x512")
     modes: tuple[Mode, ...] = Field(("forward", "train"), description="forward pass, training step, or both")
     batch_size: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (1,), description="one or more numbers of images per step"
+        (1,), description="images per step; each of several values is measured"
     )
     dtype: tuple[DType, ...] = Field(
-        ("float32",), description="precisions; all but float32 use automatic mixed precision"
+        ("float32",), description="data types; bfloat16 and float16 use automatic mixed precision"
     )
-    compile: bool = Field(False, description="run every model through torch.compile")
+    compile: bool = Field(False, description="compile every model with torch.compile")
     rounds: int = Field(5, gt=0, description="number of timed steps per model")
-    memory: bool = Field(
-        False, description="measure the extra memory of a step on a CPU too, in a subprocess per model"
-    )
+    memory: bool = Field(False, description="measure the extra memory of a step on CPUs too, in a subprocess per model")
     preset: Literal["readme", "gpu"] | None = Field(
-        None, description="measure a fixed selection instead: the README's numbers, or those of a GPU"
+        None, description="measure a fixed selection: that of the README, or one for GPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device; auto uses a GPU if there is one")
 

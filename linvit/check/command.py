@@ -43,7 +43,7 @@ class CheckOptions(BaseModel):
     input_range: InputRange | None = Field(
         None,
         title="two whole numbers LOW HIGH from 0 to 65535, such as 0 4095",
-        description="values of 16-bit images that become black and white, as in training (default: 0 65535)",
+        description="values of 16-bit images that training will make black and white (default: 0 65535)",
     )
     workers: int | None = Field(
         None, ge=0, description="processes that read images; 0 uses the main process (default: one per usable core)"

@@ -47,7 +47,7 @@ class DemoOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["elpv"] = Field(description="data set: 'elpv', photographs of solar cells")
-    folder: Path = Field(description="folder to build it in: new, empty, or with this data set from before")
+    folder: Path = Field(description="folder to build it in: new, empty, or with an earlier build of the same data set")
     json_file: Path | None = Field(None, description="write the number of images per class to this JSON file")
 
 

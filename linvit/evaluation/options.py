@@ -17,13 +17,18 @@ class ClassifierOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     use_ema: bool = Field(False, description="use the averaged (EMA) weights of a checkpoint file that has both")
-    model: str | None = Field(None, description="model name for a checkpoint file that does not contain it")
-    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra arguments of the model")
+    model: str | None = Field(
+        None, description="timm name of the model, for a checkpoint file that does not contain it"
+    )
+    model_kwargs: ModelKeywords = Field(default_factory=dict, description="extra keyword arguments of the model")
 
     crop_pct: CropShare | None = Field(
         None, description="fraction of the image that the centre crop keeps (default: the run's)"
     )
-    crop_mode: CropMode | None = Field(None, description="crop method (default: the run's)")
+    crop_mode: CropMode | None = Field(
+        None,
+        description="'center' crops the centre, 'squash' ignores the aspect ratio, 'border' pads (default: the run's)",
+    )
     mean: Mean | None = Field(None, description="mean for normalising images (default: the run's)")
     std: Std | None = Field(None, description="standard deviation for normalising images (default: the run's)")
     interpolation: Interpolation | None = Field(None, description="interpolation of the resize (default: the run's)")
@@ -39,7 +44,7 @@ class ClassifierOptions(BaseModel):
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
     amp: bool = Field(False, description="use automatic mixed precision (default: the run's setting)")
     amp_dtype: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="precision under --amp (default: the run's, else bfloat16)"
+        "bfloat16", description="data type of --amp (default: the run's, else bfloat16)"
     )
 
 
@@ -72,13 +77,13 @@ class EvalOptions(ClassifierOptions):
         description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"
     )
     data_dir: Path = Field(description="folders DATA/SPLIT/CLASS/IMAGE, tars, a CSV list or hf:NAME (docs/data.md)")
-    split: str = Field("val", description="split of DATA to evaluate on; . is DATA itself")
+    split: str = Field("val", description="split of DATA to evaluate on; '.' takes the class folders in DATA itself")
     val_fraction: float | None = Field(
         None,
         gt=0.0,
         lt=1.0,
-        description="evaluate on the images that training with this --val-fraction validates on; --split names the "
-        "divided split (default: train, else DATA itself)",
+        description="evaluate on the validation images of a run with this --val-fraction; --split names the split that "
+        "they were taken from (default: train, else DATA itself)",
     )
     compare: tuple[str, ...] = Field((), description="more sources to compare with the first, image by image")
 
@@ -92,7 +97,9 @@ class EvalOptions(ClassifierOptions):
     )
     real_labels: bool = Field(False, description="report accuracy on ReaL labels too (ImageNet's validation images)")
     temperature: Literal["fit"] | PositiveNumber | None = Field(
-        None, description="calibrate: divide the logits by this number; fit finds it on other images"
+        None,
+        description="divide the logits by this number to calibrate probabilities; 'fit' finds it on images that are "
+        "not in the report",
     )
     temperature_split: str | None = Field(
         None,
@@ -102,25 +109,27 @@ class EvalOptions(ClassifierOptions):
         None,
         gt=0.0,
         lt=1.0,
-        description="report sets of classes that miss the true one in this share of images, as 0.1; calibrated on a "
-        "random half of the images and reported on the other",
+        description="report sets of classes that miss the true class in this share of images, such as 0.1; a random "
+        "half of the images calibrates the sets, the other half is in the report",
     )
     conformal_method: Literal["lac", "raps"] = Field(
-        "lac", description="lac: smallest sets; raps: sets that adapt to how hard an image is"
+        "lac", description="'lac' gives the smallest sets, 'raps' larger sets to images that are harder"
     )
-    conformal_split: str | None = Field(None, description="split to calibrate the sets on, instead of a random half")
+    conformal_split: str | None = Field(None, description="split to calibrate the sets on (default: a random half)")
     tta: Literal["none", "hflip"] = Field(
         "none", description="test-time augmentation: average the probabilities of each image and its mirror image"
     )
     tta_scales: tuple[PositiveNumber, ...] = Field(
-        (), description="average over multiples of the image size, as 0.875 1.0 1.125, rounded to whole patches"
+        (),
+        description="average the probabilities at these multiples of the image size, such as 0.875 1.0 1.125, each "
+        "rounded to whole patches",
     )
     bootstrap: int = Field(1000, ge=0, description="number of resamples for 95 % intervals; 0 disables them")
-    seed: int = Field(0, ge=0, description="seed of the resamples and of the half to fit the temperature on")
+    seed: int = Field(0, ge=0, description="seed of the resamples and of random halves")
 
     weights: Literal["best", "last"] = Field("best", description="which weights of a run folder to use")
     img_size: tuple[ImageSize, ...] = Field(
-        (), description="one or more sizes, as 384 or 768x512 (default: the model's own)"
+        (), description="one or more image sizes in pixels, such as 384 or 768x512 (default: the model's own)"
     )
     batch_size: int | None = Field(None, gt=0, description="images per batch (default: the run's, else 64)")
     workers: int = Field(4, ge=0, description="number of processes that read images")
@@ -128,14 +137,18 @@ class EvalOptions(ClassifierOptions):
         "stop", description="stop at an image that cannot be read, or skip and list it"
     )
     json_file: Path | None = Field(None, description="write the results to this JSON file")
-    csv_file: Path | None = Field(None, description="write a CSV row per image: label, prediction, probability, loss")
-    markdown_file: Path | None = Field(None, description="write the results as Markdown tables")
+    csv_file: Path | None = Field(
+        None, description="write a row per image to this CSV file: label, prediction, probability, loss"
+    )
+    markdown_file: Path | None = Field(None, description="write the results as Markdown tables to this file")
     html_file: Path | None = Field(
         None, description="write a page with scores, confusion matrix, classes, calibration and the worst images"
     )
-    conformal_file: Path | None = Field(None, description="write the rule of --conformal for linvit predict")
-    confusion: tuple[Path, ...] = Field((), description="write the confusion matrix as .png, .csv or both")
-    plot_file: Path | None = Field(None, description="plot top-1 over --img-size as .png")
+    conformal_file: Path | None = Field(
+        None, description="write the calibrated rule of --conformal to this file, for linvit predict"
+    )
+    confusion: tuple[Path, ...] = Field((), description="write the confusion matrix to these files: .png, .csv or both")
+    plot_file: Path | None = Field(None, description="write a plot of top-1 over --img-size to this .png file")
 
     @model_validator(mode="after")
     def _check(self) -> EvalOptions:

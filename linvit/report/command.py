@@ -16,7 +16,7 @@ from linvit.settings.flags import check_files, parse_options
 if TYPE_CHECKING:
     from linvit.report.run import Run
 
-SUMMARY = "write an HTML page of what runs did"
+SUMMARY = "write an HTML page about one or several runs"
 
 
 class ReportOptions(BaseModel):
@@ -24,14 +24,14 @@ class ReportOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runs: tuple[Path, ...] = Field(min_length=1, description="folders of runs; several are shown side by side")
+    runs: tuple[Path, ...] = Field(min_length=1, description="one or more run folders; several are shown side by side")
     output: Path | None = Field(
         None, description="HTML file to write (default, for one run: report.html in its folder)"
     )
     data_dir: Path | None = Field(
         None,
-        description="where the images of the runs are now (default: where they were); the best weights of runs without "
-        "predictions.csv are then evaluated on them",
+        description="folder that contains the runs' images now (default: the recorded one); the best weights of runs "
+        "without predictions.csv are evaluated on it",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
 
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
         ReportOptions,
         argv,
         prog="linvit report",
-        description="Write a self-contained HTML page of one or several runs: figures with intervals, curves, "
-        "confusion matrix, classes, worst images with heat maps, calibration, augmented images, settings, cost.",
+        description="Write a self-contained HTML page about one or several runs: scores with intervals, curves, "
+        "confusion matrix, classes, worst images with heat maps, calibration, augmented images, settings and cost.",
         positionals={"runs": "RUN"},
         spellings={"output": ["-o", "--output"], "data_dir": ["--data"]},
     )

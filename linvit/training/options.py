@@ -49,7 +49,7 @@ class ModelOptions(_Options):
     local: int | None = Field(
         None,
         ge=3,
-        description="side in patches of a depth-wise convolution beside attention, such as 3 (default: the model's "
+        description="size in patches of a depth-wise convolution beside attention, such as 3 (default: the model's "
         "own; the named models have none)",
     )
     stem: Literal["patch", "conv"] | None = Field(
@@ -86,7 +86,7 @@ class ModelOptions(_Options):
     )
     drop: Rate = Field(0.0, description="dropout rate before the classifier")
     drop_path: Rate | None = Field(
-        None, description="stochastic depth rate of the last block; it rises linearly from 0 in the first"
+        None, description="stochastic depth rate of the last block, rising linearly from 0 in the first"
     )
     patch_drop: Rate | None = Field(None, description="fraction of the patches dropped from each training image")
 
@@ -234,7 +234,7 @@ class ScheduleOptions(_Options):
     )
     warmup_epochs: Count = Field(
         5,
-        description="epochs of linear warm-up (default: 5; for 5 epochs or fewer half of them, rounded down)",
+        description="epochs of linear warm-up (default: 5; half of --epochs, rounded down, if that is 5 or less)",
     )
     warmup_lr: float = Field(1e-5, ge=0.0, description="learning rate at the start of the warm-up")
     warmup_prefix: bool = Field(False, description="add the warm-up before --epochs instead of counting it among them")
