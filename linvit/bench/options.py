@@ -33,7 +33,7 @@ CHECKPOINTED = (f"{LONG}:grad_checkpointing=mlp", f"{LONG}:grad_checkpointing=fu
 
 
 class BenchOptions(BaseModel):
-    """Which models are measured, how, and which files the numbers are written to."""
+    """Models to measure, how to measure them, and output files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

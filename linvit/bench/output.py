@@ -18,7 +18,7 @@ from linvit.output.terminal import EMPTY, format_bytes, format_count, format_len
 
 
 class Gain(NamedTuple):
-    """How many times less time and memory a Linformer takes than a Transformer."""
+    """Factors by which a Linformer needs less time and memory than a Transformer."""
 
     time: float
     memory: float

@@ -1,4 +1,4 @@
-"""What is compared, and the rows of results.
+"""Groups of models to compare, and the rows of results.
 
 Every model of every group is built on the meta device first, so that mistakes show before anything is timed. A row
 holds the measurements of one model in one group, and what follows from them.

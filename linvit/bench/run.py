@@ -47,7 +47,7 @@ FLOAT32_BOUND = 1e-3
 
 
 class Check(NamedTuple):
-    """What was compared, at which image size, and the largest difference as a share of the largest value."""
+    """A comparison: its name, its image size, and the largest difference as a share of the largest value."""
 
     model: str
     image_size: tuple[int, int]

@@ -24,7 +24,7 @@ PAGE_WIDTH = 120
 
 
 class CheckOptions(BaseModel):
-    """Which images to check, and how strictly."""
+    """Images to check, faults to allow, and output files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

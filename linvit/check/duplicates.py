@@ -139,7 +139,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def details(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """What a blur of 2 pixels removes from the resized grey image, as a vector of length 1 (0 for a flat image).
+    """Fine details: the resized grey image minus its blur by 2 pixels, as a vector of length 1 (0 for a flat image).
 
     Values are clipped at twice their median size. Otherwise a few strong edges, such as a common frame, would outweigh
     everything else.

@@ -1,4 +1,4 @@
-"""What an image file says about itself: its format, size and encoding, and whether its end is missing."""
+"""Metadata of image files: format, size and encoding, and whether the end is missing."""
 
 import io
 import os

@@ -70,7 +70,7 @@ def _finding(code: str, entry: dict[str, Any], thumbnails: _Thumbnails) -> dict[
 
 
 def _uses(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """What each command does with the finding; commands that do the same share a row."""
+    """Effect of the finding on each command; commands with the same effect share a row."""
     names: dict[str, list[str]] = {}
     for name in ("training", "evaluation", "prediction"):
         names.setdefault(entry[name], []).append(name)

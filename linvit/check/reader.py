@@ -23,7 +23,7 @@ _SMALL_THUMBNAIL = THUMBNAIL // 2
 
 
 class Source(Protocol):
-    """Where images are read from. Each process gets a copy."""
+    """A source of images. Each process gets a copy."""
 
     def read(self, index: int, path: str) -> bytes:
         """The bytes of an image of the listing; raises UnreadableImage if it cannot be opened."""
@@ -97,7 +97,7 @@ class Measurements:
 
     @property
     def decoded(self) -> np.ndarray:
-        """Which images were decoded, (N,) bool."""
+        """Whether each image was decoded, (N,) bool."""
         return self.sizes[:, 0] > 0
 
     def fill(self, first: int, part: "Measurements") -> None:

@@ -1,4 +1,4 @@
-"""From image files to normalised batches: sources, decoding, augmentation, loading and caching."""
+"""Image files become normalised batches: sources, decoding, augmentation, loading and caching."""
 
 import os
 

@@ -42,7 +42,7 @@ Changed here: sorted into classes (defective from a defect probability of 2/3 on
 
 
 class DemoOptions(BaseModel):
-    """Which data set to build, and where."""
+    """Data set to build, and its folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -29,7 +29,7 @@ _MAX_WASTE = 8
 
 @dataclass(frozen=True)
 class CropPlan:
-    """What a crop takes of an image: a window, which is resized, and a part of the resized window.
+    """A crop of an image: a window, which is resized, and a part of the resized window.
 
     Attributes:
         shape: (height, width) of the full image.

@@ -59,7 +59,7 @@ class _Options(BaseModel):
 
 
 class DataOptions(_Options):
-    """Where the images are, which splits to use, and how labels are numbered."""
+    """Place of the images, splits, and numbering of the labels."""
 
     data_dir: Path | None = Field(
         None,

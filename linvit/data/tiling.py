@@ -1,4 +1,4 @@
-"""Where the overlapping tiles of a large image are. `tiles` reads them."""
+"""Positions of the overlapping tiles of a large image. `tiles` reads them."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut into tiles, and how the probabilities of the tiles are merged.
+    """Cuts images into tiles and merges the probabilities of the tiles.
 
     Args:
         size: (height, width) of a tile in pixels.

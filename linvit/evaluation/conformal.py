@@ -1,6 +1,6 @@
 """Sets of classes that contain the true one with a chosen probability, by split conformal prediction.
 
-A score says how strange a class is for an image. The threshold is a quantile of the scores of the true classes on n
+A score measures how unlikely a class is for an image. The threshold is a quantile of the true classes' scores on n
 calibration images, the ⌈(n + 1)(1 - α)⌉-th smallest; the set of an image holds all classes up to it. For images drawn
 as the calibration images were, sets contain the true class with a probability of at least 1 - α, on average over
 classes and images, whatever the model.
@@ -30,7 +30,7 @@ _PENALTY, _FREE_RANKS = 0.01, 5
 
 
 class ConformalRule(BaseModel):
-    """How the set of an image follows from its probabilities; calibrated on `num_calibration` images for `alpha`."""
+    """Turns an image's probabilities into a set of classes; calibrated on `num_calibration` images for `alpha`."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -46,7 +46,7 @@ class ConformalRule(BaseModel):
 
 
 def scores(probabilities: Tensor, method: Method) -> Tensor:
-    """How strange each class is for each image, (N, C) in float64."""
+    """Scores of each class for each image, (N, C) in float64; higher is less likely."""
     probabilities = probabilities.double()
     if method == "lac":
         return 1 - probabilities
@@ -82,7 +82,7 @@ def calibrate(
 
 
 def assess(rule: ConformalRule, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
-    """How the rule does on other images: shares in percent, sizes in classes."""
+    """Coverage and sizes of the sets on other images: shares in percent, sizes in classes."""
     sets = rule.sets(probabilities)
     sizes = sets.sum(1)
     covered = sets.gather(1, labels[:, None]).squeeze(1).double()

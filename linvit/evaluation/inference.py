@@ -114,7 +114,7 @@ def names_of_classes(classifier: Classifier) -> list[str]:
 
 
 def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = None) -> InputSpec:
-    """How to prepare images: by the run's settings, else by the model's own.
+    """Preprocessing of images: the run's settings, else the model's own.
 
     Args:
         img_size: (height, width) in pixels; by default the model's current size, whatever the run's was.

@@ -71,7 +71,7 @@ class SourceOptions(ClassifierOptions):
 
 
 class EvalOptions(ClassifierOptions):
-    """What to evaluate, on which images, and how."""
+    """Models to evaluate, images, and metrics."""
 
     source: str = Field(
         description="run folder, folder with config.json and weights, checkpoint, exported model or timm model name"

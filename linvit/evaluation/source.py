@@ -124,10 +124,10 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
     if options.temperature_split is not None:
         split_images, _ = _open_images(source, classifier, options, split=options.temperature_split)
         temperature = evaluator.fit_temperature(split_images)
-    apart = None
+    calibration_set = None
     if options.conformal_split is not None:
         split_images, _ = _open_images(source, classifier, options, split=options.conformal_split)
-        apart = evaluator.collect(split_images, keep_logits=True)
+        calibration_set = evaluator.collect(split_images, keep_logits=True)
     started = time.perf_counter()
     keep_logits = options.temperature is not None or options.conformal is not None
     collected = evaluator.collect(images, keep_logits=keep_logits)
@@ -147,7 +147,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
         collected=replace(collected, logits=None),
         seconds=seconds,
         calibration=_calibrate(collected, temperature, options),
-        conformal=_conform(collected, apart, match, options),
+        conformal=_conform(collected, calibration_set, match, options),
         numbers=numbers,
     )
 
@@ -289,15 +289,15 @@ def _calibrate(collected: Collected, temperature: float | None, options: EvalOpt
 
 
 def _conform(
-    collected: Collected, apart: Collected | None, match: ClassMatch, options: EvalOptions
+    collected: Collected, calibration_set: Collected | None, match: ClassMatch, options: EvalOptions
 ) -> tuple[ConformalRule, dict[str, Any]] | None:
-    """The rule for sets of classes from the images `apart`, or half of the images, and how it does on the others."""
+    """The rule for sets of classes, from `calibration_set` or half of the images, and its results on the others."""
     if options.conformal is None:
         return None
     assert collected.logits is not None
     probabilities, labels = collected.logits.double().softmax(1), collected.results.labels.cpu()
-    if apart is not None and apart.logits is not None:
-        used, used_labels = apart.logits.double().softmax(1), apart.results.labels.cpu()
+    if calibration_set is not None and calibration_set.logits is not None:
+        used, used_labels = calibration_set.logits.double().softmax(1), calibration_set.results.labels.cpu()
         where = f"split {options.conformal_split}"
     else:
         fitted, held_out = random_halves(len(labels), seed=options.seed)

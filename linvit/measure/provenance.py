@@ -1,4 +1,4 @@
-"""How results were produced: command, commit, versions and hardware, for every results file."""
+"""Provenance of results: command, commit, versions and hardware, for every results file."""
 
 import os
 import platform

@@ -1,6 +1,6 @@
 """Time models in turn, so that other load on the machine slows all of them alike, and count their operations.
 
-FLOPs are two per multiply-add, as torch counts them; the fastest matrix products of this machine tell what it can do.
+FLOPs are two per multiply-add, as torch counts them; the fastest matrix products of this machine are its peak.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""What commands write and show: files that are never half written, tables, plots."""
+"""Output of commands: files that are never half written, tables, plots."""

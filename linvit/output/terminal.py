@@ -1,4 +1,4 @@
-"""What commands print: tables on stdout, progress on stderr, and numbers in one format."""
+"""Printed output: tables on stdout, progress on stderr, and numbers in one format."""
 
 import sys
 import time

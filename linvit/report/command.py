@@ -20,7 +20,7 @@ SUMMARY = "write an HTML page about one or several runs"
 
 
 class ReportOptions(BaseModel):
-    """Which runs to report on."""
+    """Runs to report on, and the file to write."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -40,7 +40,7 @@ def wilson(hits: float, count: float) -> tuple[float, float]:
 
 
 def evaluate_predictions(found: Predictions, *, num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> dict[str, Any]:
-    """What the page shows of predictions, except images; see `templates/parts.html.j2`."""
+    """Contents of the page about predictions, except images; see `templates/parts.html.j2`."""
     results, names = found.results, short_names(found.class_names)
     metrics = results.metrics(found.class_names)
     score = scorer(results, num_classes=len(names))

@@ -96,7 +96,7 @@ def worst_images(
 
 
 def _explainer(classifier: Classifier) -> tuple[Explainer | None, str | None]:
-    """What draws heat maps of a model; None and the reason if it cannot."""
+    """An object that draws heat maps of a model; None and the reason if the model has none."""
     if isinstance(classifier.model, ExportedModel):
         return None, "There are no heat maps: they need the model itself, not an exported one."
     try:

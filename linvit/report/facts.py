@@ -1,4 +1,4 @@
-"""What a run was trained with, and what it cost, as rows of text."""
+"""Settings and cost of a run, as rows of text."""
 
 import copy
 import statistics
@@ -15,14 +15,14 @@ from linvit.output.terminal import format_bytes, format_count, format_duration, 
 from linvit.report.run import Run
 from linvit.runs.folder import Classifier
 
-# Settings that say where a run is, not what it does.
+# Settings about the place of a run, not its training.
 _PLACES = ("output", "experiment", "resume", "no_resume_opt", "dry_run", "report")
 
 Facts = list[tuple[str, str]]
 
 
 def describe_training(run: Run, train_set: ImageSet | None, classifier: Classifier | None) -> Facts:
-    """What was trained on what, with the main options."""
+    """Model, data and main options of a run."""
     setting = run.setting
     classes = f", {len(run.class_names):,} classes" if run.class_names else ""
     images = "" if train_set is None else f", {len(train_set):,} images"

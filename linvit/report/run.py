@@ -125,7 +125,7 @@ def _number(cell: str) -> float | None:
 
 
 def _read_best(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """What config.json records about the best weights, and the class names; None and no names if it is not there."""
+    """The record of the best weights in config.json, and the class names; None and no names if the file is missing."""
     try:
         config = parse_json(path.read_bytes())
     except FileNotFoundError:

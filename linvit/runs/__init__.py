@@ -1,1 +1,1 @@
-"""What a training run leaves on disk: its folder, checkpoints and weights."""
+"""Files of a training run: its folder, checkpoints and weights."""

@@ -20,7 +20,7 @@ SUMMARY = "average the weights of checkpoints or runs"
 
 
 class AverageOptions(BaseModel):
-    """Which weights to average and where to write the result."""
+    """Weights to average, and the output folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

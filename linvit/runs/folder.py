@@ -86,7 +86,7 @@ class RunFolder:
 
 
 def source_files(source: str) -> list[Path]:
-    """What is read of a source (see `load_classifier`): the file itself, or a run's weights and settings."""
+    """The files read for a source (see `load_classifier`): the file itself, or a run's weights and settings."""
     run = RunFolder(Path(source))
     if not run.path.is_dir():
         return [run.path]

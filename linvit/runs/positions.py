@@ -1,4 +1,4 @@
-"""What of a Vision Transformer's saved weights depends on its tokens: prefix tokens and the grid of positions."""
+"""The weights of a Vision Transformer that depend on its tokens: prefix tokens and the grid of positions."""
 
 import math
 from collections.abc import Mapping
@@ -85,15 +85,15 @@ def match_prefix(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | 
 def source_size(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | None) -> tuple[Size | None, str | None]:
     """(height, width) in pixels of the images that weights are for, and a sentence if that had to be assumed.
 
-    It is what the file records, if the number of positions agrees; else what its E and F tell; else the model's own
-    size, if it has as many patches; else a square. None for a model without positions on a grid.
+    It is the size recorded in the file, if the number of positions agrees; else the size implied by its E and F; else
+    the model's own size, if it has as many patches; else a square. None for a model without positions on a grid.
 
     Raises ValueError if none of these has as many patches as the weights.
     """
     if not _has_grid(model, state_dict):
         return recorded, None
     own = model.patch_embed.grid_size
-    # The model's own positions tell how many prefix tokens have one.
+    # The model's own positions determine how many prefix tokens have one.
     count = state_dict["pos_embed"].shape[1] - (model.pos_embed.shape[1] - _count(own))
     height, width = state_dict[PATCH_EMBEDDING].shape[-2:]
     certain, likely = _grids(model, state_dict, recorded)
@@ -141,13 +141,13 @@ def _has_grid(model: Any, state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _grids(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | None) -> tuple[list[Size], list[Size]]:
-    """The patch grids that the file tells, and those that the model suggests: its own and that of its default size."""
+    """The grids that the file records or implies, and those that the model suggests: its own and its default size's."""
     height, width = state_dict[PATCH_EMBEDDING].shape[-2:]
     default = model.pretrained_cfg.get("input_size", (3, 0, 0))[1:]
-    told = [] if recorded is None else [(recorded[0] // height, recorded[1] // width)]
+    known = [] if recorded is None else [(recorded[0] // height, recorded[1] // width)]
     projected = _grid_of_projections(state_dict)
     suggested = [tuple(model.patch_embed.grid_size), (default[0] // height, default[1] // width)]
-    return told if projected is None else [*told, projected], suggested
+    return known if projected is None else [*known, projected], suggested
 
 
 def _count(grid: Size) -> int:

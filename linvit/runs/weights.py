@@ -58,7 +58,7 @@ class SavedWeights:
 
 
 class _Recorded(BaseModel):
-    """What a checkpoint written by linvit records about its model."""
+    """The record of the model in a checkpoint written by linvit."""
 
     arch: str
     model_args: dict[str, Any]

@@ -174,7 +174,7 @@ def _strictly(leaves: Collection[Any], value: Any) -> Any:
 def _explain(
     error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, Any]
 ) -> dict[str | None, str]:
-    """What is wrong with each field that has an error; None stands for several fields together."""
+    """The error of each field that has one; None stands for several fields together."""
     explained: dict[str | None, str] = {}
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else None

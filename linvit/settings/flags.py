@@ -307,7 +307,7 @@ def _placeholder(leaves: Collection[Any]) -> str:
 
 
 def _typed(name: str, field: FieldInfo, raw: Any) -> Any:
-    """What argparse read for a field, as YAML would give it."""
+    """The value that argparse read for a field, typed as in YAML."""
     leaves = leaf_types(field.annotation)
     if isinstance(raw, bool):
         return raw

@@ -1,4 +1,4 @@
-"""What `--help` shows: an example of each command, and options under headings.
+"""Contents of `--help`: an example of each command, and options under headings.
 
 An option has the same heading in every command; a test checks that each example parses with its command's options.
 """
@@ -78,7 +78,7 @@ def describe(prog: str, description: str) -> str:
 def sections(options: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
     """The fields under their headings; those under "options" need none of their own.
 
-    The options of a training run are divided by the class that declares them, other commands' by `HEADINGS`.
+    Options of a training run are grouped by the class that declares them, those of other commands by `HEADINGS`.
     """
     fields: dict[str, type] = {}
     for declaring in options.__mro__:

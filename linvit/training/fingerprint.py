@@ -44,7 +44,7 @@ def _size(images: ImageSet, index: int) -> int:
 
 
 def changed_images(before: Mapping[str, Any], now: Mapping[str, Any], images: ImageSet) -> str | None:
-    """What changed from one fingerprint to that of `images`, in words; None if they are equal."""
+    """The changes from one fingerprint to that of `images`, in words; None if they are equal."""
     if before["all"] != now["all"]:
         pairs = zip(images.class_names, before["classes"], now["classes"])
         others = [name for name, old, new in pairs if old != new]

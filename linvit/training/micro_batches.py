@@ -148,7 +148,7 @@ class MicroBatches:
 
 
 def _version(gradient: Tensor | None) -> int:
-    """How often a gradient was changed in place."""
+    """The number of in-place changes of a gradient."""
     return 0 if gradient is None else gradient._version
 
 

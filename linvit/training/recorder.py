@@ -1,4 +1,4 @@
-"""What a run writes to its folder and prints; only the first process does both, the others keep a log file each."""
+"""Output of a run: its folder and the terminal. Only the first process writes both; the others keep a log file each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

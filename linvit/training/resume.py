@@ -1,4 +1,4 @@
-"""Where a run starts: its folder, the checkpoint it resumes from, and the changes that resuming allows.
+"""The start of a run: its folder, the checkpoint it resumes from, and the changes that resuming allows.
 
 A run never overwrites an existing one.
 """
@@ -17,7 +17,7 @@ from linvit.runs.checkpoint import is_checkpoint, list_checkpoints, verify_check
 from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
 
-# These say where a run is or when it ends, not how it trains.
+# These are the place and end of a run; they do not affect its training.
 _IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run", "report"}
 # These may not change: always, with the optimizer's state, and within an epoch (where they order the images).
 _FIXED = ("model", "k", "projection", "share", "local", "stem", "gp", "model_kwargs", "input_range", "eval_metric")

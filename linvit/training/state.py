@@ -23,7 +23,7 @@ from linvit.training.step import TrainStep
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     # The next batch to train on.
     epoch: int = 0

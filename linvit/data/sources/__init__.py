@@ -1,1 +1,1 @@
-"""Where images come from: folders, CSV lists, tars, Hugging Face sets, loose files."""
+"""Sources of images: folders, CSV lists, tars, Hugging Face sets, loose files."""

@@ -1,4 +1,4 @@
-"""What all image sources share: the interface `ImageSet`, the names of splits, and compact lists of strings."""
+"""Shared by all image sources: the interface `ImageSet`, the names of splits, and compact lists of strings."""
 
 import itertools
 import os
@@ -44,7 +44,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def path(self, index: int) -> Path:
-        """Where an image is stored, for messages and lists; not always a separate file."""
+        """The image's path, for messages and lists; not always a separate file."""
 
     @abstractmethod
     def read_bytes(self, index: int) -> bytes:
@@ -72,7 +72,7 @@ class ImageSet(ABC):
         return len(self.read_bytes(index))
 
     def relative_names(self) -> Iterator[bytes]:
-        """What identifies each image wherever the data are: its path relative to the root, as the system encodes it."""
+        """The path of each image relative to the root, as the system encodes it; independent of where the data are."""
         for index in range(len(self)):
             yield os.fsencode(os.path.relpath(self.path(index), self.root))
 

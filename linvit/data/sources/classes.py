@@ -132,7 +132,7 @@ def classes_in_order(class_map: Path, found: Collection[str]) -> list[str]:
 
 
 def order_conflict(names: Sequence[str]) -> str | None:
-    """What differs if weights without class names were trained by timm; None if `names` are in timm's order as well.
+    """The difference if timm trained weights without class names; None if `names` are in timm's order as well.
 
     Names in an order of their own, neither timm's nor sorted, come from a list of classes and are taken at its word.
     """

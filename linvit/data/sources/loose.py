@@ -178,7 +178,7 @@ def _split_numbers(text: str) -> list[str | int]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """What `glob.iglob(pattern, recursive=True)` yields, without following links round and round below `**`."""
+    """The matches of `glob.iglob(pattern, recursive=True)`, without following circular links below `**`."""
     head, recursive, tail = _split_pattern(pattern)
     if not recursive:
         yield from glob.iglob(pattern)

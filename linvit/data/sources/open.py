@@ -93,7 +93,7 @@ def open_fraction(
 
     Args:
         data: as in `open_images`, or a folder of class folders, or a list of one split.
-        split: name of the split to divide; the whole of `data` if there is none of this name.
+        split: name of the split to divide; all of `data` if it has no split of this name.
         fraction: expected share of the images in the part "val".
         part: which part to return.
         class_names: class names of a run or another split, in label order; the images must not have others.
@@ -113,7 +113,9 @@ def open_fraction(
         raise ValueError(f"{images.root}: val_fraction {fraction:g} leaves no training images of {quoted(lacking)}")
     indices = np.flatnonzero(is_val if part == "val" else ~is_val)
     if not len(indices):
-        raise ValueError(f"{images.root}: val_fraction {fraction:g} of {len(images)} images is none; set it higher")
+        raise ValueError(
+            f"{images.root}: val_fraction {fraction:g} selects none of the {len(images)} images; set it higher"
+        )
     return ImageSubset(images, indices, split=part)
 
 

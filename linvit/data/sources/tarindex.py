@@ -298,7 +298,7 @@ def _fingerprint(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _cache_file(paths: Sequence[Path]) -> Path | None:
-    """Where the index is cached; None for a user without a home folder."""
+    """The file that caches the index; None for a user without a home folder."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:

@@ -297,7 +297,7 @@ def test_a_fraction_of_a_list_and_of_too_few_images(tmp_path: Path) -> None:
         open_fraction(tmp_path / "labels.csv", split="train", fraction=0.3, part=part) for part in ("train", "val")
     ]
     assert sum(map(len, parts)) == 20
-    with pytest.raises(ValueError, match="val_fraction 1e-09 of 20 images is none; set it higher"):
+    with pytest.raises(ValueError, match="val_fraction 1e-09 selects none of the 20 images; set it higher"):
         open_fraction(tmp_path / "labels.csv", split="train", fraction=1e-9, part="val")
     with pytest.raises(ValueError, match=r"val_fraction 0\.999999 leaves no training images of '0', '1'"):
         open_fraction(tmp_path / "labels.csv", split="train", fraction=0.999999, part="train")
