@@ -69,7 +69,7 @@ def test_the_log_is_short_and_its_rows_are_complete():
 def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text()):
         name, _, heading = target.partition("#")
-        linked = (ROOT / page).parent / name
+        linked = (ROOT / page).parent / name if name else ROOT / page
         assert linked.exists(), target
         anchors = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in headings(linked)]
         assert not heading or heading in anchors, target
