@@ -75,7 +75,12 @@ def main() -> None:
     unknown = {*(options.arms or ()), *options.test} - study["arms"].keys()
     if unknown:
         parser.error(f"{options.study} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}")
-    results = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
+    results = []
+    if options.json.exists():
+        found = json.loads(options.json.read_text())
+        if found["recipe"] != study["recipe"]:
+            parser.error(f"{options.json} holds runs of another recipe than {options.study}: give another --json")
+        results = found["runs"]
 
     def save() -> None:
         seeds = sorted({row["seed"] for row in results})
