@@ -155,3 +155,10 @@ def relative_error(tokens: Tensor, target: Tensor, weights: Tensor) -> float:
     """Root of the weighted mean squared error of tokens (n, T, D), with weights (n, T)."""
     squares = (tokens - target).square().sum(-1)
     return float((squares * weights).mean().sqrt())
+
+
+def last_tokens_error(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> float:
+    """Mean squared relative error of the prefix tokens plus that of the patches, because either may be used."""
+    relative = (tokens - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
+    parts = (relative[:, :num_prefix_tokens], relative[:, num_prefix_tokens:])
+    return sum(float(part.mean()) for part in parts if part.numel())

@@ -52,6 +52,12 @@ class ConvertOptions(BaseModel):
         description="side of the kernel of a depth-wise convolution beside attention, in patches, fitted with Wo; 3 is "
         "usual (default: none)",
     )
+    full_layers: int = Field(
+        0,
+        ge=0,
+        description="layers that get ordinary attention back after the fit, where that helps the last features most; "
+        "each costs its share of the speed",
+    )
     start_from: Path | None = Field(
         None,
         description="output folder of an earlier conversion of the same model, for example at a smaller size, where "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from linvit.conversion.blocks import Vit, after_attention, after_mlp, block_arguments, last_tokens
-from linvit.conversion.calibration import Activations, relative_error
+from linvit.conversion.calibration import Activations, last_tokens_error, relative_error
 from linvit.conversion.convert import attentions, convert_unchecked
 from linvit.conversion.layer_times import measure_layer_times
 from linvit.measure.timing import count_flops
@@ -205,18 +205,11 @@ def _errors(
             if k == middle:
                 tokens = activations.map(partial(after_mlp, block), tokens)
                 last = activations.map(partial(last_tokens, model, layer + 1), tokens)
-                last_error = _last_tokens_error(last, last_target, model.num_prefix_tokens)
+                last_error = last_tokens_error(last, last_target, model.num_prefix_tokens)
         # If pooling does not even change the layer's own tokens, no length loses anything.
         ratio = last_error / errors[middle] if errors[middle] > 0 else 0.0
         yield {k: ratio * error for k, error in errors.items()}
         activations.original = activations.map(partial(after_mlp, block), target)
-
-
-def _last_tokens_error(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> float:
-    """Mean squared relative error of the prefix tokens plus that of the patches, because either may be used."""
-    relative = (tokens - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
-    parts = (relative[:, :num_prefix_tokens], relative[:, num_prefix_tokens:])
-    return sum(float(part.mean()) for part in parts if part.numel())
 
 
 def _flops(model: Vit, img_size: tuple[int, int] | None) -> int:

@@ -14,6 +14,7 @@ from linvit.conversion.distil import DistilOptions, distil
 from linvit.conversion.fit import FitOptions, LayerFit, fit_layers
 from linvit.conversion.options import ConvertOptions
 from linvit.conversion.planning import plan_lengths
+from linvit.conversion.restore import layer_to_restore, with_ordinary_layers
 from linvit.conversion.results import ConversionResult
 from linvit.conversion.solvers import DescentOptions
 from linvit.conversion.state import FitState, load_converted
@@ -36,7 +37,7 @@ NUM_PLANNING_IMAGES = 8
 # Options that change the fit. The others may differ when an interrupted conversion resumes.
 _FIT_SETTINGS = (
     *("source", "weights", "model_kwargs", "k", "speedup", "plan_by", "layers", "projection", "share", "local"),
-    *("img_size", "num_images", "steps", "max_error", "amp", "batch_size", "seed"),
+    *("full_layers", "img_size", "num_images", "steps", "max_error", "amp", "batch_size", "seed"),
 )
 
 
@@ -125,7 +126,7 @@ class _Conversion:
             unseen = Comparison(self.original, self.images.unseen_images(), batch_size=self.options.batch_size)
             first_stage = "pooled" if self.start is None else "before"
             fidelity = {first_stage: unseen.fidelity(converted)}
-            fits = self._fit(converted, activations)
+            converted, fits = self._fit_and_restore(converted, activations)
             del activations
             fidelity["fitted"] = unseen.fidelity(converted)
             if self.options.distill_steps is not None or self.options.distill_minutes is not None:
@@ -183,6 +184,24 @@ class _Conversion:
             times_in_bfloat16=self._times_in_bfloat16,
             report=lambda done, total: self.bar.update(task, completed=done, total=total),
         )
+
+    def _fit_and_restore(
+        self, initial: LinformerTransformer, activations: Activations
+    ) -> tuple[LinformerTransformer, list[LayerFit]]:
+        """Fit all layers, give some their ordinary attention back, and fit again from there."""
+        if self.options.full_layers == 0:
+            return initial, self._fit(initial, activations)
+        while True:
+            restored = self.state.restored
+            converted = with_ordinary_layers(self.original, initial, restored)
+            fits = self._fit(converted, activations)
+            if len(restored) >= self.options.full_layers:
+                return converted, fits
+            activations = self._embed()
+            layer = layer_to_restore(self.original, converted, activations)
+            if layer is None:
+                return converted, fits
+            self.state.restore(layer)
 
     def _fit(self, converted: LinformerTransformer, activations: Activations) -> list[LayerFit]:
         task = self.bar.add_task("fitting layers", total=len(converted.blocks))

@@ -80,6 +80,27 @@ class FitState:
                 raise ValueError("plan.json holds no lengths")
         return lengths
 
+    @property
+    def restored(self) -> list[int]:
+        """The layers that got ordinary attention back, in this order."""
+        file = self.folder / "restored.json"
+        if not file.is_file():
+            return []
+        with self._reading():
+            layers = parse_json(file.read_text(encoding="utf-8"))
+            if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+                raise ValueError("restored.json holds no layers")
+        return layers
+
+    def restore(self, layer: int) -> None:
+        """Record that a layer gets ordinary attention back: it and the layers after it are fitted again."""
+        layers = [*self.restored, layer]
+        # In this order, an interruption in between only repeats these fits.
+        for path in sorted(self.folder.glob("layer-*"), reverse=True):
+            if path.stem >= self._path(layer, "json").stem:
+                path.unlink()
+        write_json(self.folder / "restored.json", layers, indent=None)
+
     def save(self, fit: LayerFit, converted: LinformerTransformer) -> None:
         """Save a fitted layer; raises OSError if it cannot be written."""
         self._begin()

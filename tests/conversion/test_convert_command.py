@@ -1,5 +1,6 @@
 """`linvit convert`: from a timm name and weights to a folder that timm loads."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import linvit.conversion.run
 import linvit.conversion.state
 from linvit.cli import main
 from linvit.conversion.options import ConvertOptions
+from linvit.conversion.state import FitState
 
 NAME = "vit_tiny_patch16_224"
 MODEL = [f"{name}={value}" for name, value in SMALL.items() if name not in ("num_classes", "img_size")]
@@ -227,3 +229,29 @@ def test_layers_are_read_as_numbers_and_ranges() -> None:
     options = ConvertOptions(source="a", images="b", output="c", k=9, layers=("6-8", "3", "7"))
     assert options.converted_layers == [3, 6, 7, 8]
     assert ConvertOptions(source="a", images="b", output="c").converted_layers is None
+
+
+def test_full_layers_get_ordinary_attention_back_and_an_interruption_changes_nothing(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert convert(data, weights, whole, "--full-layers", "1") == 0
+    lengths = json.loads((whole / "config.json").read_text())["model_args"]["k"]
+    assert lengths.count(None) == 1
+
+    fits = []
+    honest = FitState.save
+
+    def save(self, fit, converted):
+        honest(self, fit, converted)
+        fits.append(fit.layer)
+        if len(fits) == len(lengths) + 1:  # after the first layer that is fitted again
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FitState, "save", save)
+    with contextlib.suppress(KeyboardInterrupt):
+        convert(data, weights, resumed, "--full-layers", "1")
+    assert not resumed.exists()
+    monkeypatch.undo()
+    assert convert(data, weights, resumed, "--full-layers", "1") == 0
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
