@@ -130,7 +130,7 @@ class RotaryAttention(ProjectedAttention):
         if rotate != "keys":
             keys = self.k_norm(keys)
         if rotate == "rows" and table is not None:
-            keys = self._rotate(keys, self._row_table(table, key_proj, patches, len(x)))
+            keys = self._rotate(keys, self._row_table(table, key_proj, patches, x.shape[0]))
         return q.transpose(1, 2), self._for_all_heads(keys), self._for_all_heads(values)
 
     def _projected(
