@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +95,6 @@ class Activations:
     num_held_out: int
     num_prefix_tokens: int
     batch_size: int
-    # Keywords of the attention of each block, see `linvit.conversion.blocks`.
-    arguments: list[dict[str, Any]]
     # Whether blocks compute in bfloat16; the tokens between them stay in single precision.
     amp: bool = False
 

@@ -101,6 +101,16 @@ def use_ordinary_attention(model: LinformerTransformer, layers: Sequence[int]) -
     update_model_args(model, k=projected_lengths(model))
 
 
+def restore_attention(original: Vit, converted: LinformerTransformer, layers: Sequence[int]) -> None:
+    """Give these layers the original's attention, without a convolution beside it (which stays, with zeros)."""
+    use_ordinary_attention(converted, layers)
+    for layer in layers:
+        attention = converted.blocks[layer].attn
+        if attention.local is not None:
+            attention.local.reset_parameters()
+        attention.load_state_dict({**attention.state_dict(), **original.blocks[layer].attn.state_dict()})
+
+
 def projected_lengths(model: LinformerTransformer) -> list[int | list[int] | None]:
     """The projected length `k` of each layer, as models take it; None for ordinary attention."""
     lengths: list[int | list[int] | None] = []

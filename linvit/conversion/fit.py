@@ -28,13 +28,14 @@ from linvit.conversion.blocks import (
     after_mlp,
     attended,
     attention_scale,
+    block_arguments,
     local_added,
     mlp_scale,
     scale_attention,
     without_local,
 )
 from linvit.conversion.calibration import Activations, relative_error
-from linvit.conversion.convert import projected_lengths, use_ordinary_attention
+from linvit.conversion.convert import projected_lengths, restore_attention
 from linvit.conversion.local import LocalMoments, add_kernel_change, best_changes, neighbourhoods
 from linvit.conversion.solvers import (
     DescentOptions,
@@ -102,13 +103,17 @@ def fit_layers(
     fits = list(done)
     if len(fits) == len(converted.blocks):
         return fits
+    with torch.no_grad():
+        # An earlier distillation may have changed the frequencies of learned rotary embedding.
+        theirs, ours = block_arguments(original), block_arguments(converted)
     for layer, (original_block, block) in enumerate(zip(original.blocks, converted.blocks)):
-        arguments = activations.arguments[layer]
-        target = activations.map(partial(after_attention, original_block, arguments), activations.original)
+        target = activations.map(partial(after_attention, original_block, theirs[layer]), activations.original)
         if layer < len(done):
-            attended = _add_attention(block, activations, _heads(block, arguments, activations))
+            attended = _add_attention(block, activations, _heads(block, ours[layer], activations))
         else:
-            attended, before, after = _fit_attention(original_block, converted, layer, activations, target, options)
+            attended, before, after = _fit_attention(
+                original, converted, layer, ours[layer], activations, target, options
+            )
         activations.original = activations.map(partial(after_mlp, original_block), target)
         if layer >= len(done) and not _is_unchanged(converted, layer):
             _refit_mlp(block, activations, attended, activations.original, _generator(options, layer))
@@ -120,15 +125,16 @@ def fit_layers(
 
 
 def _fit_attention(
-    original: Block,
+    original: Vit,
     converted: LinformerTransformer,
     layer: int,
+    arguments: dict[str, Any],
     activations: Activations,
     target: Tensor,
     options: FitOptions,
 ) -> tuple[Tensor, float, float]:
     """Fit the attention of one layer; returns the tokens after it, and its error before and after the fit."""
-    block, arguments = converted.blocks[layer], activations.arguments[layer]
+    block = converted.blocks[layer]
     held_out = activations.held_out(activations.converted)
     before = _error(activations, activations.map(partial(after_attention, block, arguments), held_out), target)
     if block.attn.projections() is not None:
@@ -139,8 +145,7 @@ def _fit_attention(
         after = _error(activations, activations.held_out(attended), target)
         if options.max_error is None or after <= options.max_error:
             return attended, before, after
-        use_ordinary_attention(converted, [layer])
-        block.attn.load_state_dict(original.attn.state_dict())
+        restore_attention(original, converted, [layer])
     if _is_unchanged(converted, layer):
         attended = _add_attention(block, activations, _heads(block, arguments, activations))
     else:

@@ -87,9 +87,7 @@ def plan_lengths(
     if not speedup > 1:
         raise ValueError(f"--speedup {speedup:g} must be more than 1")
     lengths = _lengths(model.patch_embed.grid_size)
-    activations = Activations(
-        tokens, tokens, len(tokens), model.num_prefix_tokens, 4, arguments=block_arguments(model), amp=amp
-    )
+    activations = Activations(tokens, tokens, len(tokens), model.num_prefix_tokens, 4, amp=amp)
     costs = _costs(
         model, lengths, projection, share, local, target_size, by=by, amp=times_in_bfloat16, batch_size=batch_size
     )
@@ -111,8 +109,9 @@ def plan_lengths(
         plans = [_choose(offers, ordinary / speedup)]
     affordable = [plan for plan in plans if plan is not None]
     if not affordable:
-        fastest = ordinary / sum(min(offer.cost for offer in each) for each in offers)
-        raise ValueError(f"--speedup {speedup:g} cannot be reached: k={lengths[0]} in every layer gives {fastest:.2f}")
+        fastest = min(lengths, key=costs.__getitem__)
+        found = costs[None] / costs[fastest]
+        raise ValueError(f"--speedup {speedup:g} cannot be reached: k={fastest} in every layer gives {found:.2f}")
     best = min(affordable, key=lambda plan: sum(offer.error for offer in plan))
     return [offer.k for offer in best]
 
@@ -193,8 +192,9 @@ def _errors(
     """For each layer, the estimated squared error of the last tokens by length, with all other layers exact."""
     middle = list(projections)[len(projections) // 2]
     last_target = activations.map(partial(last_tokens, model, 0), activations.original)
-    for layer, (block, converted_block) in enumerate(zip(model.blocks, converted.blocks)):
-        arguments = activations.arguments[layer]
+    for layer, (block, converted_block, arguments) in enumerate(
+        zip(model.blocks, converted.blocks, block_arguments(model))
+    ):
         target = activations.map(partial(after_attention, block, arguments), activations.original)
         weights = activations.weights(target)
         errors = {}

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from linvit.conversion.blocks import Vit, last_tokens
+from linvit.conversion.blocks import Vit, block_arguments, last_tokens
 from linvit.conversion.calibration import Activations, last_tokens_error
-from linvit.conversion.convert import use_ordinary_attention
+from linvit.conversion.convert import restore_attention
 from linvit.model.transformer import LinformerTransformer
 
 # Images on which the layers are compared.
@@ -29,26 +29,24 @@ def layer_to_restore(original: Vit, converted: LinformerTransformer, activations
 
     Returns None if no layer is projected.
     """
-    tokens = activations.held_out(activations.original)[-NUM_IMAGES:]
+    tokens, own = (activations.held_out(each)[-NUM_IMAGES:] for each in (activations.original, activations.converted))
     target = activations.map(partial(last_tokens, original, 0), tokens)
     errors: dict[int, float] = {}
-    for layer, (original_block, block) in enumerate(zip(original.blocks, converted.blocks)):
-        arguments = activations.arguments[layer]
+    for layer, (original_block, block, arguments) in enumerate(
+        zip(original.blocks, converted.blocks, block_arguments(converted))
+    ):
         if block.attn.projections() is not None:
-            restored = activations.map(partial(_run, original_block, arguments), tokens)
+            restored = activations.map(partial(_run, original_block, arguments), own)
             last = activations.map(partial(last_tokens, converted, layer + 1), restored)
             errors[layer] = last_tokens_error(last, target, activations.num_prefix_tokens)
-        tokens = activations.map(partial(_run, block, arguments), tokens)
+        own = activations.map(partial(_run, block, arguments), own)
     return min(errors, key=lambda layer: errors[layer]) if errors else None
 
 
 def with_ordinary_layers(original: Vit, converted: LinformerTransformer, layers: Sequence[int]) -> LinformerTransformer:
     """A copy of a converted model in which these layers have the original's attention."""
     model = copy.deepcopy(converted)
-    use_ordinary_attention(model, layers)
-    for layer in layers:
-        attention = model.blocks[layer].attn
-        attention.load_state_dict({**attention.state_dict(), **original.blocks[layer].attn.state_dict()})
+    restore_attention(original, model, layers)
     return model
 
 

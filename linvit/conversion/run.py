@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 
-from linvit.conversion.blocks import Vit, block_arguments, embed
+from linvit.conversion.blocks import Vit, embed
 from linvit.conversion.calibration import Activations, CalibrationImages
 from linvit.conversion.comparison import Comparison, Fidelity, Speed, measure_speed, resized_copy
 from linvit.conversion.convert import convert_vit, linformer_keywords
@@ -95,6 +95,8 @@ class _Conversion:
         assert isinstance(self.classifier.model, Vit)
         self.original = self.classifier.model.to(device, torch.float32)
         self.start = None if options.start_from is None else load_converted(options.start_from, self.original)
+        if self.start is not None:
+            self.start.model.to(device, torch.float32)
         self.images = CalibrationImages(
             options.images,
             input_spec(self.classifier, img_size=options.size),
@@ -137,18 +139,19 @@ class _Conversion:
     @torch.no_grad()
     def _embed(self) -> Activations:
         task = self.bar.add_task("reading images", total=len(self.images.fit_paths))
+        # An earlier distillation has also trained the embedding of patches.
+        models = [each.model for each in (self.classifier, self.start) if each is not None]
         batches = []
         for images in self.images.fit_batches():
-            batches.append(embed(self.original, images))
+            batches.append([embed(model, images) for model in models])
             self.bar.advance(task, len(images))
-        tokens = torch.cat(batches)
+        tokens = [torch.cat(each) for each in zip(*batches)]
         return Activations(
-            original=tokens,
-            converted=tokens,
+            original=tokens[0],
+            converted=tokens[-1],
             num_held_out=self.images.num_held_out,
             num_prefix_tokens=self.original.num_prefix_tokens,
             batch_size=self.options.batch_size,
-            arguments=block_arguments(self.original),
             amp=self.options.amp,
         )
 
@@ -156,7 +159,7 @@ class _Conversion:
         options = self.options
         if self.start is not None:
             assert isinstance(self.start.model, LinformerTransformer)
-            return self.start.model.to(activations.original.device, torch.float32)
+            return self.start.model
         k: ProjectedLength
         if options.k == "plan":
             k = self.state.plan(lambda: self._plan(activations))

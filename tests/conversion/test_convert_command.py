@@ -14,7 +14,9 @@ from vits import SMALL, make_vit
 import linvit.conversion.run
 import linvit.conversion.state
 from linvit.cli import main
+from linvit.conversion.blocks import embed
 from linvit.conversion.options import ConvertOptions
+from linvit.conversion.run import _Conversion
 from linvit.conversion.state import FitState
 
 NAME = "vit_tiny_patch16_224"
@@ -102,6 +104,24 @@ def test_it_starts_from_an_earlier_conversion_at_another_size(
         assert convert(data, weights, tmp_path / "wrong", *wrong, k=()) > 0
         assert words in capsys.readouterr().err
         assert not (tmp_path / "wrong").exists()
+
+
+def test_the_fit_sees_the_embedding_of_the_earlier_conversion(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checked(self, converted, activations):
+        with torch.no_grad():
+            own = torch.cat([embed(converted, images) for images in self.images.fit_batches()])
+        assert torch.equal(own, activations.converted)
+        same.append(torch.equal(own, activations.original))
+        return fit(self, converted, activations)
+
+    fit, same = _Conversion._fit, []
+    monkeypatch.setattr(_Conversion, "_fit", checked)
+    assert convert(data, weights, tmp_path / "large", "--img-size", "96") == 0
+    assert convert(data, weights, tmp_path / "small", "--start-from", str(tmp_path / "large"), k=()) == 0
+    # The position embedding was resampled from 64 to 96 px, and back.
+    assert same == [True, False]
 
 
 def test_both_models_are_timed(data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,16 @@ def test_a_fit_improves_rotary_models(kind):
         assert difference(model, converted) < 0.9 * difference(model, unfitted)
 
 
+def test_the_fit_sees_the_tokens_of_the_converted_model():
+    model = make_rotary("vit_small_patch16_rope_mixed_224", depth=1)
+    converted, activations = convert_vit(model, k=9), make_activations(model, fitted=8, held_out=4)
+    with torch.no_grad():
+        converted.rope.freqs.mul_(1.5)
+        fit_layers(model, converted, activations, CLOSED_FORM)
+        found, expected = converted.norm(activations.converted), converted.forward_features(make_images(12))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_identity_stays_exact():
     model, converted, fits = fit(BOTH, projection="identity")
     assert [each.error_after for each in fits] == pytest.approx([0, 0, 0], abs=1e-6)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from vits import make_activations, make_rotary, make_vit
 
-from linvit.conversion.blocks import after_attention
+from linvit.conversion.blocks import after_attention, block_arguments
 from linvit.conversion.convert import convert_vit
 from linvit.conversion.fit import FitOptions, _heads, _refit_with_local, fit_layers
 from linvit.conversion.local import LocalMoments, _solution, best_changes, neighbourhoods
@@ -91,7 +91,7 @@ def test_a_convolution_of_the_original_is_found_again(make):
     # With averages over cells, the layer counts as changed; attention of all patches then leaves only Wo and local.
     activations = make_activations(model, fitted=48)
     block = converted.blocks[0]
-    where = activations.arguments[0]
+    where = block_arguments(model)[0]
     with torch.no_grad():
         wanted = after_attention(target.blocks[0], where, activations.original)
         heads = _heads(block, where, activations)
@@ -110,11 +110,17 @@ def test_a_fit_with_local_is_better():
     assert all(each.error_after < each.error_before for each in fits)
 
 
-def test_descent_trains_the_convolution_too():
+def test_descent_trains_the_convolution_too(monkeypatch):
+    # Regression would change it as well.
+    monkeypatch.setattr("linvit.conversion.fit._refit_with_local", lambda *_: None)
     model = make_vit(depth=1)
     converted = convert_vit(model, k=9, local=3)
-    nn.init.normal_(converted.blocks[0].attn.local.weight, std=0.05)
-    before = converted.blocks[0].attn.local.weight.clone()
-    options = FitOptions(DescentOptions(steps=16, images=4, queries=16))
-    fit_layers(model, converted, make_activations(model), options)
-    assert (converted.blocks[0].attn.local.weight - before).abs().max() > 1e-4
+    fit_layers(model, converted, make_activations(model), FitOptions(DescentOptions(steps=16, images=4, queries=16)))
+    assert converted.blocks[0].attn.local.weight.abs().max() > 1e-4
+
+
+def test_a_layer_that_returns_to_ordinary_attention_has_no_convolution():
+    model, converted, fits = fit(FitOptions(DescentOptions(steps=0), max_error=1e-6), local=3)
+    assert [each.k for each in fits] == [None] * 3
+    assert not any(block.attn.local.weight.any() for block in converted.blocks)
+    assert difference(model, converted) == 0

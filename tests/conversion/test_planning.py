@@ -72,21 +72,24 @@ def test_errors_are_measured_on_the_last_tokens():
 
 
 def test_a_plan_by_time_spends_measured_seconds(monkeypatch):
-    seconds = {None: 10.0, 16: 6.0, 25: 7.0, 36: 11.0, 64: 12.0, 100: 13.0, 144: 14.0}
+    seconds = {None: 10.0, 16: 6.0, 24: 6.5, 42: 10.0, 63: 11.0, 96: 12.0, 165: 13.0}
     asked = []
 
     def measured(model, lengths, **settings):
         asked.append(settings)
-        return LayerTimes({k: seconds.get(k, 20.0) for k in (None, *lengths)}, rest=6.0)
+        return LayerTimes({k: seconds[k] for k in (None, *lengths)}, rest=6.0)
 
     monkeypatch.setattr(planning, "measure_layer_times", measured)
     lengths = plan(1.2, by="time", local=3, target_size=(128, 128))
-    # 3 layers of 10 s and a rest of 6 s may take 30 s; lengths that are slower than ordinary attention are never taken.
-    assert set(lengths) <= {None, 16, 25}
+    # 3 layers of 10 s and a rest of 6 s may take 30 s; lengths no faster than ordinary attention are never taken.
+    assert set(lengths) <= {None, 16, 24}
     assert sum(seconds[k] for k in lengths) + 6 <= 36 / 1.2
     assert sum(k is None for k in lengths) == 1
     assert asked == [dict(projection="separable", share="kv", local=3, img_size=(128, 128), amp=False, batch_size=1)]
-    seconds |= {16: 10.0, 25: 10.5}
+    seconds |= {42: 4.0}
+    with pytest.raises(ValueError, match=r"--speedup 50 cannot be reached: k=42 in every layer gives 2\.00"):
+        plan(50, by="time")
+    seconds |= {16: 10.0, 24: 10.5, 42: 11.0}
     with pytest.raises(ValueError, match="at 64x64 no length is faster than ordinary attention on this device"):
         plan(1.2, by="time")
 

@@ -5,6 +5,7 @@ import torch
 from test_fit import CLOSED_FORM, difference
 from vits import make_activations, make_rotary, make_vit
 
+from linvit.conversion.blocks import block_arguments
 from linvit.conversion.convert import convert_vit, projected_lengths
 from linvit.conversion.fit import fit_layers
 from linvit.conversion.restore import layer_to_restore, with_ordinary_layers
@@ -28,7 +29,7 @@ def test_the_layer_that_helps_most_is_restored(make):
 
 
 def difference_on(model, other, activations):
-    tokens, arguments = activations.held_out(activations.original), activations.arguments
+    tokens, arguments = activations.held_out(activations.original), block_arguments(model)
     ends = []
     with torch.no_grad():
         for each in (model, other):
@@ -46,8 +47,10 @@ def test_restored_layers_have_the_originals_attention():
     model = make_vit()
     converted = convert_vit(model, k=9, local=3)
     torch.nn.init.normal_(converted.blocks[1].attn.proj.weight)
+    torch.nn.init.normal_(converted.blocks[1].attn.local.weight)
     restored = with_ordinary_layers(model, converted, [1])
     assert projected_lengths(restored) == [9, None, 9]
+    assert not restored.blocks[1].attn.local.weight.any()
     assert torch.equal(restored.blocks[1].attn.proj.weight, model.blocks[1].attn.proj.weight)
     assert projected_lengths(converted) == [9, 9, 9]
     everywhere = with_ordinary_layers(model, converted, [0, 1, 2])

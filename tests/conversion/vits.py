@@ -6,7 +6,7 @@ from timm.models import VisionTransformer
 from timm.models.eva import Eva
 from torch import Tensor
 
-from linvit.conversion.blocks import block_arguments, embed
+from linvit.conversion.blocks import embed
 from linvit.conversion.calibration import Activations
 
 torch.set_num_threads(1)
@@ -43,5 +43,5 @@ def make_images(count: int, size: int = 64, seed: int = 1) -> Tensor:
 def make_activations(model: VisionTransformer, *, fitted: int = 16, held_out: int = 8) -> Activations:
     """The tokens that enter the first block, for `make_images`."""
     with torch.no_grad():
-        tokens, arguments = embed(model, make_images(fitted + held_out)), block_arguments(model)
-    return Activations(tokens, tokens, held_out, model.num_prefix_tokens, 8, arguments=arguments)
+        tokens = embed(model, make_images(fitted + held_out))
+    return Activations(tokens, tokens, held_out, model.num_prefix_tokens, batch_size=8)
