@@ -19,7 +19,7 @@ from linvit.model.rotary import Rotary, make_projectable
 from linvit.model.sharing import ProjectedLength, Share
 
 # Where timm keeps the filter of a model: in the module of its class.
-from linvit.model.sharing import rotary_checkpoint_filter_fn as checkpoint_filter_fn  # noqa: F401
+from linvit.model.sharing import checkpoint_filter_fn as checkpoint_filter_fn
 from linvit.model.transformer import Embedded, LinformerTransformer
 from linvit.settings.fields import unknown_choice
 

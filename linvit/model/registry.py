@@ -6,7 +6,6 @@ an average over patches instead of a class token. All models default to `project
 costs k_h·H + k_w·W parameters per layer and can be moved to any other grid.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from timm.data import (
@@ -18,7 +17,7 @@ from timm.data import (
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from linvit.model.eva import LinformerEva
-from linvit.model.sharing import checkpoint_filter_fn, rotary_checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
 from linvit.model.vit import LinformerViT
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
@@ -99,21 +98,21 @@ default_cfgs = generate_default_cfgs(
 
 def create(variant: str, pretrained: bool, **kwargs: Any) -> LinformerViT:
     """Build the registered model `variant` as timm builds its models; `kwargs` go to LinformerViT."""
-    return _build(LinformerViT, variant, pretrained, checkpoint_filter_fn, kwargs)
+    return _build(LinformerViT, variant, pretrained, kwargs)
 
 
 def create_rotary(variant: str, pretrained: bool, **kwargs: Any) -> LinformerEva:
     """Build the registered rotary model `variant` as timm builds its models; `kwargs` go to LinformerEva."""
-    return _build(LinformerEva, variant, pretrained, rotary_checkpoint_filter_fn, kwargs)
+    return _build(LinformerEva, variant, pretrained, kwargs)
 
 
-def _build(cls: type, variant: str, pretrained: bool, filter_fn: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+def _build(cls: type, variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as eva_checkpoint_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
@@ -125,20 +126,17 @@ _logger = logging.getLogger(__name__)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Adapt a checkpoint of a LinformerViT or a timm ViT to `model`, a LinformerViT.
+    """Adapt a checkpoint of a linvit model, a timm ViT or a timm `Eva` to `model`, a LinformerViT or LinformerEva.
 
-    Patch and position embeddings are resampled as in timm, E and F by overlap area. `model` takes over the shapes that
-    a checkpoint's E and F fix, such as the rows and columns of `separable`. A checkpoint without E and F comes from a
+    Names are those of linvit, of timm, or of an original that timm reads (DINOv3, Perception Encoder, EVA, …). Patch
+    and position embeddings are resampled as in timm, E and F by overlap area. `model` takes over the shapes that a
+    checkpoint's E and F fix, such as the rows and columns of `separable`. A checkpoint without E and F comes from a
     plain ViT: the model keeps its own, and a warning is logged; likewise for convolutions beside attention. Raises
     ValueError if the shapes do not fit the grid, and if only one of the two has a convolutional stem.
     """
     _check_stem(state_dict, model)
-    return _fit_projections(vit_checkpoint_filter_fn(state_dict, model), model)
-
-
-def rotary_checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`checkpoint_filter_fn` for a checkpoint of a LinformerEva or a timm `Eva`, and a LinformerEva."""
-    return _fit_projections(eva_checkpoint_filter_fn(state_dict, model), model)
+    timms_filter = eva_checkpoint_filter_fn if isinstance(model, Eva) else vit_checkpoint_filter_fn
+    return _fit_projections(timms_filter(state_dict, model), model)
 
 
 def _fit_projections(out: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

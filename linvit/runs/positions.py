@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from timm.models.eva import Eva
 from torch import Tensor
 
 Size = tuple[int, int]
 PATCH_EMBEDDING = "patch_embed.proj.weight"
+# The names of the register tokens in timm, in DINOv2 and in DINOv3.
+REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class _Prefix:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor]) -> "_Prefix":
-        registers = state_dict.get("reg_token")
+        registers = next((state_dict[name] for name in REGISTERS if name in state_dict), None)
         return cls(
             "cls_token" in state_dict, "dist_token" in state_dict, 0 if registers is None else registers.shape[1]
         )
@@ -61,7 +64,8 @@ def match_prefix(model: Any, state_dict: Mapping[str, Tensor], recorded: Size | 
     settings = []
     num_registers = saved.num_registers + (saved.has_distillation and not own.has_distillation)
     if num_registers != own.num_registers:
-        settings.append(f"reg_tokens={num_registers}")
+        keyword = "num_reg_tokens" if isinstance(model, Eva) else "reg_tokens"
+        settings.append(f"{keyword}={num_registers}")
     if saved.has_class != own.has_class:
         settings.append("class_token=true" if saved.has_class else "class_token=false global_pool=avg")
     differing = f"the model has {own}"

@@ -12,7 +12,8 @@ from torch import nn
 
 from linvit.model.eva import LinformerEva
 from linvit.model.rotary import RotaryAttention
-from linvit.model.sharing import rotary_checkpoint_filter_fn
+from linvit.model.sharing import checkpoint_filter_fn
+from linvit.runs.weights import fit_weights, read_weights
 
 SMALL = dict(img_size=(28, 20), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5, attn_type="rope")
 ROPE = dict(use_rot_pos_emb=True, use_abs_pos_emb=False, rope_type="dinov3", rope_rotate_half=True)
@@ -66,7 +67,7 @@ def test_other_sizes_equal_set_input_size(rotary, how):
     other = make(share="headwise", projection="linear", **rotary, dynamic_img_size=how == "dynamic")
     if how == "load":
         other.set_input_size(img_size=(36, 24))
-        other.load_state_dict(rotary_checkpoint_filter_fn(model.state_dict(), other))
+        other.load_state_dict(checkpoint_filter_fn(model.state_dict(), other))
     else:
         other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(images((36, 24))), resized(images((36, 24))), rtol=0, atol=1e-5)
@@ -112,10 +113,37 @@ def test_a_checkpoint_of_timm_loads_by_name(caplog):
     theirs = make(Eva)
     model = make(local=3)
     with caplog.at_level(logging.WARNING):
-        state = rotary_checkpoint_filter_fn(theirs.state_dict(), model)
+        state = checkpoint_filter_fn(theirs.state_dict(), model)
     assert "the checkpoint has no projections" in caplog.text
     model.load_state_dict(state)
     assert torch.equal(model.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
+
+
+def test_raw_weights_of_dinov3_load(tmp_path):
+    model = timm.create_model(
+        "linvit_mini_patch4_rope_64", depth=1, class_token=True, num_reg_tokens=4, init_values=0.1, attn_type="eva"
+    )
+    block = "blocks.0."
+    raw = {
+        "storage_tokens": torch.randn(1, 4, 64),
+        "mask_token": torch.zeros(1, 64),
+        "rope_embed.periods": torch.ones(8),
+    }
+    raw |= {f"{block}ls1.gamma": torch.randn(64), f"{block}ls2.gamma": torch.randn(64)}
+    raw |= {f"{block}attn.qkv.bias": torch.randn(192), f"{block}attn.qkv.bias_mask": torch.ones(192)}
+    renamed = ("reg_token", "gamma_1", "gamma_2", "q_bias", "v_bias", "projection")
+    raw |= {name: value + 1 for name, value in model.state_dict().items() if not name.endswith(renamed)}
+    torch.save({name: value for name, value in raw.items() if "projection" not in name}, tmp_path / "dinov3.pth")
+    other = timm.create_model("linvit_mini_patch4_rope_64", depth=1, class_token=True)
+    with pytest.raises(ValueError, match="set --model-kwargs num_reg_tokens=4"):
+        fit_weights(other, read_weights(tmp_path / "dinov3.pth"))
+    kept = fit_weights(model, read_weights(tmp_path / "dinov3.pth"))
+    assert kept == [f"{block}attn.key_projection.weight_{axis}" for axis in "hw"]
+    found = model.blocks[0]
+    assert torch.equal(model.reg_token, raw["storage_tokens"])
+    assert torch.equal(found.gamma_2, raw[f"{block}ls2.gamma"])
+    assert torch.equal(found.attn.v_bias, raw[f"{block}attn.qkv.bias"][128:])
+    assert torch.equal(found.mlp.fc1.weight, raw[f"{block}mlp.fc1.weight"])
 
 
 @pytest.mark.parametrize(
