@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from stopped_runs import assert_stopping_changes_nothing
 from tiny_runs import make_images, train
@@ -62,6 +63,17 @@ def test_training_images_grow_to_the_input_size_of_the_model(
         "epoch 2: training at 24×24 px",
         "epoch 4: training at 32×32 px",
     ]
+
+
+def test_a_rotary_model_trains_at_growing_sizes(data: Path, tmp_path: Path, seen: list) -> None:
+    model = {"model": "linvit_mini_patch4_rope_64", "k": 2, "local": 3, "patch_drop": 0.25}
+    jitter = {"rope_type": "mixed", "rope_rotate_half": False, "rope_jitter_coords": 1.5, "patch_size": 8, "depth": 1}
+    options = {"train_img_sizes": [16, 32], "model_ema": True, "layer_decay": 0.7, "grad_checkpointing": "full"}
+    assert train(data, tmp_path, epochs=2, model_kwargs=jitter, **model, **options) == 0
+    assert {images.shape[-1] for images, _ in seen} == {16, 32}
+    trained = timm.create_model(f"local-dir:{tmp_path}/run/best", pretrained=True)
+    assert trained.blocks[0].attn.local.weight.any()
+    assert trained(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
 def test_evaluation_uses_the_input_size_of_the_model(
