@@ -143,12 +143,13 @@ class RotaryAttention(ProjectedAttention):
             prefix, tokens = self._split_prefix(x[:, None])
             is_matrix = isinstance(key_proj, MatrixProjection)
             on_grid = patches.place(tokens) if is_matrix else patches.fill(tokens, key_proj.absent)
+            layers = [self._weight(part, x.dtype) for part in "kv"[len(found) :]]
+            # In EVA-02 only values have a bias.
+            has_bias = any(bias is not None for _, bias in layers)
             rows = None
-            for part, (projection, share) in list(zip("kv", pairs))[len(found) :]:
-                weight, bias = self._weight(part, x.dtype)
+            for (weight, bias), (projection, share) in zip(layers, pairs[len(found) :]):
                 if rows is None or value_proj is not key_proj:
-                    # In EVA-02 only values have a bias.
-                    rows = self._rows(prefix, on_grid, projection, share, patches, has_bias=True)
+                    rows = self._rows(prefix, on_grid, projection, share, patches, has_bias=has_bias)
                 if projection.num_maps > 1:
                     weight, bias = (
                         self._for_all_heads_of(weight),

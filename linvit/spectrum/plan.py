@@ -253,13 +253,14 @@ def _count(
         k=[k],
         projection=projection,
         share=share,
+        weight_init="skip",
     )
     registers = max(num_prefix - 1, 0)
     with torch.device("meta"):
         model = (
             LinformerEva(**common, num_reg_tokens=registers, use_rot_pos_emb=True)
             if rotary
-            else LinformerViT(**common, reg_tokens=registers, weight_init="skip")
+            else LinformerViT(**common, reg_tokens=registers)
         )
         tokens = torch.empty(1, num_prefix + grid_size[0] * grid_size[1], embed_dim)
         rope = rotary_of_layers(model)[0]
