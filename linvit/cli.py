@@ -18,6 +18,7 @@ from linvit.version import __version__
 COMMANDS = {
     "train": {
         "train": "linvit.training.command",
+        "probe": "linvit.probe.command",
         "lr-find": "linvit.training.lr_find",
         "average": "linvit.runs.average",
     },

@@ -25,6 +25,7 @@ WINGS = [
     "evaluation",
     "explanation",
     "training",
+    "probe",
     "report",
     "train_imagenet",
     "prediction",

@@ -167,7 +167,7 @@ class PixelCache:
         """
         if self._process != os.getpid():
             self._reset()
-        source = _fingerprint(path)
+        source = file_fingerprint(path)
         image = self._find(index, source)
         if image is None:
             image = decode()
@@ -277,7 +277,7 @@ def _create_index(path: Path, num_images: int) -> None:
     scratch.replace(path)
 
 
-def _fingerprint(path: Path) -> int:
+def file_fingerprint(path: Path) -> int:
     """A hash of the path and of the file's size and modification time; of the archive's, for a name in an archive."""
     facts = os.path.abspath(path)
     for file in (path, *path.parents):

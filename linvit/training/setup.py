@@ -8,7 +8,8 @@ timm's Mixup uses numpy's global generator, dropout and stochastic depth use tor
 
 import os
 import random
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -51,7 +52,18 @@ def prepare_process(config: TrainConfig) -> None:
     seed_run(config.seed)
 
 
-def open_train_set(config: TrainConfig) -> ImageSet:
+class ImageOptions(Protocol):
+    """The options that name the images of a run; those of `DataOptions`, and what to do about unreadable images."""
+
+    data_dir: Path | None
+    train_split: str
+    val_split: str
+    val_fraction: float | None
+    class_map: Path | None
+    on_bad_image: Literal["stop", "skip"]
+
+
+def open_train_set(config: ImageOptions) -> ImageSet:
     """The training images. The folders of their split, or --class-map, name and number the classes."""
     class_map = config.class_map
     is_order = class_map is not None and is_class_order(class_map)
@@ -63,14 +75,14 @@ def open_train_set(config: TrainConfig) -> ImageSet:
     return images
 
 
-def open_val_set(config: TrainConfig, *, class_names: list[str]) -> ImageSet:
+def open_val_set(config: ImageOptions, *, class_names: list[str]) -> ImageSet:
     """The validation images, labelled by the training classes."""
     images = _open_part(config, "val", class_names=class_names)
     check_readable(images, config)
     return images
 
 
-def _open_part(config: TrainConfig, part: Literal["train", "val"], *, class_names: list[str] | None) -> ImageSet:
+def _open_part(config: ImageOptions, part: Literal["train", "val"], *, class_names: list[str] | None) -> ImageSet:
     assert config.data_dir is not None
     if config.val_fraction is not None:
         images = open_fraction(
@@ -90,7 +102,7 @@ def _open_part(config: TrainConfig, part: Literal["train", "val"], *, class_name
         raise NoSuchSplit(f"{error}; or set --val-fraction 0.2 to take validation images from the others") from None
 
 
-def check_readable(images: ImageSet, config: TrainConfig) -> None:
+def check_readable(images: ImageSet, config: ImageOptions) -> None:
     """Raise ValueError if bad images are to be skipped, but none can be read. Reads up to the first good image."""
     if config.on_bad_image == "stop":
         return

@@ -1,0 +1,1 @@
+"""A linear classifier on the features of a pretrained model: `linvit probe`."""
