@@ -1,5 +1,6 @@
 """`linvit probe`: train a linear classifier on the features of a pretrained model."""
 
+import shlex
 from collections.abc import Sequence
 
 from linvit.probe.options import ProbeOptions
@@ -28,4 +29,4 @@ def main(argv: Sequence[str]) -> int:
     )
     from linvit.probe.run import probe_command
 
-    return probe_command(options)
+    return probe_command(options, command=shlex.join(["linvit", "probe", *argv]))

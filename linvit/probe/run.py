@@ -22,6 +22,7 @@ from linvit.evaluation.predictions import write_predictions
 from linvit.evaluation.scores import scorer
 from linvit.evaluation.source import DEFAULT_BATCH_SIZE
 from linvit.evaluation.uncertainty import bootstrap
+from linvit.measure.provenance import provenance
 from linvit.model.build import TimmModel
 from linvit.output.cells import markdown_cell
 from linvit.output.files import cannot_write, printable, scratch_of, write_json, write_text
@@ -41,8 +42,8 @@ from linvit.version import __version__
 NUM_RESAMPLES = 1000
 
 
-def probe_command(options: ProbeOptions) -> int:
-    """Train and validate a classifier, and write the run; returns the exit status.
+def probe_command(options: ProbeOptions, *, command: str) -> int:
+    """Train and validate a classifier, and write the run; returns the exit status. `command` is in the results.
 
     Raises UsageError or ValueError if model, options and images do not fit together, OSError if files cannot be
     written.
@@ -64,8 +65,7 @@ def probe_command(options: ProbeOptions) -> int:
         show_line(console, text)
     if len(train_set.class_names) < 2:
         raise ValueError(f"{options.data_dir} has the class {train_set.class_names[0]!r} only; a classifier needs two")
-    probe = _Probe(options, device, train_set, val_set, console)
-    probe.run()
+    _Probe(options, device, train_set, val_set, console, command).run()
     return 0
 
 
@@ -83,9 +83,15 @@ class _Probe:
     """The stages of one probe, with the model and the images that they share."""
 
     def __init__(
-        self, options: ProbeOptions, device: torch.device, train_set: ImageSet, val_set: ImageSet, console: Console
+        self,
+        options: ProbeOptions,
+        device: torch.device,
+        train_set: ImageSet,
+        val_set: ImageSet,
+        console: Console,
+        command: str,
     ) -> None:
-        self.options, self.device, self.console = options, device, console
+        self.options, self.device, self.console, self.command = options, device, console, command
         self.train_set, self.val_set = train_set, val_set
         size = None if options.img_size is None else height_and_width(options.img_size)
         self.classifier = load_source(options.source, options, weights=options.weights, img_size=size)
@@ -193,8 +199,6 @@ class _Probe:
             raise cannot_write(options.output, error) from error
         finally:
             shutil.rmtree(run.path, ignore_errors=True)
-        if options.json_file is not None:
-            write_json(options.json_file, self._report(trained))
 
     def _settings(self) -> dict[str, Any]:
         """The options with what the source's own run decided, so that the new run is evaluated in the same way."""
@@ -213,17 +217,17 @@ class _Probe:
         score = scorer(trained.results, num_classes=len(class_names))
         num_images = metrics.num_images
         return {
+            **provenance(self.command, seed=self.options.seed, n=1),
             "source": self.options.source,
             "model": self.model.pretrained_cfg["architecture"],
             "weights": self.classifier.weights,
+            "img_size": list(self.spec.size),
             "data": str(self.options.data_dir),
             "num_train": len(self.train_set),
             "num_images": num_images,
             "num_classes": len(class_names),
-            "img_size": list(self.spec.size),
             "num_features": trained.head.weight.shape[1],
             "flip": self.options.flip,
-            "seed": self.options.seed,
             "penalty": choice.penalty,
             "num_folds": choice.num_folds,
             "held_out_losses": {f"{penalty:g}": loss for penalty, loss in choice.losses.items()},
@@ -237,6 +241,8 @@ class _Probe:
 
     def _show(self, trained: Trained) -> None:
         report, choice = self._report(trained), trained.choice
+        if self.options.json_file is not None:
+            write_json(self.options.json_file, report)
         show_line(
             self.console,
             f"L2 penalty {choice.penalty:g}: the lowest held-out loss, {choice.loss:.4f}, of {len(choice.losses)} "
