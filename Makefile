@@ -1,6 +1,6 @@
 # make demo   train a Linformer ViT on real photographs of solar cells, here, in minutes
 # make test   the test suite
-# make test-export   the tests of exported models; installs ONNX Runtime and OpenVINO
+# make test-export   the tests of exported models and of LoRA; installs ONNX Runtime, OpenVINO and PEFT
 # make check  formatting, lint, types
 # make wheel  wheel and source archive in dist/, and a trial of the wheel in an empty folder
 #
@@ -25,8 +25,8 @@ demo: $(VENV)/.linvit-demo
 test: $(VENV)/.linvit-test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) --ignore tests/export
 
-test-export: $(VENV)/.linvit-test $(VENV)/.linvit-export
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) tests/export tests/runtimes tests/examples
+test-export: $(VENV)/.linvit-test $(VENV)/.linvit-export $(VENV)/.linvit-lora
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SHARE) tests/export tests/runtimes tests/examples tests/training/test_lora.py
 
 check: $(VENV)/.linvit-test
 	$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ from linvit.output.files import parse_json, reason
 from linvit.output.terminal import note, printable
 from linvit.runs.checkpoint import is_checkpoint, read_checkpoint
 from linvit.runs.layouts import to_timm, wrap_like
+from linvit.runs.lora import merge_adapters
 from linvit.runs.positions import match_prefix, source_size
 from linvit.settings.fields import Side, listed
 
@@ -95,6 +96,8 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
     recorded = validated(
         source, _Recorded, {name: value for name, value in checkpoint.items() if name in _Recorded.model_fields}
     )
+    if recorded.settings.get("lora") is not None:
+        state_dict = merge_adapters(state_dict, path=source)
     return SavedWeights(
         source,
         state_dict,

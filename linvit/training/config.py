@@ -15,6 +15,7 @@ from linvit.data.options import AugmentOptions, DataOptions, InputOptions, Loade
 from linvit.settings.fields import one_of, unknown, validate
 from linvit.settings.flags import UsageError, build_parser, flag_of, read_flags
 from linvit.settings.yaml import read_settings, write_settings
+from linvit.training.lora_options import LoraOptions
 from linvit.training.options import (
     MODEL_ARGUMENTS,
     DeviceOptions,
@@ -51,6 +52,7 @@ _REQUIRES = {
     "bce_pos_weight": "bce_loss",
     "model_ema_warmup": "model_ema",
     "model_ema_force_cpu": "model_ema",
+    "lora_targets": "lora",
     "layer_decay_min_scale": "layer_decay",
     "layer_decay_no_opt_scale": "layer_decay",
     "torchcompile_mode": "torchcompile",
@@ -78,6 +80,7 @@ class TrainConfig(
     LossOptions,
     DistillOptions,
     EmaOptions,
+    LoraOptions,
     RunOptions,
     TrackerOptions,
 ):
@@ -91,6 +94,7 @@ class TrainConfig(
         _check_model(self)
         _check_training(self)
         _check_sharding(self)
+        _check_adapters(self)
         _check_schedule(self)
         _check_loss(self)
         _check_sampling(self)
@@ -275,6 +279,17 @@ def _check_sharding(config: TrainConfig) -> None:
         raise ValueError("`fsdp` does not support `clip_mode` agc, which needs norms of full rows: set norm or value")
     if config.model_ema_force_cpu:
         raise ValueError("`fsdp` shards the moving average over the processes: remove `model_ema_force_cpu`")
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    if config.lora is None:
+        return
+    if not (config.pretrained or config.pretrained_path or config.initial_checkpoint):
+        raise ValueError("`lora` adapts given weights: set `pretrained_path`, `pretrained` or `initial_checkpoint`")
+    if "backbone" in config.freeze:
+        raise ValueError("`freeze` backbone would freeze the adapters of `lora`: remove one of them")
+    if config.fsdp:
+        raise ValueError("`fsdp` does not support `lora`, whose few trained weights need no sharding: remove one")
 
 
 def _check_schedule(config: TrainConfig) -> None:

@@ -26,6 +26,7 @@ from linvit.settings.fields import listed, unknown
 from linvit.settings.flags import UsageError
 from linvit.training.config import TrainConfig
 from linvit.training.log import print_line
+from linvit.training.lora import check_adapters
 from linvit.training.options import DeviceOptions, ModelOptions, ScheduleOptions
 
 
@@ -72,6 +73,7 @@ def check_options(config: TrainConfig) -> None:
             # Initial weights take most of the time, even on the meta device.
             fast = {"weight_init": "skip"} if config.model.startswith("linvit_") else {}
             model = _create(config, num_classes=None, pretrained=False, **fast)
+        check_adapters(model, config)
         freeze(model, config.freeze)
         resolve_input(model, config)
     except ValueError as error:

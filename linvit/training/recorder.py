@@ -14,6 +14,7 @@ from linvit.evaluation.predictions import write_predictions
 from linvit.output.files import printable, remove_leftovers
 from linvit.runs.checkpoint import prune_checkpoints, read_checkpoint, retire_later, write_checkpoint
 from linvit.runs.folder import RunFolder, lock_run, save_classifier
+from linvit.runs.lora import merge_adapters
 from linvit.runs.weights import compact
 from linvit.training.config import TrainConfig
 from linvit.training.faults import BadImages, BadSteps
@@ -364,7 +365,7 @@ class Recorder:
         save_classifier(
             folder,
             step.weights[which],
-            snapshot()[_STATE_DICTS[which]],
+            merge_adapters(snapshot()[_STATE_DICTS[which]], path=folder),
             class_names=self.loader.class_names,
             spec=self.spec,
             about={"version": __version__, "epoch": result.epoch, "weights": which, "metrics": values},

@@ -20,7 +20,20 @@ from linvit.training.log import print_line
 # These are the place and end of a run; they do not affect its training.
 _IGNORED = {"resume", "no_resume_opt", "allow_changed_data", "output", "experiment", "stop_epoch", "dry_run", "report"}
 # These may not change: always, with the optimizer's state, and within an epoch (where they order the images).
-_FIXED = ("model", "k", "projection", "share", "local", "stem", "gp", "model_kwargs", "input_range", "eval_metric")
+_FIXED = (
+    "model",
+    "k",
+    "projection",
+    "share",
+    "local",
+    "stem",
+    "gp",
+    "model_kwargs",
+    "input_range",
+    "eval_metric",
+    "lora",
+    "lora_targets",
+)
 _FIXED_WITH_OPTIMIZER = ("opt", "opt_kwargs", "freeze")
 _FIXED_WITHIN_EPOCH = ("seed", "sampler", "aug_repeats")
 

@@ -27,6 +27,7 @@ from linvit.training.config import TrainConfig
 from linvit.training.distill import create_distillation
 from linvit.training.fsdp import shard
 from linvit.training.log import print_line
+from linvit.training.lora import add_adapters
 from linvit.training.loss import create_loss, create_mixup, read_class_weights
 from linvit.training.model import build_model, check_options, epoch_sizes, freeze, place_model, wrap_model
 from linvit.training.optim import create_ema, create_optimizer, create_schedule, learning_rate
@@ -123,7 +124,7 @@ def prepare_model(config: TrainConfig, *, class_names: list[str], ranks: Ranks) 
     """
     log = print_line if ranks.is_primary else _discard
     model, new_parameters = build_model(config, class_names=class_names, log=log)
-    for note in freeze(model, config.freeze):
+    for note in (*add_adapters(model, config), *freeze(model, config.freeze)):
         log(note)
     place_model(model, config, ranks)
     return model, new_parameters

@@ -147,6 +147,8 @@ EVERYTHING = {
     "log_interval": 10,
     "checkpoint_interval": 500,
     "checkpoint_minutes": 15.5,
+    "lora": 4,
+    "lora_targets": ["qkv", "blocks.[6-9].mlp.*"],
     "checkpoint_hist": 3,
     "save_epochs": [10, 20],
     "early_stop_patience": 5,
