@@ -5,11 +5,14 @@ converted model does not have from pretraining (E, F, `local`) are trained. A ru
 `linvit.runs.lora` merges them into W for `best/` and `last/`, so nothing but training needs PEFT.
 """
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
+from timm.models import get_model_input_config
 from torch import nn
 
 from linvit.model.build import TimmModel
@@ -69,6 +72,7 @@ def add_adapters(model: TimmModel, options: LoraOptions) -> list[str]:
         peft.inject_adapter_in_model(config, model)
     for parameter in kept:
         parameter.requires_grad_(True)
+    _check_calls(model, layers)
     return [f"--lora {options.lora}: adapters beside {compact(layers)}"]
 
 
@@ -79,14 +83,42 @@ def adapted_layers(model: TimmModel, targets: Sequence[str]) -> list[str]:
     """
     classifier = {name.rpartition(".")[0] for name in classifier_parameters(model)}
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in classifier]
+    if not linear:
+        raise ValueError(f"--lora: {_architecture(model)} has no linear layers besides its classifier")
     found = {target: [name for name in linear if _matches(name, target)] for target in targets}
     last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     missing = [target for target, names in found.items() if not names]
-    if not linear or len(missing) == len(targets) or (missing and tuple(targets) != DEFAULT_TARGETS):
-        choices = f"; choose {one_of(last_parts)}" if last_parts else ""
-        raise ValueError(f"--lora-targets: {unknown('linear layer', (missing or ['none'])[0], last_parts)}{choices}")
+    if len(missing) == len(targets) or (missing and tuple(targets) != DEFAULT_TARGETS):
+        raise ValueError(
+            f"--lora-targets: {unknown('linear layer', missing[0], last_parts)}; choose {one_of(last_parts)}"
+        )
     chosen = {name for names in found.values() for name in names}
     return [name for name in linear if name in chosen]
+
+
+def _check_calls(model: TimmModel, layers: Sequence[str]) -> None:
+    """Raise ValueError for layers whose weight the model reads itself: their adapters would have no effect."""
+    # On the meta device a forward pass costs nothing.
+    shadow = copy.deepcopy(model).to("meta").eval()
+    called: set[str] = set()
+    for name in layers:
+        shadow.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    try:
+        shadow(torch.empty(1, *get_model_input_config(model)["input_size"], device="meta"))
+    except RuntimeError:
+        # A few models cannot run without computing.
+        return
+    uncalled = [name for name in layers if name not in called]
+    if uncalled:
+        others = {name.rpartition(".")[2] for name in layers} - {name.rpartition(".")[2] for name in uncalled}
+        raise ValueError(
+            f"--lora-targets: {_architecture(model)} reads the weights of {compact(uncalled)} without calling these "
+            f"layers, so adapters would have no effect: set --lora-targets {' '.join(sorted(others))}"
+        )
+
+
+def _architecture(model: TimmModel) -> str:
+    return str(model.pretrained_cfg["architecture"])
 
 
 def _matches(name: str, target: str) -> bool:

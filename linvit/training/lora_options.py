@@ -2,7 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DEFAULT_TARGETS = ("qkv", "proj", "fc1", "fc2")
+# Attention and MLP of a ViT, and of rotary models: queries, keys and values apart, gated MLPs.
+DEFAULT_TARGETS = ("qkv", "proj", "fc1", "fc2", "q_proj", "k_proj", "v_proj", "fc1_g", "fc1_x")
 
 
 class LoraOptions(BaseModel):
