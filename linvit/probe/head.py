@@ -53,6 +53,7 @@ class Choice:
 
 def folds_of(labels: Tensor, *, seed: int) -> Tensor:
     """Deal labels (N,) into NUM_FOLDS parts, 0 to NUM_FOLDS - 1, each with an equal share of every class; (N,)."""
+    labels = labels.cpu()
     generator = torch.Generator().manual_seed(seed)
     folds = torch.empty_like(labels)
     dealt = 0
@@ -80,7 +81,7 @@ def choose_penalty(
         labels: (N,).
         advance: called after each fit.
     """
-    folds = folds_of(labels, seed=seed)
+    folds = folds_of(labels, seed=seed).to(labels.device)
     num_folds = NUM_FOLDS if len(labels) <= MOST_FOR_ALL_FOLDS else 1
     fits = []
     for fold in range(num_folds):
@@ -148,7 +149,7 @@ class _Fit:
         log_probabilities = torch.addmm(bias, self.rows, weight.mT).log_softmax(1)  # (n, C)
         loss = F.nll_loss(log_probabilities, self.labels) + penalty / 2 * weight.square().sum()
         residuals = log_probabilities.exp_()
-        residuals[torch.arange(len(residuals)), self.labels] -= 1
+        residuals[torch.arange(len(residuals), device=residuals.device), self.labels] -= 1
         residuals /= len(residuals)
         gradient = torch.cat([residuals.mT @ self.rows + penalty * weight, residuals.sum(0)[:, None]], dim=1)
         return float(loss), gradient.flatten().cpu().numpy()

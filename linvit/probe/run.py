@@ -176,7 +176,7 @@ class _Probe:
 
     def _write(self, trained: Trained) -> None:
         options, class_names = self.options, self.train_set.class_names
-        layer = _new_head(self.model, len(class_names), options.source)
+        layer = _new_head(self.model.cpu(), len(class_names), options.source)
         with torch.no_grad():
             layer.weight.copy_(trained.head.weight)
             layer.bias.copy_(trained.head.bias)

@@ -61,7 +61,7 @@ def test_merged_weights_compute_the_same(settings: dict[str, Any]) -> None:
     before = plain.forward_features(x)
     model = adapted(make(**settings)).double().eval()
     features = model.forward_features(x)
-    assert (features - before).abs().max() > 0.1
+    assert (features - before).abs().max() > 0.01
     plain.load_state_dict(merge_adapters(model.state_dict(), path=Path("run")))
     torch.testing.assert_close(plain.forward_features(x), features, rtol=0, atol=1e-12)
 
