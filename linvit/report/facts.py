@@ -27,12 +27,17 @@ def describe_training(run: Run, train_set: ImageSet | None, classifier: Classifi
     classes = f", {len(run.class_names):,} classes" if run.class_names else ""
     images = "" if train_set is None else f", {len(train_set):,} images"
     size = "" if classifier is None else f" at {format_size(input_spec(classifier).size)} px"
+    is_probe = setting("source") is not None
+    model = f"linear probe of {setting('source')}" if is_probe else setting("model")
     facts = [
-        ("Model", f"{setting('model')}{size}" + _starting_point(run)),
+        ("Model", f"{model}{size}" + _starting_point(run)),
         ("Trained on", f"{setting('data_dir')}, {setting('train_split')}{images}{classes}"),
     ]
     if run.predictions is not None:
         facts.append(("Evaluated on", f"{setting('val_split')}, {len(run.predictions.paths):,} images"))
+    if is_probe:
+        rows = "images and their mirror images" if setting("flip") else "images"
+        return [*facts, ("Classifier", f"logistic regression on features of the {rows}, seed {setting('seed')}")]
     done = f"{run.num_epochs:,} of {setting('epochs')}"
     last = run.rows[-1]["epoch"] if run.rows else None
     if last is not None and last + 1 != run.num_epochs:

@@ -65,6 +65,9 @@ def test_the_run_is_evaluated_predicted_and_explained(run: Path, data: Path, tmp
     assert ",green," in (tmp_path / "predictions.csv").read_text()
     assert cli.main(["explain", str(run), image, "-o", str(tmp_path / "maps"), "--page-size", "0"]) == 0
     assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
+    report = (tmp_path / "report.html").read_text()
+    assert "linear probe of " in report
+    assert "logistic regression on features of the images, seed 0" in report
     assert sorted(path.name for path in run.iterdir()) == [
         *("README.md", "args.yaml", "best", "last", "predictions.csv", "summary.csv"),
     ]
