@@ -37,3 +37,8 @@ class ProbeOptions(DataOptions, ClassifierOptions):
     )
     seed: Seed = Field(0, description="seed of the parts for cross-validation and of the confidence interval")
     json_file: Path | None = Field(None, description="write the results to this JSON file")
+
+    @property
+    def features_folder(self) -> Path:
+        """`features_dir`, or the folder features beside the run."""
+        return self.features_dir or self.output.parent / "features"

@@ -53,7 +53,10 @@ def probe_command(options: ProbeOptions, *, command: str) -> int:
         raise UsageError(f"--output {options.output} exists already: choose another folder")
     if is_exported(options.source):
         raise UsageError(f"{options.source} is an exported model, whose classifier cannot be replaced: give the run")
+    if options.output.absolute() == options.features_folder.absolute():
+        raise UsageError(f"--output {options.output} would be the folder of the features, too: choose another name")
     check_folder("--output", options.output)
+    check_folder("--features-dir", options.features_folder)
     splits = [] if options.val_fraction else [options.train_split, options.val_split]
     images = [path for split in splits for path in paths_of_split(options.data_dir, split)] or [options.data_dir]
     check_files(("--json", options.json_file), inputs=[*source_files(options.source), *images])
@@ -114,7 +117,7 @@ class _Probe:
         self._show(trained)
 
     def _features(self, name: str, images: ImageSet, facts: dict[str, Any], views: list[View]) -> list[Features]:
-        folder = self.options.features_dir or self.options.output.parent / "features"
+        folder = self.options.features_folder
         task = self.bar.add_task(f"features of {name} images", total=len(images))
         started = time.perf_counter()
         features, reused = image_features(

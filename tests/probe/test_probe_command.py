@@ -151,6 +151,12 @@ def test_models_without_one_row_of_features_are_refused(
     ("flags", "status", "words"),
     [
         (["-o", "{run}"], 2, "--output {run} exists already: choose another folder"),
+        (["-o", "{run}/../x/features"], 2, "would be the folder of the features, too: choose another name"),
+        (
+            ["--features-dir", "{data}/train/red/0.png/x"],
+            2,
+            "--features-dir {data}/train/red/0.png/x cannot be created",
+        ),
         (["--val-split", "nothing"], 1, "no split 'nothing'"),
         (["--json", "{data}/train/red/0.png"], 2, "would replace a file that is read"),
     ],
