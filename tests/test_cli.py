@@ -109,7 +109,8 @@ def test_version(capsys):
         (
             [],
             "no command given: choose one of 'train', 'probe', 'lr-find', 'average', 'check', 'data', 'eval', "
-            "'predict', 'report', 'models', 'convert', 'export', 'push', 'explain', 'bench', 'spectrum' (see linvit --help)",
+            "'predict', 'report', 'models', 'convert', 'export', 'push', 'explain', 'bench', 'spectrum' "
+            "(see linvit --help)",
         ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["eval"], "the following arguments are required: SOURCE, DATA"),
