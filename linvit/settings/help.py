@@ -17,6 +17,7 @@ _TRAIN = "data --model linvit_small_patch16_512 --epochs 50 -b 64 --amp --aa ran
 EXAMPLES = {
     "train_imagenet.py": f"python train_imagenet.py {_TRAIN}",
     "linvit train": f"linvit train {_TRAIN}",
+    "linvit probe": "linvit probe converted data --img-size 518 -o output/PROBE",
     "linvit lr-find": "linvit lr-find data --model linvit_small_patch16_512 -b 64 --plot lr-find.png",
     "linvit average": "linvit average output/RUN --newest 5 -o averaged",
     "linvit check": "linvit check data --html check.html",
@@ -63,6 +64,7 @@ HEADINGS = {
         "output",
         "part_format",
         "part_size",
+        "features_dir",
         "json_file",
         "csv_file",
         "markdown_file",
