@@ -29,8 +29,8 @@ class Graph(nn.Module):
     `metadata` has heat maps, also to these, (B, C, h, w) float32.
     """
 
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, model: TimmModel, metadata: ExportMetadata) -> None:
         super().__init__()
@@ -38,12 +38,13 @@ class Graph(nn.Module):
         self.model = copy.deepcopy(model).cpu().eval().to(self.dtype)
         self.takes_pixels = metadata.input == "uint8"
         self.grid_size = metadata.heatmaps
-        self.register_buffer("mean", torch.tensor(metadata.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(metadata.std).view(3, 1, 1))
+        # The ONNX exporter names folded constants after operations, such as `mean`, and refuses a second one.
+        self.register_buffer("pixel_mean", torch.tensor(metadata.mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(metadata.std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.takes_pixels:
-            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.pixel_mean) / self.pixel_std
         if self.grid_size is None:
             return self._output(self.model(images.to(self.dtype)))
         logits, maps = forward_with_maps(self.model, images.to(self.dtype), self.grid_size)

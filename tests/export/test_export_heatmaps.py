@@ -10,9 +10,10 @@ import torch
 from linvit.cli import main
 from linvit.data.augment.build import InputSpec
 from linvit.explanation import overlay
+from linvit.export.graph import trace
 from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
-from linvit.runtimes.metadata import HEATMAPS
+from linvit.runtimes.metadata import HEATMAPS, describe
 from linvit.runtimes.model import open_exported
 from linvit.runtimes.torch_export import RECORD
 
@@ -109,6 +110,26 @@ def test_maps_are_of_all_classes_and_add_up_to_the_logits(files):
     logits, maps = found.class_maps(torch.randn(2, 3, *SPEC.size))
     rest = logits - maps.sum((2, 3))
     torch.testing.assert_close(rest[0], rest[1], rtol=0, atol=1e-4)
+
+
+def test_buffers_of_the_graph_have_names_that_no_operation_has():
+    """The ONNX exporter refuses them: the mean of the classifier's weights is folded into a constant `mean`."""
+    arguments = {"class_token": False, "global_pool": "max", "embed_dim": 32, "depth": 1, "k": 4}
+    model = create_model("linvit_mini_patch4_64", num_classes=3, img_size=SPEC.size, **arguments)
+    metadata = describe(
+        architecture="linvit_mini_patch4_64",
+        num_classes=3,
+        class_names=CLASSES,
+        spec=SPEC,
+        with_preprocessing=True,
+        heatmaps=(8, 6),
+        precision="float32",
+        versions={},
+    )
+    program = trace(model.eval(), metadata)
+    operations = {node.name for node in program.graph.nodes}
+    assert "mean" in operations
+    assert not operations & program.state_dict.keys()
 
 
 def with_record(source, target, heatmaps):
