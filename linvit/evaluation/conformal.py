@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from linvit.model.description import read_json, validated
+from linvit.model.description import read_json
+from linvit.output.terminal import printable
 
 Method = Literal["lac", "raps"]
 # The penalty per rank beyond the first ranks, as in the paper's experiments on ImageNet.
@@ -30,7 +31,10 @@ _PENALTY, _FREE_RANKS = 0.01, 5
 
 
 class ConformalRule(BaseModel):
-    """Turns an image's probabilities into a set of classes; calibrated on `num_calibration` images for `alpha`."""
+    """Turns an image's probabilities into a set of classes; calibrated on `num_calibration` images for `alpha`.
+
+    `fingerprint` identifies the model: that of `linvit.evaluation.inference.fingerprint`, or None if it is unknown.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -39,6 +43,7 @@ class ConformalRule(BaseModel):
     threshold: float
     num_calibration: int
     class_names: list[str]
+    fingerprint: str | None = None
 
     def sets(self, probabilities: Tensor) -> Tensor:
         """Whether each class belongs to the set of each image: (N, C) for probabilities (N, C)."""
@@ -60,7 +65,13 @@ def scores(probabilities: Tensor, method: Method) -> Tensor:
 
 
 def calibrate(
-    probabilities: Tensor, labels: Tensor, *, alpha: float, method: Method, class_names: Sequence[str]
+    probabilities: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    method: Method,
+    class_names: Sequence[str],
+    fingerprint: str | None = None,
 ) -> ConformalRule:
     """The rule for probabilities (N, C) and labels (N,) of calibration images.
 
@@ -77,7 +88,12 @@ def calibrate(
     true = scores(probabilities, method).gather(1, labels[:, None]).squeeze(1)
     threshold = float(true.sort().values[rank - 1])
     return ConformalRule(
-        method=method, alpha=alpha, threshold=threshold, num_calibration=num_images, class_names=list(class_names)
+        method=method,
+        alpha=alpha,
+        threshold=threshold,
+        num_calibration=num_images,
+        class_names=list(class_names),
+        fingerprint=fingerprint,
     )
 
 
@@ -101,14 +117,26 @@ def assess(rule: ConformalRule, probabilities: Tensor, labels: Tensor) -> dict[s
     }
 
 
-def read_rule(path: Path, *, class_names: Sequence[str]) -> ConformalRule:
-    """The rule that `linvit eval --conformal-file` wrote for a model with these classes.
+def read_rule(path: Path, *, class_names: Sequence[str], fingerprint: str | None) -> ConformalRule:
+    """The rule that `linvit eval --conformal-file` wrote for a model with these classes and this fingerprint.
 
-    Raises ValueError if it cannot be read, or is of a model with other classes.
+    Raises ValueError if it cannot be read, or was calibrated for another model or other input. Files of unknown models
+    are taken.
     """
-    rule = validated(path, ConformalRule, read_json(path))
+    try:
+        rule = ConformalRule.model_validate(read_json(path))
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(
+            f"{path} is not a rule of linvit eval --conformal-file (wrong or missing: {printable(place)})"
+        ) from None
     if rule.class_names != list(class_names):
         raise ValueError(
             f"{path} was calibrated for a model with other classes; run linvit eval --conformal-file again"
+        )
+    if None not in (rule.fingerprint, fingerprint) and rule.fingerprint != fingerprint:
+        raise ValueError(
+            f"{path} was calibrated for other weights, or for images of another size or preparation; run linvit eval "
+            "--conformal-file again, with the model and options of linvit predict"
         )
     return rule

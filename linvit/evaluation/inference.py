@@ -1,8 +1,10 @@
 """Run a trained classifier: its input and precision, batches that fit in memory, test-time augmentation."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -17,6 +19,7 @@ from linvit.data.options import InputOptions
 from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
 from linvit.evaluation.options import ClassifierOptions, SourceOptions
+from linvit.model.build import TimmModel
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import ExportedModel, is_exported, open_exported
 from linvit.settings.fields import validate
@@ -123,6 +126,28 @@ def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = Non
     """
     settings = _settings(classifier, InputOptions)
     return resolve_input(classifier.model, settings.model_copy(update={"img_size": img_size}))
+
+
+def weights_digest(model: TimmModel) -> str | None:
+    """The SHA-256 of a model's weights, for an exported model of those that it was exported from; None if unknown.
+
+    Quantised weights are others than those that they come from.
+    """
+    if isinstance(model, ExportedModel):
+        return model.metadata.weights
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(classifier: Classifier, spec: InputSpec) -> str | None:
+    """A digest of the weights and of how images are prepared, by which probabilities are known; None if unknown."""
+    weights = weights_digest(classifier.model)
+    if weights is None:
+        return None
+    return hashlib.sha256(json.dumps([weights, asdict(spec)]).encode()).hexdigest()
 
 
 def amp_precision(classifier: Classifier) -> torch.dtype | None:

@@ -168,7 +168,13 @@ class EvalOptions(ClassifierOptions):
             )
         num_results = (1 + len(self.compare)) * max(len(self.img_size), 1)
         if self.conformal_file is not None and num_results > 1:
-            raise ValueError("--conformal-file takes one source at one size; omit --compare")
+            raise ValueError(
+                "--conformal-file takes one source at one size; omit --compare and give at most one --img-size"
+            )
+        if self.conformal_file is not None and (self.tta != "none" or self.tta_scales):
+            raise ValueError(
+                "--conformal-file is for linvit predict, which sees one view of an image; remove --tta and --tta-scales"
+            )
         if self.confusion and num_results > 1:
             raise ValueError("--confusion takes one source at one size; omit --compare and give at most one --img-size")
         for path in self.confusion:

@@ -23,6 +23,7 @@ from linvit.evaluation.conformal import ConformalRule, assess, calibrate
 from linvit.evaluation.inference import (
     add_class_names,
     amp_precision,
+    fingerprint,
     input_spec,
     load_source,
     run_batch_size,
@@ -147,7 +148,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
         collected=replace(collected, logits=None),
         seconds=seconds,
         calibration=_calibrate(collected, temperature, options),
-        conformal=_conform(collected, calibration_set, match, options),
+        conformal=_conform(collected, calibration_set, match, options, classifier, size),
         numbers=numbers,
     )
 
@@ -289,7 +290,12 @@ def _calibrate(collected: Collected, temperature: float | None, options: EvalOpt
 
 
 def _conform(
-    collected: Collected, calibration_set: Collected | None, match: ClassMatch, options: EvalOptions
+    collected: Collected,
+    calibration_set: Collected | None,
+    match: ClassMatch,
+    options: EvalOptions,
+    classifier: Classifier,
+    size: Size | None,
 ) -> tuple[ConformalRule, dict[str, Any]] | None:
     """The rule for sets of classes, from `calibration_set` or half of the images, and its results on the others."""
     if options.conformal is None:
@@ -305,6 +311,11 @@ def _conform(
         probabilities, labels = probabilities[held_out], labels[held_out]
         where = "a random half"
     rule = calibrate(
-        used, used_labels, alpha=options.conformal, method=options.conformal_method, class_names=match.class_names
+        used,
+        used_labels,
+        alpha=options.conformal,
+        method=options.conformal_method,
+        class_names=match.class_names,
+        fingerprint=fingerprint(classifier, input_spec(classifier, img_size=size)),
     )
     return rule, {"calibrated_on": f"{where} ({len(used_labels)} images)", **assess(rule, probabilities, labels)}

@@ -23,7 +23,7 @@ from linvit.data.tiling import Box, create_tiling
 from linvit.device import choose_device
 from linvit.distributed import usable_workers
 from linvit.evaluation.conformal import read_rule
-from linvit.evaluation.inference import BatchForward, amp_precision, input_spec, names_of_classes
+from linvit.evaluation.inference import BatchForward, amp_precision, fingerprint, input_spec, names_of_classes
 from linvit.prediction.options import PredictorOptions
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import is_exported, open_exported
@@ -146,9 +146,12 @@ class Predictor:
         self.class_names = names_of_classes(classifier)
         if conformal is not None and self.tiling is not None:
             raise ValueError("`conformal` was calibrated on full images: remove `tile`")
-        self.conformal = None if conformal is None else read_rule(Path(conformal), class_names=self.class_names)
-        self.topk = min(options.topk, len(self.class_names))
         self.spec = input_spec(classifier, img_size=size)
+        self.conformal = None
+        if conformal is not None:
+            known = fingerprint(classifier, self.spec)
+            self.conformal = read_rule(Path(conformal), class_names=self.class_names, fingerprint=known)
+        self.topk = min(options.topk, len(self.class_names))
         self.batch_size = options.batch_size or default_batch_size(self.device, self.spec.size)
         self.workers = usable_workers(options.workers)
         self._forward = BatchForward(model, device=self.device, amp_dtype=amp_precision(classifier), log=say)

@@ -35,6 +35,7 @@ class ExportMetadata(BaseModel):
         img_size: (height, width) of the input in pixels.
         class_names: class name of every label; None if unknown.
         precision: number format of the weights and, for int8, of the matrix products.
+        weights: SHA-256 of the weights before the export, and of the precision if it is int8; None if unknown.
         versions: of the packages that exported the model.
     """
 
@@ -55,6 +56,7 @@ class ExportMetadata(BaseModel):
     crop_mode: CropMode
     input_range: InputRange | None = None
     precision: Precision = "float32"
+    weights: str | None = None
     versions: dict[str, str] = {}
 
     @property
@@ -89,6 +91,7 @@ def describe(
     precision: Precision,
     versions: dict[str, str],
     heatmaps: tuple[int, int] | None = None,
+    weights: str | None = None,
 ) -> ExportMetadata:
     """The record of a model that takes the images of `spec`, and has `heatmaps` of this grid."""
     return ExportMetadata(
@@ -106,6 +109,7 @@ def describe(
         crop_mode=spec.crop_mode,
         input_range=spec.input_range,
         precision=precision,
+        weights=weights,
         versions=versions,
     )
 

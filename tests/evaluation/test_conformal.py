@@ -12,8 +12,9 @@ import linvit
 from linvit.cli import main
 from linvit.data.augment.build import InputSpec
 from linvit.evaluation.conformal import assess, calibrate, scores
+from linvit.evaluation.inference import input_spec
 from linvit.model.build import create_model
-from linvit.runs.folder import save_classifier
+from linvit.runs.folder import load_classifier, save_classifier
 
 CLASSES = ["blue", "green", "red"]
 
@@ -175,12 +176,45 @@ def test_predict_gives_the_sets_that_eval_calibrated(source, tmp_path, capsys):
     assert (list(one.label_set), one.is_unsure) == (sets[0], len(sets[0]) != 1)
 
 
+def test_a_rule_is_for_the_weights_size_and_preparation_that_it_was_calibrated_with(source, tmp_path, capsys):
+    rule, model, data = str(tmp_path / "rule.json"), source / "model", str(source / "data")
+    classifier = load_classifier(str(model))
+    with torch.no_grad():
+        classifier.model.head.bias += 1e-3
+    spec = input_spec(classifier)
+    save_classifier(tmp_path / "other", classifier.model, class_names=CLASSES, spec=spec, about={})
+    common = ["-j", "0", "--device", "cpu"]
+    calibrated = ["--conformal", "0.2", "--conformal-file", rule, "--crop-pct", "0.8"]
+    assert main(["eval", str(model), data, *calibrated, *common]) == 0
+    predict = [f"{data}/val/red", "--conformal", rule, *common]
+    assert main(["predict", str(model), *predict, "--crop-pct", "0.8", "--interpolation", "bicubic"]) == 0
+    capsys.readouterr()
+    for arguments in (
+        [str(tmp_path / "other"), *predict, "--crop-pct", "0.8"],
+        [str(model), *predict],
+        [str(model), *predict, "--crop-pct", "0.8", "--img-size", "48"],
+    ):
+        assert main(["predict", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert "rule.json was calibrated for other weights, or for images of another size or preparation" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["eval", "MODEL", "DATA", "--conformal-split", "train"], "need --conformal"),
         (["eval", "MODEL", "DATA", "--conformal", "0.2", "--conformal-split", "val"], "is the split to evaluate"),
         (["eval", "MODEL", "DATA", "--conformal", "1"], "--conformal takes"),
+        (
+            ["eval", "MODEL", "DATA", "--conformal", "0.2", "--conformal-file", "r.json", "--img-size", "32", "48"],
+            "at most one --img-size",
+        ),
+        (
+            ["eval", "MODEL", "DATA", "--conformal", "0.2", "--conformal-file", "r.json", "--tta", "hflip"],
+            "remove --tta",
+        ),
+        (["predict", "MODEL", "DATA", "--conformal", "OTHER", "-j", "0"], "other.json is not a rule of linvit eval"),
         (["predict", "MODEL", "DATA", "--conformal", "RULE", "--tile", "16"], "remove --tile"),
         (["predict", "MODEL", "DATA", "--conformal", "RULE", "-j", "0"], "a model with other classes"),
     ],
@@ -190,6 +224,8 @@ def test_mistakes_are_one_sentence(arguments, words, source, tmp_path, capsys):
     rule = calibrate(probabilities, labels, alpha=0.5, method="lac", class_names=["red", "blue", "green"])
     (tmp_path / "rule.json").write_text(rule.model_dump_json())
     places = {"MODEL": source / "model", "DATA": source / "data", "RULE": tmp_path / "rule.json"}
+    places["OTHER"] = tmp_path / "other.json"
+    places["OTHER"].write_text("{}")
     assert main([str(places.get(each, each)) for each in arguments]) in (1, 2)
     error = capsys.readouterr().err
     assert words in error
