@@ -63,6 +63,7 @@ def export_command(options: ExportOptions) -> int:
     if is_exported(options.source):
         raise ValueError(f"{options.source} is an exported model already: export from the run that it came from")
     _check_packages(kind)
+    _check_images(options)
     classifier = open_source(options)
     spec = input_spec(classifier, img_size=options.size)
     metadata = _describe(classifier, spec, options)
@@ -103,10 +104,23 @@ def _check_packages(kind: str) -> None:
         need(package, f"--format {kind}")
 
 
+def _check_images(options: ExportOptions) -> None:
+    """Raise ValueError, before minutes of exporting, for images that do not exist or cannot be read."""
+    from linvit.data.decode import read_image
+    from linvit.data.sources.open import open_images
+
+    if options.data_dir is not None:
+        for split in {options.split, options.calibration_split if options.int8 else options.split}:
+            open_images(options.data_dir, split=split, missing_classes="allow")
+    for path in _sample(options):
+        read_image(path)
+
+
 def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -> ExportMetadata:
     import timm
     import torch
 
+    from linvit.evaluation.inference import weights_digest
     from linvit.explanation.cam import check_class_maps, patch_grid
     from linvit.runtimes.metadata import describe
     from linvit.version import __version__
@@ -115,6 +129,7 @@ def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -
     if options.with_heatmap:
         check_class_maps(classifier.model)
         heatmaps = patch_grid(classifier.model, spec.size)
+    weights = weights_digest(classifier.model)
     return describe(
         architecture=classifier.model.pretrained_cfg["architecture"],
         num_classes=classifier.model.num_classes,
@@ -123,6 +138,8 @@ def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -
         with_preprocessing=options.with_preprocessing,
         heatmaps=heatmaps,
         precision="int8" if options.int8 else options.half or "float32",
+        # Sets of classes that were calibrated on the float model do not hold for its int8 version.
+        weights=f"int8 of {weights}" if options.int8 else weights,
         versions={"linvit": __version__, "timm": timm.__version__, "torch": torch.__version__},
     )
 
@@ -169,13 +186,21 @@ def _calibration_batches(options: ExportOptions, spec: InputSpec) -> Iterator[Te
 
 def _real_images(options: ExportOptions, spec: InputSpec) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """Names of the image sources, and their normalised images."""
-    from linvit.data.sources.loose import load_batches, sample_paths
+    from linvit.data.sources.loose import load_batches
 
     if options.data_dir is not None:
         yield options.split, _labelled(options, spec, split=options.split, most=_MOST_IMAGES)
     if options.images is not None:
-        paths = sample_paths(options.images, count=_MOST_IMAGES, seed=options.seed)
-        yield options.images.name, load_batches(paths, spec, batch_size=_BATCH_SIZE)
+        yield options.images.name, load_batches(_sample(options), spec, batch_size=_BATCH_SIZE)
+
+
+def _sample(options: ExportOptions) -> list[str]:
+    """The files of --images to compare on; none without the option."""
+    from linvit.data.sources.loose import sample_paths
+
+    if options.images is None:
+        return []
+    return sample_paths(options.images, count=_MOST_IMAGES, seed=options.seed)
 
 
 def _labelled(options: ExportOptions, spec: InputSpec, *, split: str, most: int) -> Iterator[Tensor]:

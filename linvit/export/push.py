@@ -17,6 +17,8 @@ from linvit.evaluation.options import SourceOptions
 from linvit.settings.flags import check_inputs, parse_options
 
 SUMMARY = "publish a model on the Hugging Face hub"
+# The owner's and the model's name, as the hub takes them.
+_NAME, _LONGEST_NAME = r"\w(?:[\w.-]*\w)?", 96
 
 
 class PushOptions(SourceOptions):
@@ -35,8 +37,19 @@ class PushOptions(SourceOptions):
     @field_validator("repository")
     @classmethod
     def _owner_and_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
-            raise ValueError(f"{value!r} is not a name on the hub: give OWNER/NAME")
+        is_name = re.fullmatch(f"{_NAME}/{_NAME}", value, re.ASCII) and len(value.partition("/")[2]) <= _LONGEST_NAME
+        if not is_name or "--" in value or ".." in value or value.endswith(".git"):
+            raise ValueError(
+                f"{value!r} is not a name on the hub: give OWNER/NAME, in letters and digits with single . _ - between"
+            )
+        return value
+
+    @field_validator("license")
+    @classmethod
+    def _identifier(cls, value: str | None) -> str | None:
+        # The card's header is YAML, in which other characters have a meaning.
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", value):
+            raise ValueError(f"{value!r} is not an identifier of a licence, as cc-by-4.0 or other")
         return value
 
 

@@ -13,9 +13,11 @@ from PIL import Image
 
 import linvit
 from linvit.cli import main
+from linvit.evaluation.inference import fingerprint, input_spec
 from linvit.export import write
 from linvit.runs.folder import load_classifier
 from linvit.runtimes.metadata import KEY, need
+from linvit.runtimes.model import is_exported, open_exported
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'linvit[export]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'linvit[export]'")
@@ -134,6 +136,9 @@ def test_int8_reports_its_accuracy_beside_the_float_models(folder, data, tmp_pat
     arguments = ["export", folder, "--data-dir", data, "--int8", "-j", 0, "--max-drop", 50]
     assert run(*arguments, "-o", path, "--json", report) == 0
     found = json.loads(report.read_text())
+    record, original = (open_exported(str(each)).model.metadata for each in (path, exported["onnx"]))
+    # Sets of classes that were calibrated on the original do not hold for it.
+    assert record.weights != original.weights
     assert found["accuracy"].keys() == {"num_images", "float", "int8"}
     assert found["accuracy"]["num_images"] == 12
     graph = onnx.load(path).graph
@@ -215,6 +220,36 @@ def test_options_that_an_exported_model_has_fixed_are_refused(options, words, ex
 def test_normalisation_inside_the_file_cannot_be_replaced(exported, data, capsys):
     status, error = run("eval", exported["pixels"], data, "--mean", "0.5", capsys=capsys)
     assert (status, "normalises images itself" in error) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data-dir", "nowhere"], "nowhere: no such folder"),
+        (["--data-dir", "DATA", "--split", "test"], "no split 'test'"),
+        (["--data-dir", "DATA", "--int8", "--calibration-split", "test"], "no split 'test'"),
+        (["--images", "bad"], "bad/0.png: is empty"),
+    ],
+)
+def test_images_are_checked_before_the_model_is_loaded(options, words, folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("linvit.evaluation.inference.open_source", lambda options: pytest.fail("loaded"))
+    Path("bad").mkdir()
+    Path("bad/0.png").touch()
+    named = [data if each == "DATA" else each for each in options]
+    status, error = run("export", folder, "-o", "m.onnx", *named, capsys=capsys)
+    assert (status, error.count("\n")) == (1, 1)
+    assert words in error
+
+
+def test_rules_for_sets_of_classes_hold_for_exported_models(folder, exported):
+    found = set()
+    for source in (folder, *exported.values()):
+        is_graph = is_exported(str(source))
+        classifier = open_exported(str(source), trust_code=True) if is_graph else load_classifier(str(source))
+        found.add(fingerprint(classifier, input_spec(classifier)))
+    assert len(found) == 1
+    assert None not in found
 
 
 def test_a_second_export_is_refused(exported, tmp_path, capsys):

@@ -152,7 +152,14 @@ def test_a_refusal_and_offline_mode_are_one_sentence(folder, hub, monkeypatch, c
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["cells", "a/b/c", "me/ce lls", "../x/y"])
+@pytest.mark.parametrize(
+    "name", ["cells", "a/b/c", "me/ce lls", "../x/y", "./x", "me/a--b", "me/a.git", f"me/{'a' * 97}"]
+)
 def test_names_are_checked_first(name, folder, capsys):
     assert main(["push", str(folder), name]) == 2
     assert "give OWNER/NAME" in capsys.readouterr().err
+
+
+def test_a_licence_is_an_identifier_because_the_header_of_the_card_is_yaml(folder, capsys):
+    assert main(["push", str(folder), NAME, "--license", "cc: by"]) == 2
+    assert "'cc: by' is not an identifier of a licence" in capsys.readouterr().err
