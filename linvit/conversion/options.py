@@ -133,6 +133,8 @@ class ConvertOptions(BaseModel):
     def _check(self) -> Self:
         if self.speedup is not None and self.k != "plan":
             raise ValueError("--speedup needs planned lengths: leave out --k, or give --k plan")
+        if "plan_by" in self.model_fields_set and self.k != "plan":
+            raise ValueError("--plan-by needs planned lengths: leave out --k, or give --k plan")
         if self.layers and not isinstance(self.k, int):
             raise ValueError("--layers needs one length for all these layers: give --k N")
         decided = ("k", "speedup", "plan_by", "layers", "projection", "share", "local")

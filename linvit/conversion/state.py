@@ -70,8 +70,9 @@ class FitState:
         """The saved plan; if there is none, call `make` and save its result."""
         file = self.folder / "plan.json"
         if not file.is_file():
+            lengths = make()
             self._begin()
-            write_json(file, make(), indent=None)
+            write_json(file, lengths, indent=None)
         with self._reading():
             lengths = parse_json(file.read_text(encoding="utf-8"))
             if not isinstance(lengths, list) or not all(

@@ -35,6 +35,8 @@ MAX_NAMES_LISTED = 6
 # Where training checkpoints keep weights, in order of preference: timm and Lightning, MAE, DINO, I-JEPA.
 _STATE_DICTS = ("state_dict", "model", "teacher", "encoder")
 
+# Files that `linvit.runtimes` opens.
+EXPORTED = (".onnx", ".pt2", ".xml")
 _DAMAGED = "it is damaged, or not a checkpoint of PyTorch"
 _SAVE = "save model.state_dict()"
 
@@ -85,6 +87,8 @@ def read_weights(source: Path, *, use_ema: bool = True) -> SavedWeights:
         return _read_folder(folder, use_ema=use_ema)
     if not source.exists():
         raise ValueError(f"{source}: there is no such file or folder to take weights from")
+    if source.suffix.lower() in EXPORTED:
+        raise ValueError(f"{source} is an exported model, without weights to read: give the run that it came from")
     if not source.is_dir() and not source.is_file():
         raise ValueError(f"{source} is not a regular file: give a file with weights")
     checkpoint = read_checkpoint(source) if source.is_dir() else _read_file(source)

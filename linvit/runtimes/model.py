@@ -13,6 +13,7 @@ from torch import Tensor
 from linvit.device import choose_device
 from linvit.model.build import TimmModel
 from linvit.runs.folder import Classifier
+from linvit.runs.weights import EXPORTED
 from linvit.runtimes.metadata import ExportMetadata
 from linvit.runtimes.onnx import open_onnx
 from linvit.runtimes.openvino import find_xml, open_openvino
@@ -20,7 +21,6 @@ from linvit.runtimes.torch_export import open_torch_export
 
 # Maps a batch in the file's own input format to its outputs; all are on the CPU or the module's device.
 Execute = Callable[[Tensor], list[Tensor]]
-SUFFIXES = (".onnx", ".pt2", ".xml")
 
 
 class ExportedModel(TimmModel):
@@ -74,7 +74,7 @@ def to_pixels(images: Tensor, metadata: ExportMetadata) -> Tensor:
 def is_exported(source: str) -> bool:
     """Whether a source is a model that another runtime executes, by its name or by what the folder contains."""
     path = Path(source)
-    return find_xml(path) is not None if path.is_dir() else path.suffix.lower() in SUFFIXES
+    return find_xml(path) is not None if path.is_dir() else path.suffix.lower() in EXPORTED
 
 
 def open_exported(

@@ -101,6 +101,15 @@ def test_settings_may_change_while_nothing_is_fitted(tmp_path):
     assert FitState(tmp_path / "out", {"k": 16}).plan(lambda: [16]) == [16]
 
 
+def test_a_plan_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        raise ValueError("too few patches")
+
+    with pytest.raises(ValueError, match="too few"):
+        FitState(tmp_path / "out", {}).plan(fail)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_that_is_not_finite_is_read_back(tmp_path):
     converted = convert_vit(make_vit(), k=[None, 9, 9])
     state = FitState(tmp_path / "out", {})

@@ -205,6 +205,7 @@ def test_fitted_layers_survive_an_interruption(
         (["--layers", "7"], 1, "--layers names layer 7, but the model has 3 layers: 0 to 2"),
         (["--layers", "x"], 2, "--layers 'x' is not a layer or a range of layers, such as 3 or 6-11"),
         (["--speedup", "2"], 2, "--speedup needs planned lengths: leave out --k, or give --k plan"),
+        (["--plan-by", "flops"], 2, "--plan-by needs planned lengths: leave out --k, or give --k plan"),
         (
             ["--distill-steps", "3", "--distill-minutes", "1"],
             2,

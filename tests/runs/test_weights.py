@@ -140,6 +140,12 @@ def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
         assert ". " not in str(caught.value)
 
 
+def test_an_exported_model_has_no_weights_to_read(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").touch()
+    with pytest.raises(ValueError, match=r"m\.onnx is an exported model, .* give the run that it came from"):
+        read_weights(tmp_path / "m.onnx")
+
+
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.pth: there is no such file or folder"):
         read_weights(tmp_path / "nothing.pth")
