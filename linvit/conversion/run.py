@@ -94,6 +94,8 @@ class _Conversion:
         self.classifier = _load_original(options)
         assert isinstance(self.classifier.model, Vit)
         self.original = self.classifier.model.to(device, torch.float32)
+        for planned_size in options.target_size:
+            _check_patches(self.classifier, height_and_width(planned_size))
         self.start = None if options.start_from is None else load_converted(options.start_from, self.original)
         if self.start is not None:
             self.start.model.to(device, torch.float32)
@@ -282,6 +284,14 @@ def _lengths_by_layer(layers: list[int], k: int, *, depth: int) -> list[int | No
     if layers[-1] >= depth:
         raise ValueError(f"--layers names layer {layers[-1]}, but the model has {depth} layers: 0 to {depth - 1}")
     return [k if layer in layers else None for layer in range(depth)]
+
+
+def _check_patches(classifier: Classifier, size: tuple[int, int]) -> None:
+    """Raise ValueError if the model would cut off the edge of images of this size, (height, width)."""
+    try:
+        input_spec(classifier, img_size=size)
+    except ValueError as error:
+        raise ValueError(f"--target-size {size[0]}x{size[1]}: {error}") from error
 
 
 def _check_target_size(converted: LinformerTransformer, size: tuple[int, int]) -> None:

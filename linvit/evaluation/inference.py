@@ -103,11 +103,19 @@ def add_class_names(classifier: Classifier, names: Sequence[str], *, source: str
     return replace(classifier, class_names=list(names))
 
 
+def check_classifier(classifier: Classifier) -> None:
+    """Raise ValueError for a model that has no classes."""
+    if not classifier.model.num_classes:
+        raise ValueError(
+            f"{classifier.weights} is a model without a classifier (num_classes=0), which predicts nothing; give one "
+            "with classes"
+        )
+
+
 def names_of_classes(classifier: Classifier) -> list[str]:
     """The classifier's class names, or its labels as text; ValueError unless there is one for each of its classes."""
+    check_classifier(classifier)
     num_classes = classifier.model.num_classes
-    if not num_classes:
-        raise ValueError(f"{classifier.weights}: is a model without a classifier (num_classes=0), and predicts nothing")
     names = classifier.class_names or [str(label) for label in range(num_classes)]
     if len(names) != num_classes:
         raise ValueError(

@@ -23,6 +23,7 @@ from linvit.evaluation.conformal import ConformalRule, assess, calibrate
 from linvit.evaluation.inference import (
     add_class_names,
     amp_precision,
+    check_classifier,
     fingerprint,
     input_spec,
     load_source,
@@ -113,6 +114,7 @@ def evaluate_source(source: str, size: Size | None, options: EvalOptions, ranks:
     Raises ValueError if source, data and options do not fit together.
     """
     classifier = load_source(source, options, weights=options.weights, img_size=size)
+    check_classifier(classifier)
     images, match = _open_images(source, classifier, options, split=options.split)
     if options.confusion and len(match.present) > MOST_CLASSES:
         raise ValueError(

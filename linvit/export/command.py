@@ -51,7 +51,7 @@ def export_command(options: ExportOptions) -> int:
     Raises UsageError for an output that cannot be written, and ValueError, leaving nothing, for a model that the format
     does not take or that differs from the original by more than the tolerance.
     """
-    from linvit.evaluation.inference import input_spec, open_source
+    from linvit.evaluation.inference import check_classifier, input_spec, open_source
     from linvit.output.files import scratch_of, target_of, write_json, writing
     from linvit.runs.folder import source_files
     from linvit.runtimes.model import is_exported
@@ -65,6 +65,7 @@ def export_command(options: ExportOptions) -> int:
     _check_packages(kind)
     _check_images(options)
     classifier = open_source(options)
+    check_classifier(classifier)
     spec = input_spec(classifier, img_size=options.size)
     metadata = _describe(classifier, spec, options)
     target = target_of(options.output)

@@ -271,9 +271,10 @@ def _check_heatmaps(folder: Path, images: LooseImages) -> None:
 
 
 def _load(options: PredictOptions, *, say: Callable[[str], object]) -> Classifier:
-    from linvit.evaluation.inference import open_source
+    from linvit.evaluation.inference import check_classifier, open_source
 
     classifier = open_source(options)
+    check_classifier(classifier)
     return replace(classifier, class_names=_labels(classifier, options, say))
 
 

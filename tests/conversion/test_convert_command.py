@@ -212,6 +212,7 @@ def test_fitted_layers_survive_an_interruption(
             "--distill-steps and --distill-minutes exclude each other",
         ),
         (["--target-size", "24"], 1, "--target-size 24x24: k=9 does not shorten a sequence of 9 patches"),
+        (["--target-size", "100"], 1, "--target-size 100x100: image size 100×100 is not a multiple of the patch size"),
         (["--images", "nowhere"], 1, "nowhere"),
         (["--weights", "nowhere"], 2, "--weights nowhere: there is no such file"),
         (["--json", "nowhere/r.json"], 2, "--json nowhere/r.json: folder nowhere does not exist; create it first"),
