@@ -99,7 +99,8 @@ class Parts:
 def default_part_size(num_images: int, *, world_size: int, batch_size: int) -> int:
     """Images per part: several parts for each process, each of full batches, as one process has them."""
     share = math.ceil(num_images / (world_size * FEWEST_PARTS))
-    return math.ceil(max(min(share, MOST_IMAGES), 1) / batch_size) * batch_size
+    batches = min(math.ceil(share / batch_size), MOST_IMAGES // batch_size)
+    return max(batches, 1) * batch_size
 
 
 def check_parts_folders(*folders: tuple[str, Path | None]) -> None:

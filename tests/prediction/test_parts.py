@@ -217,7 +217,7 @@ def test_unreadable_images_alone_fail_and_no_images_leave_the_columns(
 
 
 @pytest.mark.parametrize(
-    ("num_images", "world_size", "batch_size"), [(15, 2, 1), (10**6, 8, 256), (3, 8, 32), (0, 1, 4)]
+    ("num_images", "world_size", "batch_size"), [(15, 2, 1), (10**6, 8, 256), (10**6, 8, 96), (3, 8, 32), (0, 1, 4)]
 )
 def test_each_image_is_in_one_part_of_one_process(
     num_images: int, world_size: int, batch_size: int, tmp_path: Path
