@@ -47,7 +47,11 @@ class ConformalRule(BaseModel):
 
     def sets(self, probabilities: Tensor) -> Tensor:
         """Whether each class belongs to the set of each image: (N, C) for probabilities (N, C)."""
-        return scores(probabilities, self.method) <= self.threshold
+        sets = scores(probabilities, self.method) <= self.threshold
+        if self.method == "raps":
+            # An adaptive score includes the class's own probability, so the surest images could get no class at all.
+            sets.scatter_(1, probabilities.argmax(1, keepdim=True), True)
+        return sets
 
 
 def scores(probabilities: Tensor, method: Method) -> Tensor:
@@ -60,8 +64,8 @@ def scores(probabilities: Tensor, method: Method) -> Tensor:
     sums = ordered.cumsum(1)
     # The last sum is exactly one: rounding would decide whether a set with a threshold of one is complete.
     sums = sums / sums[:, -1:]
-    strangeness = sums + _PENALTY * (ranks - _FREE_RANKS).clamp_min(0)
-    return torch.empty_like(strangeness).scatter_(1, order, strangeness)
+    penalised = sums + _PENALTY * (ranks - _FREE_RANKS).clamp_min(0)
+    return torch.empty_like(penalised).scatter_(1, order, penalised)
 
 
 def calibrate(

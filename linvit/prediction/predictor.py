@@ -213,9 +213,11 @@ class Predictor:
                 for index in batch.unreadable
             }
             if len(batch.images):
-                probabilities = self._probabilities(batch.images)
+                logits = self._logits(batch.images)
+                probabilities = logits.softmax(1)
                 are_finite = probabilities.isfinite().all(1).tolist()
-                best, sets = self._best(probabilities), self._sets(probabilities)
+                # In double precision, as the rule was calibrated: in single, sure images all have probability one.
+                best, sets = self._best(probabilities), self._sets(logits.double().softmax(1))
                 for index, is_finite, (labels, values), label_set in zip(
                     batch.indices.tolist(), are_finite, best, sets
                 ):
@@ -237,7 +239,7 @@ class Predictor:
             # (T, C) for all tiles: much smaller than the image.
             probabilities = torch.cat(
                 [
-                    self._probabilities(normalize(pixels.to(self.device), self.spec))
+                    self._logits(normalize(pixels.to(self.device), self.spec)).softmax(1)
                     for pixels in tiles.pixels.split(self.batch_size)
                 ]
             )
@@ -249,8 +251,8 @@ class Predictor:
             parts = [TilePrediction(box, *best) for box, best in zip(tiles.boxes, self._best(probabilities))]
             yield Prediction(images.name(index), labels, values, tiles=tuple(parts))
 
-    def _probabilities(self, images: Tensor) -> Tensor:
-        return self._forward(images).softmax(1)
+    def _logits(self, images: Tensor) -> Tensor:
+        return self._forward(images)
 
     def _sets(self, probabilities: Tensor) -> Iterator[tuple[str, ...] | None]:
         """The classes of each row that may be true, most probable first; None for each without a rule."""

@@ -89,7 +89,23 @@ def _write_part(
             for file, columns in zip(parts.files(part), (image_columns, TILE_COLUMNS))
         ]
         write_image, write_tile = (*writers, _discard)[:2]
-        return write(islice(predictions, len(parts.images(part))), write_image, write_tile)
+        counted = _Counted(islice(predictions, len(parts.images(part))))
+        num_unreadable = write(counted, write_image, write_tile)
+        if counted.number != len(parts.images(part)):
+            raise RuntimeError(f"part {part} has {counted.number} rows for {len(parts.images(part))} images")
+        return num_unreadable
+
+
+class _Counted(Iterator[Prediction]):
+    """Predictions, and how many there were: a missing one would shift the rows of all later parts."""
+
+    def __init__(self, predictions: Iterator[Prediction]) -> None:
+        self._predictions, self.number = predictions, 0
+
+    def __next__(self) -> Prediction:
+        prediction = next(self._predictions)
+        self.number += 1
+        return prediction
 
 
 def _finish(parts: Parts, num_unreadable: int) -> int:

@@ -79,7 +79,7 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [data / "val/red", data / "val/blue"]
-    predict_batch, calls = Predictor._probabilities, 0
+    predict_batch, calls = Predictor._logits, 0
 
     def killed(predictor: Predictor, batch: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -90,7 +90,7 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
             raise KeyboardInterrupt
         return predict_batch(predictor, batch)
 
-    monkeypatch.setattr(Predictor, "_probabilities", killed)
+    monkeypatch.setattr(Predictor, "_logits", killed)
     # A run that was killed before it had written its manifest.
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/._manifest.json.part").touch()
@@ -118,7 +118,7 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
     # As if it had been killed after its last part.
     manifest = tmp_path / "parts/_manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    monkeypatch.setattr(Predictor, "_probabilities", killed)
+    monkeypatch.setattr(Predictor, "_logits", killed)
     assert predict(run, *images, "-o", tmp_path / "parts") == 0
     out = capsys.readouterr().out
     assert out == f"{tmp_path / 'parts'}: predictions on 0 of 0 images; complete before: 4 of 4 parts\n"

@@ -284,7 +284,7 @@ def test_an_error_while_predicting_leaves_the_old_table(
         raise ValueError("out of luck")
 
     (tmp_path / "p.csv").write_text("old")
-    monkeypatch.setattr(Predictor, "_probabilities", fail)
+    monkeypatch.setattr(Predictor, "_logits", fail)
     assert predict(run, data / "val", "-o", tmp_path / "p.csv") == 1
     assert capsys.readouterr().err == "error: out of luck\n"
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.csv", "old")]

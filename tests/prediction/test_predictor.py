@@ -210,6 +210,20 @@ def test_a_pickled_predictor_predicts_the_same_and_holds_no_weights(run: Path, p
     assert list(pickle.loads(pickle.dumps(Predictor(classifier)))(photo)) == list(Predictor(run)(photo))
 
 
+def test_sets_of_sure_images_are_those_of_double_precision(
+    run: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Predictor(run).class_names
+    rule = ConformalRule(method="lac", alpha=0.1, threshold=1e-9, num_calibration=9, class_names=names)
+    (tmp_path / "rule.json").write_text(rule.model_dump_json())
+    # The probability is 1 - 1.5e-8, which is one in single precision.
+    logits = torch.tensor([[18.0] + [0.0] * (len(names) - 1)])
+    monkeypatch.setattr(Predictor, "_logits", lambda predictor, images: logits)
+    (found,) = Predictor(run, conformal=tmp_path / "rule.json")(photo)
+    assert found.label_set == ()
+    assert found.probabilities[0] == 1.0
+
+
 def test_memory_that_runs_out_halves_the_batch(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
