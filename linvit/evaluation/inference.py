@@ -20,6 +20,7 @@ from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
 from linvit.evaluation.options import ClassifierOptions, SourceOptions
 from linvit.model.build import TimmModel
+from linvit.model.description import model_arguments
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import ExportedModel, is_exported, open_exported
 from linvit.settings.fields import validate
@@ -137,13 +138,15 @@ def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = Non
 
 
 def weights_digest(model: TimmModel) -> str | None:
-    """The SHA-256 of a model's weights, for an exported model of those that it was exported from; None if unknown.
+    """The SHA-256 of a model's weights and arguments; None if unknown.
 
-    Quantised weights are others than those that they come from.
+    An exported model has that of the model that it was exported from, and quantised weights have one of their own.
     """
     if isinstance(model, ExportedModel):
         return model.metadata.weights
-    digest = hashlib.sha256()
+    # The same weights give other outputs with another pooling or number of heads.
+    arguments = [model.pretrained_cfg.get("architecture"), model_arguments(model)]
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -151,7 +154,7 @@ def weights_digest(model: TimmModel) -> str | None:
 
 
 def fingerprint(classifier: Classifier, spec: InputSpec) -> str | None:
-    """A digest of the weights and of how images are prepared, by which probabilities are known; None if unknown."""
+    """A digest of the model and of how images are prepared, which together determine its outputs; None if unknown."""
     weights = weights_digest(classifier.model)
     if weights is None:
         return None

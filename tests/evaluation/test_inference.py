@@ -15,8 +15,10 @@ from linvit.evaluation.inference import (
     override_settings,
     run_batch_size,
     scaled_size,
+    weights_digest,
 )
 from linvit.evaluation.options import EvalOptions
+from linvit.model.build import create_model
 from linvit.runs.folder import Classifier
 
 CPU = torch.device("cpu")
@@ -140,3 +142,13 @@ def test_the_batch_size_of_a_run() -> None:
         ({"batch_size": 8, "validation_batch_size": 4}, 4),
     ):
         assert run_batch_size(Classifier(nn.Identity(), None, weights="", settings=settings)) == size
+
+
+def test_a_digest_is_of_weights_and_arguments():
+    def digest(**arguments):
+        torch.manual_seed(0)
+        model = create_model("linvit_mini_patch4_64", num_classes=3, class_token=False, **arguments)
+        return weights_digest(model)
+
+    assert digest(global_pool="avg", fc_norm=False) == digest(global_pool="avg", fc_norm=False)
+    assert digest(global_pool="avg", fc_norm=False) != digest(global_pool="max", fc_norm=False)
