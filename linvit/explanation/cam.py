@@ -3,8 +3,8 @@
 The classifier is linear in the pooled tokens p, except for the scale σ(p) of the norm before it: logit_c = w_c·p / σ(p)
 + b_c. The pool is a sum over patches, p = Σ_j u_j. For an average, u_j is x_j / N; for a maximum, it has those channels
 of x_j that are the largest of all patches; "avgmax" takes half of each. So w_c·u_j / σ(p) is what patch j adds to the
-logit, and a map adds up to the logit, less a constant of the class. For an average this is the class activation map of
-Zhou et al. 2016 (arXiv 1512.04150), equation 2, with the scale of the norm.
+logit, and a map adds up to the logit, less a constant of the class and what pooled prefix tokens add. For an average
+this is the class activation map of Zhou et al. 2016 (arXiv 1512.04150), equation 2, with the scale of the norm.
 
 B batch, T tokens, N patches, D width, C classes.
 """

@@ -69,7 +69,7 @@ class PredictOptions(PredictorOptions, SourceOptions):
 
     heatmap: Path | None = Field(
         None,
-        description="write a picture of where the model looks in each image to this folder, created if missing; its "
+        description="write a heat map of each image to this folder, created if missing; its "
         "path is in the column `heatmap`",
     )
     heatmap_method: Literal["relevance", "gradcam", "cam", "rollout", "attention"] | None = Field(

@@ -6,7 +6,7 @@ part-00000.csv     predictions of the first `part_size` images, in order; the ne
 
 The parts, one after another, are the rows that one process writes to one file. A part gets its name when it is
 complete, so a run that was killed is run again and writes only the parts that are missing, with any number of
-processes. Programs that read a folder of Parquet files pass over names that begin with `_` or `.`.
+processes. Programs that read a folder of Parquet files ignore names that begin with `_` or `.`.
 """
 
 import math

@@ -67,7 +67,7 @@ def predict_parts(
         own = parts.share(ranks.rank, ranks.world_size)
         images = LooseImages(PackedStrings.pack(paths[index] for part in own for index in parts.images(part)))
         with progress_bar(is_shown=ranks.is_primary) as bar:
-            # Of one loader, whose workers read ahead from one part into the next.
+            # One loader for all parts, so that its workers read ahead across parts.
             predictions = iter(bar.track(predictor.predict(images), total=len(images), description="predicting"))
             num_unreadable = sum(_write_part(parts, part, predictions, predictor, write) for part in own)
         num_unreadable = int(sum_over_ranks(torch.tensor(num_unreadable), group))

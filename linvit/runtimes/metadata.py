@@ -1,8 +1,8 @@
 """What an exported model records about itself, so that the file alone is enough: classes, input and versions.
 
 It is JSON: in ONNX the metadata property `linvit`, in OpenVINO's IR the runtime information `linvit`, in a `.pt2` file
-the extra file `linvit.json`, in `.safetensors` the header entry `linvit`. What writes and reads it imports its optional
-package by `need`.
+the extra file `linvit.json`, in `.safetensors` the header entry `linvit`. The modules that write and read it import
+their optional packages by `need`.
 """
 
 import importlib
