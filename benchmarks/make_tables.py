@@ -224,7 +224,7 @@ def predict_scaling() -> str:
         )
         lines.append(f"| {row['processes']} | {rate} | {ratio} | {row['start_seconds']:.0f} |")
     load = found["load_before"]
-    shared = f", while other programs kept {load:.0f} processes busy" if load >= 0.5 else ""
+    shared = f", at a load of {load:.1f} by other programs" if load >= 0.5 else ""
     return "\n".join(
         [
             *lines,

@@ -5,10 +5,9 @@ keywords are read from the model's modules. All values can be written as JSON, b
 them.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import Attention, GluMlp, LayerScale, Mlp, PatchDropout, PatchEmbed, SwiGLU, get_act_layer
+from timm.layers import Attention, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU, get_act_layer
 from timm.layers import get_norm_layer as norm_class
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
@@ -47,16 +46,10 @@ def vit_keywords(model: nn.Module) -> dict[str, Any]:
     """
     _check_convertible(model)
     assert isinstance(model, VisionTransformer)
-    block, embed = model.blocks[0], model.patch_embed
+    block = model.blocks[0]
     has_fc_norm = not isinstance(model.fc_norm, nn.Identity)
     return {
-        "img_size": list(embed.img_size),
-        "patch_size": embed.patch_size[0] if embed.patch_size[0] == embed.patch_size[1] else list(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
+        **common_keywords(model),
         "num_heads": block.attn.num_heads,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
@@ -68,16 +61,36 @@ def vit_keywords(model: nn.Module) -> dict[str, Any]:
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
         "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": model.no_embed_class,
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "final_norm": has_fc_norm or not isinstance(model.norm, nn.Identity),
         "fc_norm": has_fc_norm,
         "pool_include_prefix": model.pool_include_prefix,
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
         **_mlp_keywords(block.mlp, model.embed_dim),
         **_norm_keywords(model),
-        **_drop_rates(model),
+    }
+
+
+def common_keywords(model: Any) -> dict[str, Any]:
+    """The keywords that timm's `VisionTransformer` and `Eva` share."""
+    embed, block = model.patch_embed, model.blocks[-1]
+    return {
+        "img_size": list(embed.img_size),
+        "patch_size": embed.patch_size[0] if embed.patch_size[0] == embed.patch_size[1] else list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "no_embed_class": model.no_embed_class,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        # timm raises the rate linearly from 0 to this value in the last block.
+        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0),
     }
 
 
@@ -152,16 +165,3 @@ def norm_name(norm: nn.Module) -> str:
     if name is None:
         raise refusal(norm, "timm has no name for its normalisation")
     return name
-
-
-def _drop_rates(model: VisionTransformer) -> Mapping[str, float]:
-    block = model.blocks[-1]
-    return {
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "patch_drop_rate": model.patch_drop.prob if isinstance(model.patch_drop, PatchDropout) else 0.0,
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "attn_drop_rate": block.attn.attn_drop.p,
-        # timm raises the rate linearly from 0 to this value in the last block.
-        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0),
-    }

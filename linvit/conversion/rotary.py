@@ -6,7 +6,7 @@ from timm.layers import AttentionRope, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 
-from linvit.conversion.compatibility import mlp_ratio, norm_name, refusal
+from linvit.conversion.compatibility import common_keywords, mlp_ratio, norm_name, refusal
 from linvit.model.mlp import LeanMlp
 
 # timm's names of the classes of rotary embedding.
@@ -25,37 +25,22 @@ def rotary_keywords(model: Eva) -> dict[str, Any]:
     Raises ValueError, naming the part and the reason, for a model that cannot be converted.
     """
     _check_parts(model)
-    block, embed, norm = model.blocks[0], model.patch_embed, model.blocks[0].norm1
+    block, norm = model.blocks[0], model.blocks[0].norm1
     return {
-        "img_size": list(embed.img_size),
-        "patch_size": embed.patch_size[0] if embed.patch_size[0] == embed.patch_size[1] else list(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
+        **common_keywords(model),
         "norm_layer": norm_name(norm),
         "norm_eps": norm.eps,
         "class_token": model.cls_token is not None,
         "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "no_embed_class": model.no_embed_class,
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_pre_transformer_norm": not isinstance(model.norm_pre, nn.Identity),
         "use_post_transformer_norm": not isinstance(model.norm, nn.Identity),
         "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
         "head_init_scale": model.head_init_scale,
         **_attention_keywords(model),
         **_mlp_keywords(block.mlp, model.embed_dim),
         **_embedding_keywords(model),
         **_pool_keywords(model),
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "patch_drop_rate": 0.0 if model.patch_drop is None else model.patch_drop.prob,
-        "proj_drop_rate": model.blocks[-1].attn.proj_drop.p,
-        "attn_drop_rate": model.blocks[-1].attn.attn_drop.p,
-        "drop_path_rate": getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0),
     }
 
 

@@ -20,7 +20,7 @@ from linvit.data.sources.classes import read_class_map
 from linvit.device import autocast, autocast_dtype
 from linvit.evaluation.options import ClassifierOptions, SourceOptions
 from linvit.model.build import TimmModel
-from linvit.model.description import model_arguments
+from linvit.model.description import model_digest
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.runtimes.model import ExportedModel, is_exported, open_exported
 from linvit.settings.fields import validate
@@ -137,28 +137,22 @@ def input_spec(classifier: Classifier, *, img_size: tuple[int, int] | None = Non
     return resolve_input(classifier.model, settings.model_copy(update={"img_size": img_size}))
 
 
-def weights_digest(model: TimmModel) -> str | None:
-    """The SHA-256 of a model's weights and arguments; None if unknown.
+def source_digest(model: TimmModel) -> str | None:
+    """The SHA-256 of a model with its weights, see `model_digest`; None if unknown.
 
     An exported model has that of the model that it was exported from, and quantised weights have one of their own.
     """
     if isinstance(model, ExportedModel):
         return model.metadata.weights
-    # The same weights give other outputs with another pooling or number of heads.
-    arguments = [model.pretrained_cfg.get("architecture"), model_arguments(model)]
-    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return model_digest(model)
 
 
 def fingerprint(classifier: Classifier, spec: InputSpec) -> str | None:
     """A digest of the model and of how images are prepared, which together determine its outputs; None if unknown."""
-    weights = weights_digest(classifier.model)
-    if weights is None:
+    digest = source_digest(classifier.model)
+    if digest is None:
         return None
-    return hashlib.sha256(json.dumps([weights, asdict(spec)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([digest, asdict(spec)]).encode()).hexdigest()
 
 
 def amp_precision(classifier: Classifier) -> torch.dtype | None:

@@ -121,7 +121,7 @@ def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -
     import timm
     import torch
 
-    from linvit.evaluation.inference import weights_digest
+    from linvit.evaluation.inference import source_digest
     from linvit.explanation.cam import check_class_maps, patch_grid
     from linvit.runtimes.metadata import describe
     from linvit.version import __version__
@@ -130,7 +130,7 @@ def _describe(classifier: Classifier, spec: InputSpec, options: ExportOptions) -
     if options.with_heatmap:
         check_class_maps(classifier.model)
         heatmaps = patch_grid(classifier.model, spec.size)
-    weights = weights_digest(classifier.model)
+    weights = source_digest(classifier.model)
     return describe(
         architecture=classifier.model.pretrained_cfg["architecture"],
         num_classes=classifier.model.num_classes,

@@ -270,7 +270,7 @@ class LinformerAttention(ProjectedAttention, Attention):
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableAttention(self, self.projections(), self.num_prefix_tokens, self.local)
+        return ScriptableAttention(self)
 
 
 class _Weights(NamedTuple):

@@ -6,7 +6,9 @@ and a parameter of a class in the module that defines the model.
 """
 
 import functools
+import hashlib
 import inspect
+import json
 import math
 import sys
 from dataclasses import dataclass, field, is_dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import timm
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import build_model_with_cfg, get_model_args, model_entrypoint
 from timm.models._hub import _parse_model_cfg
@@ -138,6 +141,22 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments to save with a model, with which `create_model` builds it again."""
     arguments: dict[str, Any] = get_model_args(model)
     return {name: value for name, value in arguments.items() if name not in _NEVER}
+
+
+def model_digest(model: nn.Module) -> str:
+    """The SHA-256 of a timm model: its architecture, its arguments, and every parameter and buffer.
+
+    The same weights give other outputs with another pooling or number of heads, and buffers that are not saved, such as
+    random projections, matter as well.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    arguments = [cfg.get("architecture"), model_arguments(model)]
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # Through bytes, because NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_arguments(architecture: str, arguments: dict[str, Any]) -> None:

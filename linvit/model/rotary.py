@@ -151,10 +151,8 @@ class RotaryAttention(ProjectedAttention):
                 if rows is None or value_proj is not key_proj:
                     rows = self._rows(prefix, on_grid, projection, share, patches, has_bias=has_bias)
                 if projection.num_maps > 1:
-                    weight, bias = (
-                        self._for_all_heads_of(weight),
-                        None if bias is None else self._for_all_heads_of(bias),
-                    )
+                    weight = self._for_all_heads_of(weight)
+                    bias = None if bias is None else self._for_all_heads_of(bias)
                 found += self._map_rows(*rows, weight, bias)
         return found[0], found[1]
 
@@ -266,13 +264,7 @@ class RotaryAttention(ProjectedAttention):
         return y.split([self.num_prefix_tokens, y.shape[1] - self.num_prefix_tokens], dim=1)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableRotaryAttention(
-            self,
-            self.projections(),
-            self.num_prefix_tokens,
-            self.local,
-            layers=[*self.head_layers("q"), *self.head_layers("k"), *self.head_layers("v")],
-        )
+        return ScriptableRotaryAttention(self)
 
 
 @register_notrace_module

@@ -1,14 +1,13 @@
 """The TorchScript versions of Linformer attention: the per-head order with E and F as constant dense matrices."""
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
-from timm.layers import Attention, apply_rot_embed_cat
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linvit.model.local import LocalConv
 from linvit.model.projections import MatrixProjection, Projection
 from linvit.model.tokens import TokenLayout
 
@@ -25,19 +24,14 @@ class _Scriptable(nn.Module):
     bias: Optional[Tensor]  # noqa: UP045
     local_kernel: Optional[Tensor]  # noqa: UP045
 
-    def __init__(
-        self,
-        attention: Attention,
-        projections: tuple[Projection, Projection] | None,
-        num_prefix_tokens: int,
-        local: LocalConv | None,
-    ) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
+        projections, local = attention.projections(), attention.local
         # torch.jit identifies modules by id while it scripts, so no module that it has seen may be freed.
         self._replaced = [attention]
         self.num_heads = attention.num_heads
         self.head_dim = attention.head_dim
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens = attention.num_prefix_tokens
         self.proj = attention.proj
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         matrices: list[Tensor | None] = [None, None]
@@ -81,14 +75,8 @@ class _Scriptable(nn.Module):
 class ScriptableAttention(_Scriptable):
     """The copy of a `LinformerAttention`."""
 
-    def __init__(
-        self,
-        attention: Attention,
-        projections: tuple[Projection, Projection] | None,
-        num_prefix_tokens: int,
-        local: LocalConv | None,
-    ) -> None:
-        super().__init__(attention, projections, num_prefix_tokens, local)
+    def __init__(self, attention: Any) -> None:
+        super().__init__(attention)
         self.qkv = attention.qkv
 
     def forward(
@@ -109,27 +97,16 @@ class ScriptableAttention(_Scriptable):
 
 
 class ScriptableRotaryAttention(_Scriptable):
-    """The copy of a `RotaryAttention`.
-
-    Args:
-        layers: weight and bias of each head's queries, then of keys, then of values.
-    """
+    """The copy of a `RotaryAttention`."""
 
     weight: Tensor
     qkv_bias: Tensor
 
-    def __init__(
-        self,
-        attention: Attention,
-        projections: tuple[Projection, Projection] | None,
-        num_prefix_tokens: int,
-        local: LocalConv | None,
-        *,
-        layers: list[tuple[Tensor, Tensor | None]],
-    ) -> None:
-        super().__init__(attention, projections, num_prefix_tokens, local)
+    def __init__(self, attention: Any) -> None:
+        super().__init__(attention)
         self.gate = attention.gate
         self.rotate_half = bool(attention.rotate_half)
+        layers = [layer for part in "qkv" for layer in attention.head_layers(part)]
         self.register_buffer("weight", torch.cat([weight for weight, _ in layers]).detach())
         full = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
         self.register_buffer("qkv_bias", torch.cat(full).detach())

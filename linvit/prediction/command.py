@@ -147,8 +147,15 @@ def predict_command(options: PredictOptions) -> int:
     from linvit.device import choose_device
     from linvit.distributed import refuse_several_processes
     from linvit.output.terminal import note, print_line
-    from linvit.prediction.lines import print_row, show_row
-    from linvit.prediction.writers import HEATMAP_COLUMNS, IMAGE_COLUMNS, TILE_COLUMNS, open_rows, with_sets
+    from linvit.prediction.writers import (
+        HEATMAP_COLUMNS,
+        IMAGE_COLUMNS,
+        TILE_COLUMNS,
+        open_rows,
+        print_row,
+        show_row,
+        with_sets,
+    )
     from linvit.runs.folder import source_files
 
     refuse_several_processes("give predict --output FOLDER, a name without an extension, to share the images in parts")
@@ -207,7 +214,6 @@ def predict_parts_command(options: PredictOptions) -> int:
         find=partial(_find_images_for_parts, options),
         load=partial(_load_for_parts, options),
         write=_write,
-        model_kwargs=options.model_kwargs,
         format=options.part_format,
         part_size=options.part_size,
     )

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from linvit.data.sources.base import PackedStrings
+from linvit.model.description import model_digest
 from linvit.output.files import json_text, parse_json, sha256_of
 from linvit.prediction.predictor import Predictor
 from linvit.runs.folder import Classifier
@@ -29,7 +29,7 @@ class Images(BaseModel):
 
 
 class Model(BaseModel):
-    """Where the weights come from, and a digest of the architecture, the weights and extra arguments.
+    """Where the weights come from, and a digest of the architecture, its arguments and the weights.
 
     That of an exported model is of its file.
     """
@@ -66,36 +66,20 @@ class Identity(BaseModel):
         return found
 
 
-def identify(
-    images: PackedStrings, classifier: Classifier, predictor: Predictor, *, model_kwargs: dict[str, Any]
-) -> Identity:
-    """The identity of a run.
-
-    Args:
-        model_kwargs: extra arguments that the model was built with.
-    """
+def identify(images: PackedStrings, classifier: Classifier, predictor: Predictor) -> Identity:
+    """The identity of a run."""
     return Identity(
         images=Images(count=len(images), sha256=_digest(os.fsencode(os.path.abspath(path)) for path in images)),
-        model=Model(weights=classifier.weights, sha256=_model_digest(classifier, model_kwargs)),
+        model=Model(weights=classifier.weights, sha256=_model_digest(classifier)),
         # As they are after a round trip through a file.
         options=parse_json(json_text(predictor.settings())),
     )
 
 
-def _model_digest(classifier: Classifier, model_kwargs: dict[str, Any]) -> str:
+def _model_digest(classifier: Classifier) -> str:
     if isinstance(classifier.model, ExportedModel):
         return _digest(sha256_of(file).encode() for file in _exported_files(Path(classifier.weights)))
-    model = classifier.model
-    # Buffers that are not saved, such as random projections, matter as well.
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    architecture = model.pretrained_cfg.get("architecture")
-    digest = hashlib.sha256(json_text([architecture, model_kwargs], indent=None).encode())
-    for name, tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        # Through bytes, because NumPy has no bfloat16.
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return model_digest(classifier.model)
 
 
 def _exported_files(path: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,6 @@ def predict_parts(
     find: Callable[[], PackedStrings],
     load: Callable[[str, Say], tuple[Classifier, Predictor]],
     write: Callable[[Iterable[Prediction], WriteRow, WriteRow], int],
-    model_kwargs: dict[str, Any],
     format: Format | None,
     part_size: int | None,
 ) -> int:
@@ -42,7 +40,7 @@ def predict_parts(
         find: lists the paths of all images; the primary process calls it.
         load: loads the model on a device, with a function for messages.
         write: writes the rows of images and of their tiles; returns the number of images without a prediction.
-        model_kwargs, format, part_size: as for `identify` and `open_parts`.
+        format, part_size: as for `open_parts`.
 
     Raises UsageError if the parts belong to another run, ValueError if parts are missing at the end, and what `find`,
     `load` and `write` raise.
@@ -52,7 +50,7 @@ def predict_parts(
         paths = on_primary(find, group)
         alone = ranks.world_size == 1
         classifier, predictor = load(device if alone else str(ranks.device), note if ranks.is_primary else _discard)
-        identity = identify(paths, classifier, predictor, model_kwargs=model_kwargs)
+        identity = identify(paths, classifier, predictor)
         size = default_part_size(
             len(paths),
             world_size=ranks.world_size,

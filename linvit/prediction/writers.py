@@ -1,4 +1,4 @@
-"""Write predictions row by row as CSV, JSON lines or Parquet, by the file's extension."""
+"""Write predictions row by row as CSV, JSON lines or Parquet, by the file's extension, or as lines on stdout."""
 
 import importlib.util
 import os
@@ -204,3 +204,21 @@ _WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], int], _Rows]] = {
     ".csv": _Csv,
     ".parquet": _Parquet,
 }
+
+
+def show_row(row: Row, *, show: Callable[[str], None]) -> None:
+    """Print a line for a reader."""
+    best = [f"{label} {100 * probability:.1f} %" for label, probability in zip(row["labels"], row["probabilities"])]
+    error = [] if row["error"] is None else [row["error"]]
+    unsure = [f"unsure: {row['label_set'] or 'no class fits'}"] if row.get("unsure") == "yes" else []
+    show(f"{row['path']}: {'; '.join([*best, *unsure, *error])}")
+
+
+def print_row(row: Row, *, columns: Sequence[str], topk: int, show: Callable[..., None]) -> None:
+    """Print a line for a program: the columns of a CSV file, separated by tabs."""
+    best = [*row["labels"], *map(str, row["probabilities"])] or [""] * (2 * topk)
+    show(
+        row["path"],
+        *best,
+        *(row.get(name) or "" for name in columns if name not in ("path", "labels", "probabilities")),
+    )

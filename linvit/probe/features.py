@@ -23,7 +23,7 @@ from linvit.data.loader import Loader
 from linvit.data.sources.base import ImageSet
 from linvit.evaluation.inference import BatchForward
 from linvit.model.build import TimmModel
-from linvit.model.description import model_arguments
+from linvit.model.description import model_digest
 from linvit.output.files import write_file
 from linvit.output.terminal import note
 from linvit.version import __version__
@@ -44,16 +44,10 @@ class Features:
 
 def facts_of(model: TimmModel, spec: InputSpec, amp_dtype: torch.dtype | None) -> dict[str, Any]:
     """What the features of any image depend on; `model` has no classifier."""
-    weights = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return {
         "format": FORMAT,
         "linvit": __version__,
-        "architecture": model.pretrained_cfg["architecture"],
-        "arguments": model_arguments(model),
-        "weights": weights.hexdigest(),
+        "model": model_digest(model),
         "input": asdict(spec),
         "amp": str(amp_dtype),
     }

@@ -114,7 +114,10 @@ class _Probe:
             (val,) = self._features("validation", self.val_set, facts, ["image"])
             trained = self._train(train, val)
         self._write(trained)
-        self._show(trained)
+        report = self._report(trained)
+        if self.options.json_file is not None:
+            write_json(self.options.json_file, report)
+        self._show(report, trained.choice)
 
     def _features(self, name: str, images: ImageSet, facts: dict[str, Any], views: list[View]) -> list[Features]:
         folder = self.options.features_folder
@@ -242,10 +245,7 @@ class _Probe:
             "confidence": bootstrap(score, num_images, num_resamples=NUM_RESAMPLES, seed=self.options.seed),
         }
 
-    def _show(self, trained: Trained) -> None:
-        report, choice = self._report(trained), trained.choice
-        if self.options.json_file is not None:
-            write_json(self.options.json_file, report)
+    def _show(self, report: dict[str, Any], choice: Choice) -> None:
         show_line(
             self.console,
             f"L2 penalty {choice.penalty:g}: the lowest held-out loss, {choice.loss:.4f}, of {len(choice.losses)} "

@@ -15,7 +15,7 @@ from linvit.evaluation.inference import (
     override_settings,
     run_batch_size,
     scaled_size,
-    weights_digest,
+    source_digest,
 )
 from linvit.evaluation.options import EvalOptions
 from linvit.model.build import create_model
@@ -148,7 +148,7 @@ def test_a_digest_is_of_weights_and_arguments():
     def digest(**arguments):
         torch.manual_seed(0)
         model = create_model("linvit_mini_patch4_64", num_classes=3, class_token=False, **arguments)
-        return weights_digest(model)
+        return source_digest(model)
 
     assert digest(global_pool="avg", fc_norm=False) == digest(global_pool="avg", fc_norm=False)
     assert digest(global_pool="avg", fc_norm=False) != digest(global_pool="max", fc_norm=False)

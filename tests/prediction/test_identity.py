@@ -17,8 +17,8 @@ from linvit.runtimes.model import ExportedModel
 SPEC = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
 
 
-def identity_of(classifier: Classifier, *paths: str, **model_kwargs: str) -> Identity:
-    return identify(PackedStrings.pack(paths), classifier, Predictor(classifier), model_kwargs=model_kwargs)
+def identity_of(classifier: Classifier, *paths: str) -> Identity:
+    return identify(PackedStrings.pack(paths), classifier, Predictor(classifier))
 
 
 def test_every_parameter_and_buffer_counts() -> None:
@@ -32,7 +32,10 @@ def test_every_parameter_and_buffer_counts() -> None:
     assert before.changes(moved) == []
     assert before.changes(identity_of(classifier, "b.png", "a.png")) == ["other images"]
     assert before.changes(identity_of(classifier, "a.pngb.png", "")) == ["other images"]
-    assert before.changes(identity_of(classifier, "a.png", "b.png", global_pool="avg")) == ["other weights"]
+    pooled = create_model("linvit_mini_patch4_64", **settings, global_pool="max").eval()
+    pooled.load_state_dict(model.state_dict(), strict=False)
+    other = Classifier(pooled, None, weights="a", settings={})
+    assert before.changes(identity_of(other, "a.png", "b.png")) == ["other weights"]
     named = identity_of(Classifier(model, ["x", "y"], weights="a", settings={}), "a.png", "b.png")
     assert before.changes(named) == ["other class names"]
     tensors = [*model.parameters(), *model.buffers()]
