@@ -117,7 +117,7 @@ def _finish(parts: Parts, num_unreadable: int) -> int:
     parts.write_manifests(is_complete=True)
     num_images = sum(len(parts.images(part)) for part in parts.missing)
     num_before = len(parts) - len(parts.missing)
-    before = f"; complete before: {num_before:,} of {len(parts):,} parts" if num_before else ""
+    before = f"; already complete: {num_before:,} of {len(parts):,} parts" if num_before else ""
     print_line(f"{parts.folders[0]}: predictions on {num_images - num_unreadable:,} of {num_images:,} images{before}")
     if num_unreadable:
         note(f"{num_unreadable:,} of {num_images:,} images have no prediction; their rows give the reasons")

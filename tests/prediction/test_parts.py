@@ -108,7 +108,7 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
     # The size and the format of the parts are those of the folder, whatever the batch size.
     assert predict(run, *images, "-b", "2", "-o", tmp_path / "parts") == 0
     out = capsys.readouterr().out
-    assert out == f"{tmp_path / 'parts'}: predictions on 7 of 7 images; complete before: 1 of 4 parts\n"
+    assert out == f"{tmp_path / 'parts'}: predictions on 7 of 7 images; already complete: 1 of 4 parts\n"
     assert not scratch.exists()
     assert files_of(tmp_path / "parts")["part-00000.jsonl"] == first
     paths = [json.loads(line)["path"] for part in sorted((tmp_path / "parts").glob("part-*")) for line in part.open()]
@@ -121,7 +121,7 @@ def test_complete_parts_are_skipped_and_a_killed_run_is_completed(
     monkeypatch.setattr(Predictor, "_logits", killed)
     assert predict(run, *images, "-o", tmp_path / "parts") == 0
     out = capsys.readouterr().out
-    assert out == f"{tmp_path / 'parts'}: predictions on 0 of 0 images; complete before: 4 of 4 parts\n"
+    assert out == f"{tmp_path / 'parts'}: predictions on 0 of 0 images; already complete: 4 of 4 parts\n"
     assert manifest_of(tmp_path / "parts")["complete"]
 
 
