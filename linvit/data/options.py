@@ -151,6 +151,11 @@ class AugmentOptions(_Options):
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of the crop's aspect ratio (width/height)")
     hflip: Probability = Field(0.5, description="probability of a horizontal flip")
     vflip: Probability = Field(0.0, description="probability of a vertical flip")
+    transpose: Probability = Field(
+        0.0,
+        description="probability of swapping rows and columns; needs a square input. With hflip, vflip and transpose "
+        "of 0.5, all eight rotations and reflections are equally likely, as suits images without an upright direction",
+    )
     color_jitter: Numbers | None = Field(
         (0.4,),
         description="strength of colour jitter: one number for brightness, contrast and saturation, or three numbers, "

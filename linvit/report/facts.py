@@ -79,6 +79,7 @@ def _augmentation(run: Run) -> str:
     names = {
         "hflip": "horizontal flip",
         "vflip": "vertical flip",
+        "transpose": "transposition",
         "aa": "",
         "color_jitter": "colour jitter",
         "reprob": "random erasing",

@@ -104,6 +104,7 @@ EVERYTHING = {
     "ratio": [0.9, 1.1],
     "hflip": 0.25,
     "vflip": 0.5,
+    "transpose": 0.5,
     "color_jitter": [0.1, 0.2, 0.3],
     "color_jitter_prob": 0.8,
     "grayscale_prob": 0.1,

@@ -196,7 +196,7 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
     """Build the augmentation that the options describe, in timm's order, or load the one in `aug_file`.
 
     Raises:
-        ValueError: if `aug_file` is invalid.
+        ValueError: if `aug_file` is invalid, or if `transpose` is combined with an input that is not square.
     """
     if augment.aug_file is not None:
         pipeline = load_pipeline(augment.aug_file, size=spec.size, interpolation=spec.interpolation)
@@ -212,6 +212,11 @@ def build_train_pipeline(augment: AugmentOptions, spec: InputSpec) -> Pipeline:
         transforms.append(A.HorizontalFlip(p=augment.hflip))
     if augment.vflip > 0:
         transforms.append(A.VerticalFlip(p=augment.vflip))
+    if augment.transpose > 0:
+        height, width = spec.size
+        if height != width:
+            raise ValueError(f"transpose needs a square input, and the input size is {height} x {width}: remove it")
+        transforms.append(A.Transpose(p=augment.transpose))
     if augment.aa is not None:
         transforms.append(
             PolicyAugment(policy=augment.aa, interpolation=augment.train_interpolation, fill=spec.mean_colour)

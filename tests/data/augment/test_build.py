@@ -66,6 +66,10 @@ def augmented(
         ({"aa": "3a"}, [RandomResizedCrop, A.HorizontalFlip, PolicyAugment, A.ColorJitter]),
         ({"aa": "ta_wide", "vflip": 0.1}, [RandomResizedCrop, A.HorizontalFlip, A.VerticalFlip, PolicyAugment]),
         (
+            {"transpose": 0.5, "aa": "3a", "color_jitter": None},
+            [RandomResizedCrop, A.HorizontalFlip, A.Transpose, PolicyAugment],
+        ),
+        (
             {"grayscale_prob": 0.2, "gaussian_blur_prob": 0.1, "reprob": 0.25},
             [RandomResizedCrop, A.HorizontalFlip, A.ColorJitter, A.ToGray, A.GaussianBlur, RandomErasing],
         ),
@@ -143,6 +147,25 @@ def test_flips_are_independent() -> None:
     # Each combination has probability 1/4: 500 of 2000, with a standard deviation of 19.
     assert set(corners) == {(0, 0), (0, 31), (31, 0), (31, 31)}
     assert all(400 < count < 600 for count in corners.values()), corners
+
+
+def test_flips_and_transpose_give_the_eight_symmetries_of_a_square() -> None:
+    options = AugmentOptions(vflip=0.5, transpose=0.5, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=None)
+    pipeline = build_train_pipeline(options, SPEC)
+    image = np.repeat(np.arange(32 * 32).reshape(32, 32, 1) % 251, 3, axis=2).astype(np.uint8)
+    symmetries = [np.rot90(mirrored, turns) for mirrored in (image, image[:, ::-1]) for turns in range(4)]
+    counts = [0] * 8
+    for index in range(2000):
+        result = augmented(pipeline, image, index)
+        counts[[np.array_equal(result, symmetry) for symmetry in symmetries].index(True)] += 1
+    # Each symmetry has probability 1/8: 250 of 2000, with a standard deviation of 15.
+    assert all(190 < count < 310 for count in counts), counts
+
+
+def test_transpose_needs_a_square_input() -> None:
+    spec = InputSpec((32, 24), SPEC.mean, SPEC.std, "bicubic", 0.9, "center")
+    with pytest.raises(ValueError, match="transpose needs a square input, and the input size is 32 x 24: remove it"):
+        build_train_pipeline(AugmentOptions(transpose=0.5), spec)
 
 
 def test_transforms_of_the_same_class_draw_different_numbers() -> None:
