@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> int:
     """
     from linvit.data.augment.build import resolve_input
     from linvit.distributed import joined_ranks, stop_on_signals
-    from linvit.report.write import report_training
+    from linvit.report.gather import report_training
     from linvit.training import setup
     from linvit.training.batch_size import resolve_batch_size
     from linvit.training.dry_run import show_plan

@@ -27,7 +27,7 @@ COMMANDS = {
         "data": "linvit.data.demo",
     },
     "evaluate": {
-        "eval": "linvit.report.evaluate",
+        "eval": "linvit.report.eval_command",
         "predict": "linvit.prediction.command",
         "report": "linvit.report.command",
     },

@@ -25,8 +25,7 @@ from linvit.explanation.maps import (
     approximations,
     attention_maps,
 )
-from linvit.explanation.mosaic import Mosaic, shrunk
-from linvit.explanation.overlay import place
+from linvit.explanation.overlay import Mosaic, place, shrunk
 from linvit.measure.attention import as_vit
 from linvit.runs.folder import Classifier
 from linvit.runtimes.model import ExportedModel

@@ -10,10 +10,8 @@ from markupsafe import Markup
 
 from linvit.explanation.explain import Explained, one_map
 from linvit.explanation.maps import Method
-from linvit.explanation.mosaic import shrunk
-from linvit.explanation.overlay import COLOURS, patch_edges
-from linvit.explanation.packing import TEXT, Pack
-from linvit.explanation.rows import RowPlan, num_rows, pack_attention, pack_projections, plan_rows
+from linvit.explanation.overlay import COLOURS, patch_edges, shrunk
+from linvit.explanation.rows import TEXT, Pack, RowPlan, num_rows, pack_attention, pack_projections, plan_rows
 from linvit.output.page import image_uri, render
 
 # The methods whose maps do not depend on a layer.

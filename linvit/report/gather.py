@@ -12,12 +12,12 @@ from linvit.evaluation.collect import collect
 from linvit.evaluation.inference import amp_precision, input_spec, run_batch_size
 from linvit.evaluation.predictions import Predictions, predictions_of
 from linvit.evaluation.source import DEFAULT_BATCH_SIZE
-from linvit.output.files import reason
-from linvit.output.terminal import note, progress_bar
+from linvit.output.files import reason, write_text
+from linvit.output.terminal import note, print_line, progress_bar
 from linvit.report.examples import AUGMENTED_IMAGES, MOST_WORST, PICTURES_PER_PAGE, augmented_images, worst_images
 from linvit.report.facts import describe_cost, describe_training
-from linvit.report.page import Evaluated, RunPage
-from linvit.report.run import Run
+from linvit.report.page import Evaluated, RunPage, render_runs
+from linvit.report.run import Run, read_run
 from linvit.runs.folder import Classifier, load_classifier
 from linvit.training.config import TrainConfig
 from linvit.training.model import epoch_sizes
@@ -124,3 +124,19 @@ def evaluate_images(classifier: Classifier, images: ImageSet, *, device: torch.d
             advance=lambda count: bar.advance(task, count),
         )
     return predictions_of(collected.results, images)
+
+
+def report_training(
+    folder: Path, config: TrainConfig, train_set: ImageSet, val_set: ImageSet, *, device: torch.device
+) -> None:
+    """Write report.html into the folder of a run that is done; if that fails, print a warning and return."""
+    try:
+        run = read_run(folder)
+        page = gather(run, RunData(config, train_set, val_set), device=device, evaluate=False)
+        write_text(run.folder.report, render_runs([page]))
+        print_line(f"report: {run.folder.report}")
+    # The run is done and its weights are saved, whatever happens here.
+    except KeyboardInterrupt:
+        note(f"warning: no report was written (interrupted); `linvit report {folder}` tries again")
+    except Exception as error:
+        note(f"warning: no report was written ({reason(error)}); `linvit report {folder}` tries again")

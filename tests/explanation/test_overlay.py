@@ -7,8 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from linvit.data.geometry import EvalCrop
 from linvit.data.tiling import Box
 from linvit.explanation import overlay
-from linvit.explanation.mosaic import Mosaic
-from linvit.explanation.overlay import blend, normalise, place
+from linvit.explanation.overlay import Mosaic, blend, normalise, place
 
 PATCHES = np.arange(16, dtype=np.float32).reshape(4, 4)
 

@@ -9,8 +9,7 @@ from small_vits import PER_LAYER, PREFIXES, images, make
 from unpacked import Unpacked, token_row
 
 from linvit.explanation.maps import Explanation, weighted_rows
-from linvit.explanation.packing import Pack, quantise
-from linvit.explanation.rows import RowPlan, pack_attention, pack_projections, plan_rows
+from linvit.explanation.rows import Pack, RowPlan, pack_attention, pack_projections, plan_rows, quantise
 
 KINDS = ["linear", "separable", "avgpool", "dct", *REDUCING]
 CASES = [(kind, share) for kind in KINDS for share in PER_LAYER if kind not in FIXED or share in ("kv", "layerwise")]

@@ -11,7 +11,7 @@ from tiny_runs import make_images
 import linvit  # noqa: F401  registers the models
 from linvit.cli import main
 from linvit.data.augment.build import InputSpec
-from linvit.export.onnx import write_onnx
+from linvit.export.write import write_onnx
 from linvit.model.build import create_model
 from linvit.runs.folder import save_classifier
 from linvit.runtimes.metadata import KEY, ExportMetadata

@@ -11,9 +11,7 @@ from torch import nn
 from linvit.data.augment.build import InputSpec
 from linvit.export.check import compare, random_images, require
 from linvit.export.graph import trace
-from linvit.export.onnx import write_onnx
-from linvit.export.openvino import write_openvino
-from linvit.export.torch_export import write_torch_export
+from linvit.export.write import write_onnx, write_openvino, write_torch_export
 from linvit.model.build import create_model
 from linvit.runtimes.metadata import describe
 from linvit.runtimes.model import open_exported

@@ -20,7 +20,7 @@ from linvit.cli import main
 from linvit.data.sources.open import open_images
 from linvit.evaluation.predictions import read_predictions
 from linvit.output.files import printable
-from linvit.report import write
+from linvit.report import gather as gather_module
 from linvit.report.examples import worst_images
 from linvit.report.gather import gather, open_data
 from linvit.report.run import read_run
@@ -256,8 +256,8 @@ def test_a_report_that_fails_is_a_warning(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("broken\nsecond line")
 
-    monkeypatch.setattr(write, "gather", fail)
-    write.report_training(copy, config, images, images, device=torch.device("cpu"))
+    monkeypatch.setattr(gather_module, "gather", fail)
+    gather_module.report_training(copy, config, images, images, device=torch.device("cpu"))
     assert f"warning: no report was written (broken); `linvit report {copy}` tries again\n" in capsys.readouterr().err
     assert not (copy / "report.html").exists()
 
