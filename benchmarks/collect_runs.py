@@ -38,7 +38,8 @@ def describe(run: Path, data: Path) -> dict[str, Any]:
     settings = yaml.safe_load((run / "args.yaml").read_text())
     with (run / "summary.csv").open() as file:
         curve = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    found = evaluate(run, data)
+    fraction = settings.get("val_fraction")
+    found = evaluate(run, data, *([] if fraction is None else ["--val-fraction", str(fraction)]))
     return {
         "seed": settings["seed"],
         **{name: found[name] for name in METRICS},
