@@ -123,7 +123,10 @@ def test_it_is_short():
 def test_training_commands_are_understood(monkeypatch):
     monkeypatch.chdir(ROOT)
     small_data = (ROOT / "docs/small_data.md").read_text().replace(" \\\n", " ")
-    commands = [line.partition("#")[0] for line in re.findall(r"(?:train_imagenet\.py|linvit train) (data .*)", README + small_data)]
+    commands = [
+        line.partition("#")[0]
+        for line in re.findall(r"(?:train_imagenet\.py|linvit train) (data .*)", README + small_data)
+    ]
     assert len(commands) >= 2
     for command in commands:
         config = parse(shlex.split(command))
