@@ -195,7 +195,7 @@ class LinformerAttention(ProjectedAttention, Attention):
         q, *kv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         projections = (key_proj, patches.key_share), (value_proj, patches.value_share)
         keys, values = (
-            torch.cat([prefix, patches.project(proj, patches.place(tokens), share)], dim=2)
+            self._join(prefix, patches.project(proj, patches.place(tokens), share))
             for (prefix, tokens), (proj, share) in zip((self._split_prefix(y) for y in kv), projections)
         )
         return q, keys, values
@@ -226,8 +226,9 @@ class LinformerAttention(ProjectedAttention, Attention):
 
         def attend(x: Tensor, images: slice) -> Tensor:
             queries = self.q_norm(self._split_heads(F.linear(x, weights.q, weights.q_bias)))
-            own_bias = bias if bias is None or bias.shape[0] == 1 else bias[images]
-            return self._output(self._softmax_attention(queries, keys[images], values[images], own_bias))
+            own_bias = bias if bias is None or bias.shape[0] == 1 else _select(bias, images)
+            own_keys, own_values = _select(keys, images), _select(values, images)
+            return self._output(self._softmax_attention(queries, own_keys, own_values, own_bias))
 
         return attend
 
@@ -245,9 +246,9 @@ class LinformerAttention(ProjectedAttention, Attention):
         out_bias = self.proj.bias
 
         def attend(x: Tensor, images: slice) -> Tensor:
-            scores = torch.baddbmm(offset[images], x, score_weight[images].mT)
+            scores = torch.baddbmm(_select(offset, images), x, _select(score_weight, images).mT)
             attn = self.attn_drop(scores.unflatten(2, (self.num_heads, -1)).softmax(dim=-1)).flatten(2)
-            own_weight = value_weight[images]
+            own_weight = _select(value_weight, images)
             return attn @ own_weight if out_bias is None else torch.baddbmm(out_bias, attn, own_weight)
 
         return attend
@@ -271,6 +272,11 @@ class LinformerAttention(ProjectedAttention, Attention):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptableAttention(self)
+
+
+def _select(y: Tensor, images: slice) -> Tensor:
+    """y[images], but y itself for all images: the gradient of a slice is a copy."""
+    return y if images == slice(None) else y[images]
 
 
 class _Weights(NamedTuple):

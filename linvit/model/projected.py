@@ -114,11 +114,13 @@ class ProjectedAttention(_Layer):
             projection, share: E, and the present share of its rows.
         """
         reduced = patches.project(projection, on_grid, share)  # (B, M, k, D)
-        rows = torch.cat([prefix.expand(-1, reduced.shape[1], -1, -1), reduced], dim=2)
+        rows = self._join(prefix.expand(-1, reduced.shape[1], -1, -1), reduced)
         if not has_bias:
             return rows, None
         row_sums = patches.row_sums(projection, on_grid, share)  # (B or 1, M, k, 1)
-        return rows, F.pad(row_sums, (0, 0, self.num_prefix_tokens, 0), value=1.0)
+        if self.num_prefix_tokens > 0:
+            row_sums = F.pad(row_sums, (0, 0, self.num_prefix_tokens, 0), value=1.0)
+        return rows, row_sums
 
     def _map_rows(
         self, rows: Tensor, row_sums: Tensor | None, weight: Tensor, bias: Tensor | None, parts: int = 1
@@ -167,6 +169,13 @@ class ProjectedAttention(_Layer):
             rows.append(row)
         return torch.stack(rows)[None, :, None] if len(rows) > 1 else rows[0].view(1, 1, 1, -1)
 
-    def _split_prefix(self, y: Tensor) -> list[Tensor]:
-        """Split (B, M, T, C) into prefix tokens and patches."""
-        return y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
+    def _split_prefix(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Split (B, M, T, C) into prefix tokens and patches. Without prefix tokens no gradient is copied."""
+        if self.num_prefix_tokens == 0:
+            return y[:, :, :0].detach(), y
+        prefix, patches = y.split([self.num_prefix_tokens, y.shape[2] - self.num_prefix_tokens], dim=2)
+        return prefix, patches
+
+    def _join(self, prefix: Tensor, reduced: Tensor) -> Tensor:
+        """Prefix tokens (B, M, P, C) and projected patches (B, M, k, C), as (B, M, K, C)."""
+        return torch.cat([prefix, reduced], dim=2) if self.num_prefix_tokens > 0 else reduced

@@ -161,9 +161,9 @@ class RotaryAttention(ProjectedAttention):
         if projection.num_maps > 1:
             by_head = self._for_all_heads(y.transpose(1, 2))
             prefix, tokens = self._split_prefix(by_head)
-            return torch.cat([prefix, patches.project(projection, patches.place(tokens), share)], dim=2)
+            return self._join(prefix, patches.project(projection, patches.place(tokens), share))
         prefix, tokens = self._split_prefix(y.flatten(2)[:, None])  # one product for all heads
-        rows = torch.cat([prefix, patches.project(projection, patches.place(tokens), share)], dim=2)
+        rows = self._join(prefix, patches.project(projection, patches.place(tokens), share))
         return rows.squeeze(1).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
     def _row_table(self, table: Tensor, projection: Projection, patches: Patches, batch: int) -> Tensor:

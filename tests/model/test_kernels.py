@@ -7,6 +7,7 @@ from small_layers import ORDERS, expected, make_attention, tokens
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linvit.model import kernels
 from linvit.model.kernels import (
@@ -20,6 +21,52 @@ from linvit.model.kernels import (
     runs_eagerly,
     split_attention,
 )
+
+
+class Kernels(TorchDispatchMode):
+    """Records the names of operations that compute or copy something, each of them a kernel on a GPU."""
+
+    VIEWS = {
+        "view",
+        "_unsafe_view",
+        "expand",
+        "transpose",
+        "t",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+    } | {
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "detach",
+        "alias",
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.names += [] if name in self.VIEWS else [name]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_without_prefix_tokens_takes_few_kernels():
+    attention, _, _ = make_attention("separable", "kv", (8, 8), prefix=0, k=4)
+    attention.order, x = "associative", tokens((8, 8), prefix=0)
+    with Kernels() as forward:
+        out = attention(x)
+    with Kernels() as backward:
+        out.sum().backward()
+    # E's two products, three for its row sums, keys and values with their bias, queries, attention, output.
+    assert len(forward.names) == 10, forward.names
+    # The gradient of an image's slice, or of a prefix without tokens, would be a copy of all tokens.
+    assert "slice_backward" not in backward.names
+    assert len(backward.names) <= 34, backward.names
 
 
 @pytest.mark.parametrize("total", [1, 2, 1024, 1025, 1537, 16385])
