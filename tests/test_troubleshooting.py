@@ -6,8 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-# Messages of pip, the shell and timm, and those put together from words.
-OTHERS = ("requires a different Python", "command not found", "No pretrained weights exist", "did you mean")
+# Messages of pip, the shell, timm and huggingface_hub, and those put together from words.
+OTHERS = (
+    "requires a different Python",
+    "command not found",
+    "No pretrained weights exist",
+    "An error happened while",
+    "did you mean",
+)
 
 
 def literal(node: ast.AST) -> str:
