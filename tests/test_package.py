@@ -44,6 +44,7 @@ def test_the_workflow_runs_what_ci_runs_on_the_supported_versions():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     assert {"run": ".ci/run"} in jobs["test"]["steps"]
     assert {"run": "make wheel"} in jobs["wheel"]["steps"]
+    assert {"run": "make docs"} in jobs["docs"]["steps"]
     oldest = min(jobs["test"]["strategy"]["matrix"]["python"], key=lambda version: int(version.split(".")[1]))
     assert PROJECT["project"]["requires-python"] == f">={oldest}"
 

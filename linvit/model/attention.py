@@ -47,10 +47,11 @@ Attend = Callable[[Tensor, slice], Tensor]
 class LinformerAttention(ProjectedAttention, Attention):
     """Self-attention whose keys and values are projected from N patches to k; a drop-in for timm's `Attention`.
 
+    Arguments that are not listed are those of timm's class.
+
     Args:
         dim: width D of the tokens; inputs and outputs are (B, T, D).
         num_heads: number of heads H.
-        qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's `Attention`.
         num_prefix_tokens: number P of tokens in front of the patches, which are never projected.
         key_projection: E, from `build_projection`; None gives ordinary attention.
         value_projection: F; None uses E for values too (the paper's key-value sharing).

@@ -36,10 +36,10 @@ def rotary_of_layers(model: Any) -> list[Tensor | None]:
 class LinformerEva(LinformerTransformer, Eva):
     """A timm `Eva` whose attention layers are Linformer projections.
 
-    Takes every keyword of timm's class, where `norm_layer` may be a name, and these:
+    Takes every keyword of timm's class, where `norm_layer` may be a name; k, projection, share, projection_init and
+    local of `LinformerViT`; and these:
 
     Args:
-        k, projection, share, projection_init, local: as in `LinformerViT`.
         norm_eps: epsilon of every normalisation layer; None keeps that of `norm_layer`.
         weight_init: "skip" draws no weights, for a model on the meta device; "" draws timm's.
 
