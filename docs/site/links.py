@@ -1,7 +1,7 @@
 """A hook of mkdocs: files outside docs/ that pages link to become part of the site.
 
 A page links to `../linvit/reference.py`, which is right in the repository. In the site the file is a copy under
-`files/`: Markdown as a page, images and JSON as they are, other text with the extension .txt, which every browser shows.
+`files/`: Markdown as a page, images and JSON as they are, other text as .txt, which every browser shows.
 """
 
 import posixpath
