@@ -44,7 +44,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for group in config.nav or []:
         for title, pages in group.items():
             if isinstance(pages, list):
-                group[title] = [page for page in pages if (ROOT / "docs" / page).exists()]
+                group[title] = [
+                    page for page in pages if all((ROOT / "docs" / name).exists() for name in page.values())
+                ]
     config.nav = [group for group in config.nav or [] if all(group.values())]
     return config
 
