@@ -49,7 +49,7 @@ VALUES = {
     "--bootstrap": "20",
     "--calibration-images": "4",
 }
-REMOVED = ("--torchcompile", "--fsdp", "--compile")
+REMOVED = ("--torchcompile", "--fsdp", "--compile", "--memory")
 # Options that a command gets if it does not have them.
 ADDED = {
     "train": {"--epochs": "1", "--warmup-epochs": "0", "--batch-size": "4", "--workers": "0", "--no-report": None},
@@ -58,7 +58,7 @@ ADDED = {
     "eval": {"--workers": "0"},
     "predict": {"--workers": "0"},
     "export": {"--workers": "0"},
-    "bench": {"--rounds": "1"},
+    "bench": {"--rounds": "1", "--baseline": "vit_docs"},
 }
 ALIASES = {"--batch-size": "-b", "--workers": "-j"}
 
