@@ -62,13 +62,13 @@ def attention_maps(
       connection (Abnar and Zuidema 2020, arXiv 2005.00928).
     - "relevance": attention through all layers, each entry weighted by its gradient for a class if that is positive
       (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6). On a Linformer layer the gradients are those of P̄. Where the
-      classifier reads an average over patches, v weights each patch by what it adds to the class's logit, to first
+      classifier reads an average over patches, v weights each patch by its contribution to the class's logit, to first
       order and where that is positive.
     - "gradcam": the last tokens that the classifier mixes, weighted by their mean gradient for a class (Selvaraju et
       al. 2017, arXiv 1610.02391).
-    - "cam": what each patch adds to the logit of a class, exactly, where the classifier pools all patches; negative
-      where it speaks against the class (Zhou et al. 2016, arXiv 1512.04150, see `linvit.explanation.cam`).
-    - "keys": what each projected key averages, the rows of E. It does not depend on the images.
+    - "cam": the exact contribution of each patch to the logit of a class, where the classifier pools all patches;
+      negative for evidence against the class (Zhou et al. 2016, arXiv 1512.04150, see `linvit.explanation.cam`).
+    - "keys": the patches that each projected key averages, the rows of E. They do not depend on the images.
 
     Args:
         model: may be in any mode, and is restored afterwards; no gradient is left in its parameters.

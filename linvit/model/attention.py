@@ -5,7 +5,8 @@
 The layer computes this in one of three orders of multiplication; `linvit.model.kernels` describes them.
 
 Differs from the paper: prefix tokens (class, registers) are keys of their own and never projected. A projected key
-stands for N/k patches, so beside prefix keys its scores carry log(N/k), and a prefix key weighs as in full attention.
+stands for N/k patches, so with prefix keys log(N/k) is added to its scores. A prefix key then weighs as much as in full
+attention.
 Query and key normalisation (`qk_norm`) act on the projected keys.
 
 B batch, P prefix tokens, N patches, T = P + N tokens, D width, H heads, d head width, M maps of a projection (1 or H),

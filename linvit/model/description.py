@@ -1,7 +1,7 @@
-"""What a file may say about its model: architecture, arguments and preprocessing, all of them plain data.
+"""Reading models from config.json: architecture, arguments and preprocessing, all of them plain data.
 
-timm's factory takes more than a model's arguments: addresses to fetch weights from, folders to write to, loaders to
-call. None of these is ever taken from a file or from `--model-kwargs`. A model argument is accepted if it is plain data
+timm's factory also accepts addresses to fetch weights from, folders to write to and loaders to call. None of these is
+ever taken from a file or from `--model-kwargs`. A model argument is accepted if it is plain data
 and a parameter of a class in the module that defines the model.
 """
 
@@ -146,8 +146,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
 def model_digest(model: nn.Module) -> str:
     """The SHA-256 of a timm model: its architecture, its arguments, and every parameter and buffer.
 
-    The same weights give other outputs with another pooling or number of heads, and buffers that are not saved, such as
-    random projections, matter as well.
+    The same weights give different outputs with a different pooling or number of heads. Buffers that are not saved
+    matter too.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     arguments = [cfg.get("architecture"), model_arguments(model)]

@@ -1,6 +1,6 @@
 """LinformerEva: timm's rotary Vision Transformers (DINOv3, EVA-02, Perception Encoder, …) with Linformer attention.
 
-timm's `Eva` carries all of them. `linvit.model.rotary` describes the attention layers.
+timm implements all of them as `Eva`. `linvit.model.rotary` describes the attention layers.
 
 B batch, T tokens, D width.
 """
@@ -67,7 +67,7 @@ class LinformerEva(LinformerTransformer, Eva):
         if norm_eps is not None:
             norm_layer = partial(norm_layer, eps=norm_eps)
         super().__init__(*args, norm_layer=norm_layer, **eva_kwargs)
-        # timm's model drops patches where their places are lost.
+        # timm's model drops patches before their positions are recorded.
         self.drop_patches: nn.Module | None = self.patch_drop  # type: ignore[has-type]
         self.patch_drop = None
         for block in self.blocks:

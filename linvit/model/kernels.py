@@ -1,9 +1,9 @@
 """How attention and MLPs are computed: which order of multiplication, in which chunks, by hand or by PyTorch.
 
 **Hand-written paths** read weights directly and write into buffers, so they are for plain tensors, eager execution and
-reverse-mode derivatives. Everything else takes PyTorch's and timm's path. On a CPU, fresh memory is paid for page by
-page and the cache is small: where each token is computed on its own, a chunk of tokens at a time is faster than all at
-once.
+reverse-mode derivatives. Everything else takes PyTorch's and timm's path. On a CPU, every new page of memory costs a
+page fault, and the cache is small: where tokens do not depend on each other, a chunk of them at a time is faster than
+all at once.
 
 **Linformer attention** can be multiplied out in three orders, which give the same function:
 
@@ -119,7 +119,7 @@ def equal_chunks(total: int, wanted: int) -> Iterator[slice]:
 
 
 def chunk_length(total: int, wanted: int) -> int:
-    """The length of the longest of `equal_chunks`."""
+    """The longest chunk of `equal_chunks`."""
     number = max(1, round(total / max(1, wanted)))
     return max(1, -(-total // number))
 

@@ -2,8 +2,8 @@
 
     y = Attention(x) + Conv(x)        x: the normalised patch tokens on their grid
 
-JetViT (arXiv 2605.26636) found such a branch to be the largest single gain of a linearised ViT. The paper's equation
-has none, so it is off by default. It starts at zero: until it is trained, the layer's outputs do not change.
+In JetViT (arXiv 2605.26636), such a branch helps a linearised ViT more than any other single change. Linformer has
+none, so it is off by default. It starts at zero: until it is trained, the layer's outputs do not change.
 
 B batch, P prefix tokens, N patches of the grid, n patches present, D width.
 """
@@ -19,7 +19,7 @@ from linvit.model.tokens import Patches
 class LocalConv(nn.Module):
     """Convolves each channel of the patch tokens with a square kernel: (B, P + n, D) to (B, n, D).
 
-    Patches outside the image, masked ones and dropped ones are zeros. Prefix tokens take no part.
+    Patches outside the image, masked patches and dropped patches are zeros. Prefix tokens are not convolved.
 
     Args:
         dim: width D of the tokens.

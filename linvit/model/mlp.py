@@ -4,8 +4,8 @@ timm's layers keep the hidden activations twice for the backward pass, before an
 that a ViT block keeps per token. On a CPU, the backward pass here recomputes the GELU from its input, which leaves 4.
 With `recompute="hidden"` it also recomputes fc1, on a GPU too, which leaves none.
 
-On a CPU, tokens are also processed in chunks whose hidden activations fit the cache, in buffers that are reused. Fresh
-memory is paid for page by page, which for long sequences costs more than the GELU.
+On a CPU, tokens are also processed in chunks whose hidden activations fit the cache, in buffers that are reused. Every
+new page of memory costs a page fault, which for long sequences takes longer than the GELU.
 
 B batch, T tokens, D width, D' hidden width, n = B·T rows.
 """

@@ -1,4 +1,4 @@
-"""What all Linformer attention layers share: E and F, prefix tokens, the bias of the keys, and the softmax.
+"""The part that all Linformer attention layers share: E and F, prefix tokens, the bias of the keys, and the softmax.
 
 B batch, P prefix tokens, T tokens, D width, H heads, d head width, M maps of a projection (1 or H), k projected length,
 K = P + k keys.
@@ -25,7 +25,7 @@ else:
 
 
 class ProjectedAttention(_Layer):
-    """An attention layer whose keys and values are projected from N patches to k: the part that all layouts share.
+    """Base of attention layers whose keys and values are projected from N patches to k.
 
     A class inherits from this and from one of timm's attention layers, calls `start_unprojected` when it is built, and
     computes queries, keys and values. Without projections it is timm's layer.
@@ -44,7 +44,7 @@ class ProjectedAttention(_Layer):
     local: LocalConv | None
 
     def start_unprojected(self, num_prefix_tokens: int) -> None:
-        """Make this, a new layer of timm's, a layer that can have projections."""
+        """Prepare a new layer of timm's for projections; it has none yet and computes ordinary attention."""
         self.num_prefix_tokens = num_prefix_tokens
         self.order: Order | None = None
         self.query_chunks: int | None = None

@@ -1,7 +1,7 @@
 """Linformer attention for timm's rotary layers, `EvaAttention` and `AttentionRope` (DINOv3, EVA-02, PE, Sapiens2).
 
 Rotary embedding (Su et al. 2021, arXiv 2104.09864; in two dimensions Heo et al. 2024, arXiv 2403.13298) multiplies
-query and key of each patch j by a rotation R_j that follows from its place on the grid. Projected keys get theirs in
+query and key of each patch j by a rotation R_j that depends on its position in the grid. Projected keys are rotated in
 one of two ways:
 
     rotated keys   K̄_i = Σ_j E_ij R_j N(x_j Wk)             rotate, then project: what E does to the keys of attention
@@ -9,11 +9,11 @@ one of two ways:
 
     R̄_i = Σ_j |E_ij| R_j / Σ_j |E_ij|
 
-N is the query and key normalisation, if any. The first needs Wk on all N patches. Values have no position, so they are
+N is the query and key normalisation, if any. The first needs Wk on all N patches. Values are not rotated, so they are
 projected before Wv where that is cheaper. Kinds that reduce tokens have no E for keys, and rotate rows.
 
-The layers keep timm's parameters and names, and everything else that timm's classes have: biases apart from the weight,
-normalised or gated outputs, fewer heads for keys and values. Without projections they are timm's own.
+The layers keep timm's parameters and names, and all features of timm's classes: separate biases, normalised or gated
+outputs, fewer heads for keys and values. Without projections they are timm's own.
 
 B batch, P prefix tokens, N patches of the grid, n patches present, T = P + n tokens, D width, H heads, G heads of keys
 and values, d head width, M maps of a projection (1 or H), k projected length, K = P + k keys.
@@ -38,7 +38,7 @@ RotaryOrder = Literal["keys", "rows"]
 
 
 class Rotary(NamedTuple):
-    """What a rotary layer must know about its tokens, in place of timm's tensor `rope`.
+    """Rotary embedding and layout of a layer's tokens, passed in place of timm's tensor `rope`.
 
     Attributes:
         embed: sines, then cosines, of the patches that are present: (n, 2d), (H, n, 2d), or (B, 1 or H, n, 2d); None
@@ -225,7 +225,7 @@ class RotaryAttention(ProjectedAttention):
         return _cast(self.qkv.weight, self.qkv.bias if bias is None else bias, dtype)
 
     def _separate_bias(self) -> Tensor | None:
-        """The biases that `EvaAttention` keeps apart from `qkv`."""
+        """The biases that `EvaAttention` keeps outside `qkv`."""
         if getattr(self, "q_bias", None) is None:
             return None
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
@@ -284,9 +284,9 @@ _LINFORMER: dict[type, type[RotaryAttention]] = {
 
 
 def make_projectable(attention: nn.Module) -> None:
-    """Make one of timm's rotary layers a `RotaryAttention`, still without projections; its weights stay as they are.
+    """Turn one of timm's rotary layers into a `RotaryAttention` without projections; its weights do not change.
 
-    timm's models build these layers themselves and take no class for them.
+    timm's models build these layers themselves and have no argument for their class.
     """
     attention.__class__ = _LINFORMER[type(attention)]
     assert isinstance(attention, RotaryAttention)

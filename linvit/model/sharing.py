@@ -1,4 +1,4 @@
-"""Who shares E and F, the projected lengths of layers and heads, and what of this a state dict holds.
+"""Sharing of E and F, projected lengths of layers and heads, and their form in state dicts.
 
 | share       | parameters                                        | paper (section 4)   |
 |-------------|---------------------------------------------------|---------------------|

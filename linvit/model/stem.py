@@ -4,7 +4,7 @@ Convolutions of 3 × 3 pixels with stride 2 halve the image until each patch is 
 faster from scratch than one that maps the pixels of a patch by a single matrix.
 
 The paper normalises over the batch. Here each position is normalised over its channels, so that the result does not
-depend on how a batch is divided among steps and processes.
+depend on how a batch is split among steps and processes.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where a batch's tokens lie on the patch grid, which are present, and how projecting accounts for absent ones.
+"""Positions of a batch's tokens on the patch grid, and how projection accounts for masked and dropped patches.
 
 A key-padding mask hides patches, image by image. Row i of E then covers the share
 
@@ -7,7 +7,7 @@ A key-padding mask hides patches, image by image. Row i of E then covers the sha
 of its mass. This changes the row's key in three ways:
 
 - Key and value are projected from the present patches and divided by s_i, so a pooling cell averages its present
-  patches. The absolute mass of the row does not change, so signed rows (`dct`, `random`) cannot blow up.
+  patches. The absolute mass of the row does not change, so the keys of signed rows (`dct`, `random`) stay bounded.
 - The key stands for n s_i / Σ_i s_i of the n present patches instead of N/k, and its scores carry the logarithm of
   that number. All projected keys together stand for n patches, as in full attention.
 - If s_i = 0, the key is hidden.
@@ -19,9 +19,9 @@ keys is hidden.
 Patch dropout without a mask is treated as the average over random subsets: every row is multiplied by N/n and stands
 for n/k patches. With a mask, dropped patches count as masked.
 
-timm's transformer blocks get a `layout` keyword here, which tells their attention layer where the tokens lie. It is an
+timm's transformer blocks get a `layout` keyword here, which passes the positions to their attention layer. It is an
 argument and not a state of the layer, so a checkpointed block that runs again in the backward pass gets the same layout
-as before, and threads that share a model do not disturb each other.
+as before, and threads can share a model.
 
 B batch, P prefix tokens, N patches of the grid, n patches present, M maps of a projection, C channels, k projected
 length.
@@ -65,7 +65,7 @@ def mask_of_kept(mask: Tensor, layout: TokenLayout, num_prefix_tokens: int) -> T
 
 
 class Patches(NamedTuple):
-    """The patches of one batch: where they lie, which are present, and which share of E's and F's rows they cover."""
+    """The patches of one batch: positions, which are present, and the share of E's and F's rows that they cover."""
 
     # None for the layer's own grid.
     grid_size: GridSize | None

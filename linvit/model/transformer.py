@@ -1,4 +1,4 @@
-"""What timm's Vision Transformers need for Linformer attention: E and F, sizes, parameter groups, features.
+"""The part that LinformerViT and LinformerEva share: E and F, image sizes, parameter groups, features.
 
 `linvit.model.sharing` describes who shares E and F. E and F are exempt from weight decay: their rows start as averages
 over patches, and decay would shrink every key. So is the convolution beside attention, of nine weights per channel.
@@ -39,7 +39,7 @@ _NOT_NEW = r"(?!.*\.(?:key_projection|value_projection|local)\b)"
 
 
 class Embedded(NamedTuple):
-    """The tokens that enter the first block, and what its attention must know about them."""
+    """The tokens that enter the first block, with their mask, layout and rotary embedding."""
 
     tokens: Tensor
     mask: Tensor | None
@@ -50,7 +50,7 @@ class Embedded(NamedTuple):
 
 
 class LinformerTransformer(_Model):
-    """The part that all Vision Transformers with Linformer attention share, besides a class of timm's.
+    """Base of all Vision Transformers with Linformer attention, used together with a class of timm's.
 
     A class inherits from this and from a model of timm, replaces the attention layers by `ProjectedAttention`, calls
     `_build_projections`, and defines `_embed` and `_block_arguments`.
@@ -115,7 +115,7 @@ class LinformerTransformer(_Model):
         return {name: module for name, module in self.named_modules() if isinstance(module, LocalConv)}
 
     def _named_projections(self) -> dict[str, Projection]:
-        """The projections by name; the projections of single heads inside of another are left out."""
+        """The projections by name, without those of single heads inside another projection."""
         found: dict[str, Projection] = {}
         for name, module in self.named_modules():
             if isinstance(module, Projection) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -164,8 +164,8 @@ class LinformerTransformer(_Model):
         """Choose what the backward pass recomputes instead of keeping it. Raises ValueError for an unknown choice.
 
         "full" (or True) recomputes whole blocks, which then keep only their input. "mlp" recomputes the hidden
-        activations of the MLPs: half of what a block keeps, for an eighth of its arithmetic. False recomputes nothing
-        (on a CPU, only the GELU).
+        activations of the MLPs, which saves half of a block's memory for an eighth of its arithmetic. False recomputes
+        nothing (on a CPU, only the GELU).
         """
         if enable not in (True, False, "mlp", "full"):
             raise ValueError(unknown_choice("gradient checkpointing", enable, get_args(Checkpointing)))

@@ -48,7 +48,7 @@ class TilePrediction:
 class Prediction:
     """The most probable classes of an image, in descending order; empty if there is an error."""
 
-    # As given or found; None for an image that does not come from a file.
+    # The path as given or found; None for an image that is not a file.
     path: str | None
     labels: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
@@ -74,7 +74,7 @@ class Predictor:
         for prediction in predictor(["a.jpg", "folder"]):
             print(prediction.path, prediction.labels[0], prediction.probabilities[0])
 
-    A pickle of it holds `source` and the options: it is loaded again, on a device of the machine that unpickles it.
+    A pickle holds `source` and the options only; unpickling loads the model again, on a device of that machine.
 
     Args:
         source: run folder, folder with config.json and weights, checkpoint, exported model, timm model name, or a
@@ -92,7 +92,7 @@ class Predictor:
         amp: whether to use automatic mixed precision; by default as in the run.
         conformal: file of `linvit eval --conformal-file`, for `Prediction.label_set`; not with tiles.
         trust_code: open a `.pt2` file, which can run code.
-        say: called with messages, such as that the batch size was halved.
+        say: called with messages, for example when the batch size is halved.
 
     Raises ValueError if `source` cannot be loaded or the options do not fit it.
     """

@@ -1,7 +1,7 @@
 """Average pooling to k_h × k_w cells (Wang et al. 2020, section 4, "general projections").
 
-Cells are averaged by area. No patch is lost if the cells do not divide the grid, and a finer grid of the same shape
-gives the same keys for the same image. No parameters.
+Cells are averaged by area, so every patch counts even if the cells do not divide the grid, and a finer grid of the same
+shape gives the same keys for the same image. No parameters.
 """
 
 import torch

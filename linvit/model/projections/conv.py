@@ -2,8 +2,8 @@
 
 This is the paper's "kernel and stride n/k" in two dimensions: k_h × k_w cells, each a weighted sum of its patches, with
 one kernel per channel. The kernel is a density on the cell, piecewise constant on s_h × s_w pieces. If the grid differs
-from k_h·s_h × k_w·s_w, tokens are first averaged to these pieces by area. So no patch is dropped if the stride does not
-divide the grid, and the weights never change with the grid. The convolution has no bias, because the norm has one.
+from k_h·s_h × k_w·s_w, tokens are first averaged to these pieces by area. So every patch counts even if the stride does
+not divide the grid, and the weights never change with the grid. The convolution has no bias, because the norm has one.
 
 Differs from the paper: the tokens are convolved, before Wk and Wv.
 """

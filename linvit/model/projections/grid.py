@@ -1,4 +1,4 @@
-"""Moving projections between patch grids by overlap area, and dividing a grid into k cells.
+"""Move projections between patch grids by overlap area, and divide a grid into k cells.
 
 A row of E is a density, piecewise constant on the H × W patches. On another grid, each new patch receives the part of
 every old patch's mass that lies inside it: E' = A_h E A_wᵀ, with the overlap fractions A along one axis. Row sums are

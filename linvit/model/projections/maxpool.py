@@ -1,7 +1,7 @@
 """Maximum pooling to k_h × k_w cells (Wang et al. 2020, section 4, "general projections").
 
-Every patch that overlaps a cell is included in its maximum. If the cells do not divide the grid, neighbouring cells
-share patches and none is lost. No parameters.
+Every patch that overlaps a cell is included in its maximum, so neighbouring cells share patches if the cells do not
+divide the grid. No parameters.
 
 Differs from the paper: the tokens are pooled, before Wk and Wv.
 """
