@@ -42,4 +42,5 @@ def is_joined_from(source: str, text: str) -> bool:
     if text in source:
         return True
     end = next((end for end in range(len(text) - 1, 15, -1) if text[:end] in source), None)
-    return end is not None and is_joined_from(source, text[end:].strip(" ':"))
+    rest = text[end:].strip(" ':")
+    return end is not None and len(rest) > 15 and is_joined_from(source, rest)
