@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from linvit.data.tiff import SAMPLE_FORMAT, SIGNED, tiff_value, unsupported_bands, without_alpha_weights
+
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -43,8 +45,6 @@ _DECODE_FLAGS: dict[Reduction, int] = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _EXIF_ORIENTATION = 0x0112
-# TIFF's tag for the type of the values, and its code for signed whole numbers.
-_SAMPLE_FORMAT, _SIGNED = 0x0153, 2
 # OpenCV takes no longer files.
 MAX_FILE_BYTES = 2**31 - 1
 _KINDS = {
@@ -147,13 +147,16 @@ def decode_image(
         raise UnreadableImage(f"{name}: is empty; restore or remove the file")
     _refuse_many_scans(data, name)
     flags = _DECODE_FLAGS[reduction]
+    if input_range is None and tiff_value(data, SAMPLE_FORMAT) == SIGNED:
+        # OpenCV would make -1 white and 0 black.
+        input_range = _SIGNED_RANGE
+    in_range = input_range not in (None, _FULL_RANGE)
+    if (kind := unsupported_bands(data, keeps_sixteen_bits=in_range)) is not None:
+        raise UnsupportedImage(f"{name}: is {kind}, which is not supported; convert it to a grey or RGB PNG")
     try:
         # From memory OpenCV refuses truncated data; from a file it would return the part that it could decode.
-        buffer = np.frombuffer(data, np.uint8)
-        if input_range is None and _tiff_value(data, _SAMPLE_FORMAT) == _SIGNED:
-            # OpenCV would make -1 white and 0 black.
-            input_range = _SIGNED_RANGE
-        image = None if input_range in (None, _FULL_RANGE) else _decode_sixteen_bits(buffer, *input_range)
+        buffer = np.frombuffer(without_alpha_weights(data), np.uint8)
+        image = None if input_range is None or not in_range else _decode_sixteen_bits(buffer, *input_range)
         if image is None:
             image = cv2.imdecode(buffer, flags)
     except (cv2.error, MemoryError) as error:
@@ -294,28 +297,8 @@ def reducible_size(data: bytes) -> tuple[int, int] | None:
 
 def _exif_orientation(tiff: bytes) -> int:
     """The orientation in EXIF's TIFF directory, 1 to 8; 1 if there is none or the directory is damaged."""
-    value = _tiff_value(tiff, _EXIF_ORIENTATION)
+    value = tiff_value(tiff, _EXIF_ORIENTATION)
     return value if value is not None and 1 <= value <= 8 else 1
-
-
-def _tiff_value(tiff: bytes, name: int) -> int | None:
-    """The first of a tag's 16-bit numbers in a TIFF directory; None if it is not there or the directory is damaged."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return None
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, _, number = struct.unpack_from(order + "HHI", tiff, entry)
-            if tag == name:
-                # More than two numbers are stored elsewhere.
-                (at,) = struct.unpack_from(order + "I", tiff, entry + 8) if number > 2 else (entry + 8,)
-                (value,) = struct.unpack_from(order + "H", tiff, at)
-                return int(value)
-    except struct.error:
-        pass
-    return None
 
 
 def resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
