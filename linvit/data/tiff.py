@@ -42,7 +42,7 @@ def _place(tiff: bytes, tag: int) -> tuple[str, bytes, int] | None:
 def unsupported_bands(data: bytes, *, keeps_sixteen_bits: bool) -> str | None:
     """What a TIFF file is, as "a TIFF image of 5 bands", if OpenCV would drop or mix its bands; None for other files.
 
-    One band beside the colours is taken for an alpha channel, which is dropped.
+    One extra band counts as an alpha channel, which is dropped.
 
     Args:
         keeps_sixteen_bits: whether images of 16 bits are decoded with all of them.
