@@ -9,8 +9,6 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 OTHERS = (
     "requires a different Python",
     "command not found",
-    "No pretrained weights exist",
-    "An error happened while",
     "did you mean",
 )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.models import VisionTransformer, get_pretrained_cfg, parse_model_name
+from timm.models import VisionTransformer, get_pretrained_cfg, is_model_pretrained, parse_model_name
 from timm.models._hub import download_from_hf
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def create_model(
     `local-dir:` folder are read by `linvit.runs.weights`, not here.
 
     Raises ValueError for an unknown name, suggesting the nearest one, for a folder that does not describe a model, for
-    arguments that the model does not take, and if pretrained weights are requested but not published.
+    arguments that the model does not take, and if pretrained weights are not published or cannot be downloaded.
     """
     weights: dict[str, str] = {}
     if isinstance(model, str):
@@ -112,7 +112,16 @@ def create_model(
         if weights and cfg is not None:
             arguments["pretrained_model_args"] = description.model_args
             cfg = cfg | weights
+        if pretrained and not weights and cfg is None and not is_model_pretrained(name):
+            raise ValueError(f"no weights of {name} are published; give a file of weights, as of a ViT of its size")
         return timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg, **arguments)
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"{source}the weights of {name} cannot be downloaded ({type(error).__name__}): check the connection, or "
+            f"download them elsewhere and give the file"
+        ) from error
     except TypeError as error:
         raise ValueError(f"{source}{name} does not take these arguments: {printable(reason(error))}") from error
     except ValueError as error:

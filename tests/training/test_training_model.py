@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from linvit.conversion.convert import convert_vit
 from linvit.distributed import Ranks
@@ -56,8 +57,17 @@ def test_k_must_shorten_the_sequence() -> None:
 
 
 def test_weights_that_are_not_published_are_refused() -> None:
-    with pytest.raises(ValueError, match="linvit_tiny_patch16_224 cannot be built: No pretrained weights exist"):
+    with pytest.raises(ValueError, match="no weights of linvit_tiny_patch16_224 are published; give a file of weights"):
         build_model(config(model="linvit_tiny_patch16_224", k=4, pretrained=True), class_names=CLASSES)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    with pytest.raises(ValueError, match=r"the weights of vit_tiny_patch16_224 cannot be downloaded .*give the file"):
+        build_model(config(model="vit_tiny_patch16_224", pretrained=True), class_names=CLASSES)
 
 
 def test_the_number_of_classes_can_be_checked() -> None:
