@@ -39,18 +39,6 @@ def _path(place: str) -> str:
     return place.removeprefix("files/") if place.startswith("files/") else f"docs/{place}"
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out the entries of the menu whose pages are not written yet."""
-    for group in config.nav or []:
-        for title, pages in group.items():
-            if isinstance(pages, list):
-                group[title] = [
-                    page for page in pages if all((ROOT / "docs" / name).exists() for name in page.values())
-                ]
-    config.nav = [group for group in config.nav or [] if all(group.values())]
-    return config
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add every file that a page links to, and the files that those link to."""
     pages = [_path(file.src_uri) for file in files.documentation_pages()]

@@ -35,7 +35,7 @@ Every option of `linvit train` (and `python train_imagenet.py`), with its defaul
 the same option; the name in the file has underscores.
 
 ```bash
-linvit train data --config configs/imagenet_small_patch16_512_90ep.yaml --batch-size 64 --no-amp
+linvit train data --config configs/imagenet_small_patch16_512_90ep.yaml --no-amp
 ```
 
 `--batch-size 64` is `batch_size: 64`. A flag overrides the file. Switches have opposites: `--no-amp` turns `--amp` off.
