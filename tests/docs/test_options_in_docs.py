@@ -15,6 +15,7 @@ from linvit.training import config
 
 # Why a block is not run; any other reason must be entered here.
 REASONS = {
+    "downloads a data set",
     "downloads weights",
     "installs packages",
     "needs a GPU",
