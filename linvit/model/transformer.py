@@ -146,6 +146,10 @@ class LinformerTransformer(_Model):
     ) -> None:
         """Change the image or patch size; the position embedding is resampled as in timm, E and F by overlap area.
 
+        Args:
+            img_size: (height, width) in pixels; None keeps it.
+            patch_size: (height, width) in pixels; None keeps it.
+
         Raises ValueError, and changes nothing, if a projection cannot work on the new grid.
         """
         projections = self._named_projections().values()

@@ -171,6 +171,7 @@ def check_shortens(k: int, grid_size: GridSize) -> None:
 
 
 PROJECTIONS: dict[str, type[Projection]] = {}
+"""The class of each kind of projection, by its name."""
 
 ProjectionType = TypeVar("ProjectionType", bound=type[Projection])
 
