@@ -80,6 +80,18 @@ def test_commands_parse(page: Path) -> None:
                         raise AssertionError(f"{page.name}: {shlex.join(words)}: {error}") from error
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["linvit eval RUN data --img-sizes 384", "torchrun --nproc-per-node 8 train_imagenet.py data --epoch 3 \\\n -b 4"],
+)
+def test_a_misspelt_option_is_noticed(line: str) -> None:
+    ((words,),) = pipelines_of(line)
+    arguments = linvit_arguments(words)
+    assert arguments is not None
+    with pytest.raises(flags.UsageError, match="unknown option"):
+        parse(arguments)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
