@@ -41,6 +41,7 @@ def show(console: Console, reports: Sequence[Report]) -> None:
         baseline = f"{names[first['source']]} at {format_size(first['img_size'])}"
         show_line(console, f"Compared with {baseline}, top-1 in percentage points:")
         console.print(_comparison_table(reports[1:], names))
+        show_line(console, f"Classes and errors of {names[last['source']]} at {format_size(last['img_size'])}:")
     _show_worst(console, last)
 
 

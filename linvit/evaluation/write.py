@@ -72,6 +72,9 @@ def write_markdown(reports: Sequence[Report], path: Path) -> None:
     lines = _score_table(reports) + _comparison_table(reports)
     scores = reports[-1]["masked"] or reports[-1]
     accuracies = sorted(scores["per_class"].items(), key=lambda item: item[1])[:NUM_WORST_CLASSES]
+    if len(reports) > 1:
+        last = f"{markdown_cell(reports[-1]['source'])} at {format_size(reports[-1]['img_size'])}"
+        lines += ["", f"Classes and confusions of {last}:"]
     lines += ["", "| worst classes | images | top-1 % |", "|---|---|---|"]
     lines += [
         f"| {markdown_cell(with_lemma(name))} | {scores['images_per_class'][name]} | {accuracy:.2f} |"

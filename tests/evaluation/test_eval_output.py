@@ -92,11 +92,13 @@ def test_comparisons_are_a_table_of_their_own(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "Compared with a at 224, top-1 in percentage points:" in shown
     assert "+1.0 to +3.0" in shown
+    assert "Classes and errors of b at 224×384:" in shown
     write_markdown(reports, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2].startswith("| runs/a | 224 | 2 | 60.00 (59.00 to 61.00) | 90.00 (89.00 to 91.00) | ")
     assert "| runs/b | 224×384 | +2.00 (+1.00 to +3.00) | -0.5000 (-0.6000 to -0.4000) | 3 | 1 | 0.62 |" in lines
     assert "4 images of DATA, val; classes matched by name." in lines
+    assert "Classes and confusions of runs/b at 224×384:" in lines
 
 
 def test_sources_are_named_by_their_last_part_if_that_is_unique() -> None:
