@@ -5,12 +5,19 @@ The numbers of the tags are those of TIFF 6.0 (Adobe 1992).
 
 import struct
 
+# Of TIFF and BigTIFF: byte order, formats of offsets and of the number of tags, place of the first offset.
+_SIGNATURES = {
+    b"II*\0": ("<", "I", "H", 4),
+    b"MM\0*": (">", "I", "H", 4),
+    b"II+\0": ("<", "Q", "Q", 8),
+    b"MM\0+": (">", "Q", "Q", 8),
+}
 # Type of the values, and its code for signed whole numbers.
 SAMPLE_FORMAT, SIGNED = 339, 2
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA = 258, 262, 277, 284, 338
 # Colours of an image by its photometric interpretation: RGB, CMYK, YCbCr and Lab; others are grey or have a palette.
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
-_SEPARATE, _UNASSOCIATED_ALPHA, _UNSPECIFIED = 2, 2, 0
+_WHITE_IS_ZERO, _SEPARATE, _UNASSOCIATED_ALPHA, _UNSPECIFIED = 0, 2, 2, 0
 
 
 def tiff_value(tiff: bytes, tag: int) -> int | None:
@@ -21,26 +28,29 @@ def tiff_value(tiff: bytes, tag: int) -> int | None:
 
 def _place(tiff: bytes, tag: int) -> tuple[str, bytes, int] | None:
     """Format, bytes and offset of the first 16-bit number of a tag, as `struct.unpack_from` takes them."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
+    if tiff[:4] not in _SIGNATURES:
         return None
+    order, offset, number_of_tags, first = _SIGNATURES[tiff[:4]]
+    width = struct.calcsize("=" + offset)
     try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            name, _, number = struct.unpack_from(order + "HHI", tiff, entry)
+        (start,) = struct.unpack_from(order + offset, tiff, first)
+        (count,) = struct.unpack_from(order + number_of_tags, tiff, start)
+        start += struct.calcsize("=" + number_of_tags)
+        for entry in range(start, start + (4 + 2 * width) * count, 4 + 2 * width):
+            name, _, number = struct.unpack_from(order + "HH" + offset, tiff, entry)
             if name == tag:
-                # More than two numbers are stored elsewhere.
-                (at,) = struct.unpack_from(order + "I", tiff, entry + 8) if number > 2 else (entry + 8,)
+                at = entry + 4 + width
+                if 2 * number > width:  # stored elsewhere
+                    (at,) = struct.unpack_from(order + offset, tiff, at)
                 struct.unpack_from(order + "H", tiff, at)
                 return order + "H", tiff, at
-    except struct.error:
+    except (struct.error, OverflowError):
         pass
     return None
 
 
 def unsupported_bands(data: bytes, *, keeps_sixteen_bits: bool) -> str | None:
-    """What a TIFF file is, as "a TIFF image of 5 bands", if OpenCV would drop or mix its bands; None for other files.
+    """What a TIFF file is, as "a TIFF image of 5 bands", if OpenCV would misread it; None for other files.
 
     One extra band counts as an alpha channel, which is dropped.
 
@@ -51,7 +61,11 @@ def unsupported_bands(data: bytes, *, keeps_sixteen_bits: bool) -> str | None:
     colours = _COLOURS.get(tiff_value(data, _PHOTOMETRIC) or 0, 1)
     if samples > colours + 1:
         return f"a TIFF image of {samples} bands"
-    if not keeps_sixteen_bits or tiff_value(data, _BITS) != 16 or samples == 1:
+    if not keeps_sixteen_bits or tiff_value(data, _BITS) != 16:
+        return None
+    if tiff_value(data, _PHOTOMETRIC) == _WHITE_IS_ZERO:
+        return "a TIFF image of 16 bits in which 0 is white"
+    if samples == 1:
         return None
     if tiff_value(data, _PLANAR) == _SEPARATE:
         return "a TIFF image of 16 bits with its bands one after another"
