@@ -40,33 +40,60 @@ def recorded(classifier: Classifier) -> dict[str, Any]:
 
 
 def model_card(classifier: Classifier, spec: InputSpec, origin: Origin, *, is_on_hub: bool) -> str:
-    """The text of README.md: metrics, classes, input, how to load the model, intended use, limits, training."""
-    names = classifier.class_names or []
-    shown = ", ".join(markdown_cell(name) for name in names[:_MAX_CLASSES]) or "not recorded"
-    more = f" and {len(names) - _MAX_CLASSES} more" if len(names) > _MAX_CLASSES else ""
+    """The text of README.md: metrics, classes, input, how to load the model, intended use, limits, training.
+
+    A model without a classifier (`num_classes=0`) is described as a feature extractor.
+    """
+    num_classes = classifier.model.num_classes
+    task = "classification" if num_classes else "feature-extraction"
     license_line = f"license: {origin.license}\n" if origin.license else ""
     architecture = classifier.model.pretrained_cfg["architecture"]
     address = f"hf-hub:{origin.name}" if is_on_hub else f"local-dir:{origin.name}"
-    source = address if is_on_hub else origin.name
+    about = (
+        f"an image classifier with {num_classes} classes, trained"
+        if num_classes
+        else f"a feature extractor with {classifier.model.num_features} features per image, made"
+    )
+    sections = {
+        "Metrics": _metrics(classifier, origin) if num_classes else "",
+        "Use": _use(classifier, spec, address, address if is_on_hub else origin.name),
+        "Input": f"RGB images of {format_size(spec.size)} px, {spec.interpolation} resize, crop {spec.crop_pct:g} "
+        f"({spec.crop_mode}), mean {_numbers(spec.mean)}, standard deviation {_numbers(spec.std)}.",
+        "Classes": _classes(classifier) if num_classes else "",
+        "Intended use and limits": _limits(address if is_on_hub else origin.name) if num_classes else "",
+        "Training": _training(classifier),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     return f"""\
 ---
 library_name: timm
-pipeline_tag: image-classification
+pipeline_tag: image-{task}
 {license_line}tags:
-- image-classification
+- image-{task}
 - timm
 - linvit
 ---
 # {markdown_cell(origin.name)}
 
-`{architecture}`, an image classifier with {classifier.model.num_classes} classes, trained with linvit.
+`{architecture}`, {about} with linvit.
 
-## Metrics
+{body}
 
-{_metrics(classifier, origin)}
+Licence: {origin.license or "not stated"}. linvit {__version__}.
+"""
 
-## Use
 
+def _use(classifier: Classifier, spec: InputSpec, address: str, source: str) -> str:
+    """Code that loads the model."""
+    if classifier.model.num_classes == 0:
+        return f"""\
+```python
+import linvit, timm
+
+model = timm.create_model("{address}", pretrained=True).eval()
+features = model(images)  # normalised images (B, 3, {spec.size[0]}, {spec.size[1]})
+```"""
+    return f"""\
 ```python
 import linvit, timm
 
@@ -89,29 +116,21 @@ from PIL import Image
 
 image = Image.open("photo.jpg").convert("RGB").resize(({spec.size[1]}, {spec.size[0]}))
 probabilities = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": np.asarray(image)[None]}})[0]
-```
+```"""
 
-## Input
 
-RGB images of {format_size(spec.size)} px, {spec.interpolation} resize, crop {spec.crop_pct:g} ({spec.crop_mode}), \
-mean {_numbers(spec.mean)}, standard deviation {_numbers(spec.std)}.
+def _classes(classifier: Classifier) -> str:
+    names = classifier.class_names or []
+    shown = ", ".join(markdown_cell(name) for name in names[:_MAX_CLASSES]) or "not recorded"
+    more = f" and {len(names) - _MAX_CLASSES} more" if len(names) > _MAX_CLASSES else ""
+    return f"{len(names) or classifier.model.num_classes}: {shown}{more}"
 
-## Classes
 
-{len(names) or classifier.model.num_classes}: {shown}{more}
-
-## Intended use and limits
-
+def _limits(source: str) -> str:
+    return f"""\
 Classifies images like those it was trained on into the classes above. Every image gets one of these classes, also an
 image of something else. Probabilities may be badly calibrated on images from another camera or place; evaluate the
-model on your own labelled images first: `linvit eval {source} DATA`.
-
-## Training
-
-{_training(classifier)}
-
-Licence: {origin.license or "not stated"}. linvit {__version__}.
-"""
+model on your own labelled images first: `linvit eval {source} DATA`."""
 
 
 def _metrics(classifier: Classifier, origin: Origin) -> str:

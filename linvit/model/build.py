@@ -39,6 +39,7 @@ class TimmModel(nn.Module):
     # timm's checkpoint filters look here for the image size of the pretrained weights.
     pretrained_model_args: dict[str, Any]
     num_classes: int
+    num_features: int
 
     def get_classifier(self) -> nn.Module:
         raise NotImplementedError

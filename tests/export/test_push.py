@@ -141,6 +141,23 @@ def test_without_upload_nothing_leaves_the_machine(folder, hub, capsys):
         assert words in out
 
 
+def test_a_model_without_a_classifier_is_a_feature_extractor(tmp_path, hub):
+    model = create_model("linvit_mini_patch4_64", num_classes=0, img_size=(32, 24), embed_dim=32, depth=1, k=4).eval()
+    spec = InputSpec((32, 24), (0.5,) * 3, (0.5,) * 3, "bilinear", 0.8, "center")
+    save_classifier(tmp_path / "model", model, class_names=[], spec=spec, about={})
+    assert main(["push", str(tmp_path / "model"), NAME, "--upload"]) == 0
+    card = hub.files["README.md"].decode()
+    for words in (
+        "pipeline_tag: image-feature-extraction",
+        "32 features per image",
+        f"hf-hub:{NAME}",
+        "(B, 3, 32, 24)",
+    ):
+        assert words in card
+    for words in ("classif", "Predictor", "## Metrics", "## Classes"):
+        assert words not in card
+
+
 def test_a_refusal_and_offline_mode_are_one_sentence(folder, hub, monkeypatch, capsys):
     hub.refuses = True
     assert main(["push", str(folder), NAME, "--upload"]) == 1
