@@ -18,7 +18,7 @@ from doc_blocks import PAGES, Block, blocks_of, linvit_arguments, pipelines_of
 
 from linvit import cli
 
-# Programs that a page may use beside linvit.
+# Programs other than linvit that a page may use.
 TOOLS = ("cat", "cp", "cut", "find", "head", "jq", "ls", "mkdir", "sort", "tail", "wc")
 # Words in a command that need a library of an extra.
 EXTRAS = {
@@ -88,7 +88,7 @@ def run_command(words: list[str], stdin: str, place: str) -> str:
         os.chdir(words[1])
         return ""
     assert words[0] in TOOLS, f"{place}: mark the block as not run, or teach this test {words[0]!r}"
-    if shutil.which(words[0]) is None:
+    if words[0] == "jq" and shutil.which("jq") is None:  # not on every machine
         return stdin
     expanded = [path for word in words for path in (sorted(glob.glob(word)) if "/" in word else []) or [word]]
     return subprocess.run(expanded, input=stdin, capture_output=True, text=True, check=True).stdout

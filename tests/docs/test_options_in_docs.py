@@ -24,8 +24,10 @@ REASONS = {
     "needs several machines",
     "starts a server",
 }
+# Files of options that a page names, or that its commands write.
+WRITTEN = ("FILE", "args.yaml", "plan.yaml")
 RUN_OR_SHOWN = {"bash", "python", "yaml", "json", "csv", "text", "toml"}
-# Options of programs other than linvit that the text mentions beside `linvit`.
+# A command in the text.
 _INLINE = re.compile(r"(?<!`)`(linvit [a-z][^`]*)`(?!`)")
 
 
@@ -43,8 +45,9 @@ def _stop_at_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     for module in (flags, config):
         monkeypatch.setattr(module, "validate", validate_and_stop)
-    # A file of options that a page only mentions.
-    monkeypatch.setattr(config, "read_settings", lambda path: read(path) if path.exists() else {"experiment": "RUN"})
+    monkeypatch.setattr(
+        config, "read_settings", lambda path: {"experiment": "RUN"} if path.name in WRITTEN else read(path)
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(PAGES[0].parent / "configs")
 

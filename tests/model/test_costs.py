@@ -17,6 +17,7 @@ ROWS = [
     for line in PAGE.partition("<!-- costs -->")[2].partition("\n\n")[0].splitlines()[3:]
 ]
 DIM, HEADS = 384, 6
+assert len(ROWS) == 6
 
 
 def layer_of(text: str, order: str, grid: int) -> torch.nn.Module:
