@@ -114,14 +114,14 @@ def create_model(
             arguments["pretrained_model_args"] = description.model_args
             cfg = cfg | weights
         if pretrained and not weights and cfg is None and not is_model_pretrained(name):
-            raise ValueError(f"no weights of {name} are published; give a file of weights, as of a ViT of its size")
+            raise ValueError(f"no weights of {name} are published; give a file with those of a ViT of the same size")
         return timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg, **arguments)
     except OSError as error:
         if not pretrained:
             raise
         raise ValueError(
-            f"{source}the weights of {name} cannot be downloaded ({type(error).__name__}): check the connection, or "
-            f"download them elsewhere and give the file"
+            f"{source}the weights of {name} cannot be downloaded ({type(error).__name__}): check connection and disk, "
+            f"or download them elsewhere and give the file"
         ) from error
     except TypeError as error:
         raise ValueError(f"{source}{name} does not take these arguments: {printable(reason(error))}") from error

@@ -19,6 +19,7 @@ from tiny_runs import make_images
 from linvit import cli
 from linvit.model.eva import LinformerEva
 from linvit.model.registry import create, create_rotary
+from linvit.model.sharing import checkpoint_filter_fn
 from linvit.model.vit import LinformerViT
 from linvit.settings.flags import flag_of
 
@@ -61,8 +62,8 @@ ADDED = {
 }
 ALIASES = {"--batch-size": "-b", "--workers": "-j"}
 
-# The classes of the models, which timm and linvit look up in the module that registers them.
-CLASSES = (LinformerViT, LinformerEva, VisionTransformer)
+# The classes of the models and the filter of their checkpoints, which are looked up in the module that registers them.
+CLASSES, FILTER = (LinformerViT, LinformerEva, VisionTransformer), checkpoint_filter_fn
 _INPUT = {"input_size": (3, 64, 64), "fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
 default_cfgs = generate_default_cfgs({name: _INPUT for name in ("linvit_docs", "linvit_docs_rope", "vit_docs")})
 

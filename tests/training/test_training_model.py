@@ -57,7 +57,7 @@ def test_k_must_shorten_the_sequence() -> None:
 
 
 def test_weights_that_are_not_published_are_refused() -> None:
-    with pytest.raises(ValueError, match="no weights of linvit_tiny_patch16_224 are published; give a file of weights"):
+    with pytest.raises(ValueError, match="no weights of linvit_tiny_patch16_224 are published; give a file"):
         build_model(config(model="linvit_tiny_patch16_224", k=4, pretrained=True), class_names=CLASSES)
 
 
