@@ -8,24 +8,29 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
+from readme_figure import draw as draw_readme
 
-from linvit.bench.output import DIGEST_KEY, save_plot
+from linvit.bench.output import DIGEST_KEY
+from linvit.bench.output import draw as draw_rows
+from linvit.output.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH = RESULTS / "bench_readme_cpu.json"
+BOARDS, STEP_TIMES = RESULTS / "boards_detail.json", RESULTS / "boards_step_times.json"
 GPU, COMPILED = "bench_h100", "bench_h100_compiled"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("bench", "evaluate", "export", "many_machines")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "bench", "evaluate", "export", "many_machines")),
 )
-PLOTS = {ROOT / "docs" / "bench.png": BENCH, ROOT / "docs" / "bench_h100.png": RESULTS / f"{GPU}.json"}
 
 Row = dict[str, Any]
 
@@ -109,24 +114,34 @@ def _conditions(found: dict[str, Any]) -> str:
     return (
         f"{', '.join(found['dtype'])}, batch 1, {found['hardware']}; times faster are medians (and ranges) of "
         f"{min(rounds)} to {max(rounds)} rounds, memory beyond what was held before the step. "
-        f"`{found['command']}`, see [docs/bench.md](docs/bench.md)."
+        f"`{found['command']}`."
     )
 
 
-def gpu() -> str:
-    """A sentence with the numbers of `gpu_table` for the shortest k."""
-    eager, compiled = read(GPU), read(COMPILED)
-    model = next(row["model"] for row in compiled["rows"] if row["model"] != row["baseline"])
-
-    def times(found: dict[str, Any], size: int) -> str:
-        rows = {row["mode"]: row for row in found["rows"] if (row["model"], row["image_size"]) == (model, size)}
-        return f"{rows['forward']['ratio']:.3g} × and {rows['train']['ratio']:.3g} × at {size} px"
-
+def speed() -> str:
+    """A sentence on the default model at 1024 px, and one on a GPU."""
+    rows = {(row["model"], row["mode"], row["image_size"]): row for row in read(BENCH.stem)["rows"]}
+    forward, train = (rows["linvit_small_patch16_1024", mode, 1024] for mode in ("forward", "train"))
+    gpu = {(row["model"], row["mode"], row["image_size"]): row for row in read(COMPILED)["rows"]}
+    fast = "linvit_small_patch16_224:k=64,projection=separable,share=kv"
+    on_gpu = [gpu[fast, mode, 1024]["ratio"] for mode in ("forward", "train")]
     return (
-        f"On an {eager['hardware']}, in bfloat16, `{model}` is {times(compiled, 1024)} compiled (forward, train), "
-        f"{times(eager, 2048)} and {times(eager, 4096)}; at 512 px a GPU has nothing to gain. "
-        "Train on one with `--torchcompile` ([docs/bench.md](docs/bench.md#on-a-gpu))."
+        f"At 1024 px on two CPU cores, `linvit_small_patch16_1024` predicts {forward['ratio']:.1f} × and trains "
+        f"{train['ratio']:.1f} × as fast as timm's ViT-S/16 with fused attention, and a training step adds "
+        f"{100 * _memory_share():.0f} % of the memory. On an H100, compiled and with `k=64`, it predicts "
+        f"{on_gpu[0]:.1f} × and trains {on_gpu[1]:.1f} × as fast ([all figures](docs/bench.md))."
     )
+
+
+def _memory_share() -> float:
+    """Extra memory of a training step of the default model at 1024 px, relative to the baseline's."""
+    own, base = (
+        row["step_bytes"]
+        for name in ("linvit_small_patch16_1024", "vit_small_patch16_224")
+        for row in read(BENCH.stem)["rows"]
+        if (row["model"], row["mode"], row["image_size"]) == (name, "train", 1024)
+    )
+    return float(own / base)
 
 
 def gpu_table() -> str:
@@ -166,8 +181,47 @@ def demo() -> str:
     )
 
 
+def boards() -> str:
+    """Accuracy of each arm of the study of circuit boards, and the time of a training step."""
+    found, times = read(BOARDS.stem), {row["arm"]: row["seconds_per_image"] for row in read(STEP_TIMES.stem)["rows"]}
+    lines = ["| model | patches | n | epochs | val top-1 | test top-1 | ms per training image |", "|---" * 7 + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in found["runs"]):
+        runs = [row for row in found["runs"] if row["arm"] == arm]
+        tested = [row["test"]["top1"] for row in runs if row["test"] is not None]
+        cells = [
+            arm,
+            f"{runs[0]['num_tokens']:,}",
+            f"{len(runs)}",
+            f"{len(runs[0]['curve'])}",
+            _spread([row["top1"] for row in runs]),
+            _spread(tested),
+            f"{1000 * times[arm]:.0f}" if arm in times else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sizes() -> str:
+    """Accuracy of one model at sizes that it was not trained at."""
+    rows = read("boards_sizes")["rows"]
+    lines = ["| tested at | patches | val top-1 (95 %) |", "|---|---|---|"]
+    for row in rows:
+        low, high = row["confidence"]
+        accuracy = f"{row['top1']:.1f} % ({low:.1f} to {high:.1f})"
+        lines.append(f"| {row['img_size']} px | {row['num_tokens']:,} | {accuracy} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f} %{deviation}"
+
+
 def _mean(result: dict[str, Any]) -> str:
-    return f"{result['top1_mean']:.1f} % ± {result['top1_std']:.1f} (n = {result['n']})"
+    top1 = [run["top1"] for run in result["runs"]]
+    return f"{statistics.mean(top1):.1f} % ± {statistics.stdev(top1):.1f} (n = {len(top1)})"
 
 
 def conformal() -> str:
@@ -266,9 +320,11 @@ def supply() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "bench": bench,
-    "gpu": gpu,
+    "speed": speed,
+    "boards": boards,
+    "sizes": sizes,
     "demo": demo,
+    "bench": bench,
     "gpu_table": gpu_table,
     "conformal": conformal,
     "int8": int8,
@@ -286,7 +342,7 @@ def fill(text: str) -> str:
     return re.sub(r"(<!-- begin (\w+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
-def is_plot_of(plot: Path, results: Path) -> bool:
+def is_plot_of(plot: Path, results: Sequence[Path]) -> bool:
     """Whether a plot carries the digest of these results."""
     if not plot.exists():
         return False
@@ -294,12 +350,25 @@ def is_plot_of(plot: Path, results: Path) -> bool:
         return bool(image.info.get(DIGEST_KEY) == _digest(results))
 
 
-def draw(results: Path, plot: Path) -> None:
-    save_plot(json.loads(results.read_text()), plot, digest=_digest(results))
+def draw(plot: Path, results: Sequence[Path], drawing: Callable[..., Figure]) -> None:
+    figure = drawing(*(json.loads(path.read_text()) for path in results))
+    save_figure(plot, figure, metadata={DIGEST_KEY: _digest(results)})
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def draw_bench(results: dict[str, Any]) -> Figure:
+    return draw_rows(results["rows"])
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+# Each plot with the results that it draws, and how.
+PLOTS: dict[Path, tuple[list[Path], Callable[..., Figure]]] = {
+    ROOT / "docs" / "bench.png": ([BENCH], draw_bench),
+    ROOT / "docs" / "bench_h100.png": ([RESULTS / f"{GPU}.json"], draw_bench),
+    ROOT / "docs" / "linvit.png": ([BENCH, BOARDS, STEP_TIMES], draw_readme),
+}
 
 
 def main() -> int:
@@ -308,13 +377,13 @@ def main() -> int:
     args = parser.parse_args()
     texts = {path: path.read_text() for path in PAGES}
     filled = {path: fill(text) for path, text in texts.items()}
-    stale = {plot: results for plot, results in PLOTS.items() if not is_plot_of(plot, results)}
+    stale = [plot for plot, (results, _) in PLOTS.items() if not is_plot_of(plot, results)]
     if args.check:
         return int(texts != filled or bool(stale))
     for path, text in filled.items():
         path.write_text(text)
-    for plot, results in stale.items():
-        draw(results, plot)
+    for plot in stale:
+        draw(plot, *PLOTS[plot])
     return 0
 
 

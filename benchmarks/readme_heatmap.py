@@ -33,14 +33,14 @@ def main() -> None:
     classifier = load_classifier(options.run)
     classifier.model.eval()
     explainer = Explainer(classifier)
-    figure = Figure(figsize=(2.5 * 2 * len(options.images), 2.8), layout="constrained")
+    figure = Figure(figsize=(1.75 * 2 * len(options.images), 2.0), layout="constrained")
     panels = figure.subplots(1, 2 * len(options.images))
     for number, path in enumerate(options.images):
         image = decode_image(path.read_bytes(), name=path)
         found = explainer.explain(image, method=options.method)
         plain, mapped = panels[2 * number : 2 * number + 2]
         plain.imshow(image)
-        plain.set_title(f"{path.parent.name}: the defect", fontsize=10)
+        plain.set_title(f"{path.parent.name}: the defect", fontsize=9)
         for left, top, right, bottom in read_boxes(options.boxes, path.parent.parent.name)[path.parent.name, path.name]:
             plain.add_patch(
                 Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=RED, linewidth=1.5)
@@ -49,10 +49,10 @@ def main() -> None:
         mapped.imshow(255 - (255 - image) // 3)
         heat = normalise(found.heat)
         mapped.imshow(heat, cmap="autumn_r", alpha=np.clip(1.5 * heat, 0, 1))
-        mapped.set_title(f"linvit: {found.label}, {100 * found.probability:.0f} %", fontsize=10)
+        mapped.set_title(f"linvit: {found.label}, {100 * found.probability:.0f} %", fontsize=9)
         for axes in (plain, mapped):
             axes.axis("off")
-    save_figure(options.output, figure, dpi=110)
+    save_figure(options.output, figure, dpi=150)
 
 
 if __name__ == "__main__":
