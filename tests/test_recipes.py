@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 import linvit.model.registry  # noqa: F401
 from linvit.training.config import TrainConfig, parse
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+STUDIES = sorted((REPOSITORY / "benchmarks" / "studies").glob("*.yaml"))
 HEADINGS = ["What", "Adapts", "Differs", "Command", "Effective batch", "Hardware", "Hours", "Top-1"]
 
 
@@ -69,3 +71,11 @@ def test_the_model_can_be_built(recipe):
     assert claimed is None or model.patch_embed.num_patches == int(claimed[1].replace(",", ""))
     if claimed and claimed[2]:
         assert model.blocks[0].attn.projections()[0].k == int(claimed[2])
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.stem)
+def test_the_arms_of_a_study_are_settings_of_training(study):
+    found = yaml.safe_load(study.read_text())
+    assert found["arms"]
+    for settings in found["arms"].values():
+        TrainConfig(data_dir="data", **found["recipe"] | settings)
